@@ -1,0 +1,43 @@
+"""qbert: BERT-family encoders, small and actually faster on hardware with low-bit matrix units.
+
+    qbert.quantize_(model, "w8a8")          in place, any torch model with nn.Linear or nn.Embedding
+    qbert.explain(model)                    what runs for every module, and why
+    qbert.save(model, folder)               safetensors; model.save_pretrained(folder) writes the same
+    qbert.load(folder)                      strict; AutoModel.from_pretrained(folder) after `import qbert` loads the same
+
+Importing this needs no GPU, no Triton and no compiler.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qbert import integrations
+from qbert.convert import dequantize_, quantize_
+from qbert.errors import CheckpointError, MissingDependency, QBertError
+from qbert.explain import explain
+from qbert.recipe import Recipe
+from qbert.target import cpu_target
+
+if TYPE_CHECKING:
+    from qbert.integrations.transformers import QBertConfig, load, save
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointError", "MissingDependency", "QBertConfig", "QBertError", "Recipe", "cpu_target", "dequantize_", "explain",
+    "load", "quantize_", "save",
+]  # fmt: skip
+
+# These need transformers' model code, which takes seconds to import; they are looked up when first used.
+_FROM_TRANSFORMERS = ("QBertConfig", "load", "save")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FROM_TRANSFORMERS:
+        from qbert.integrations import transformers
+
+        return getattr(transformers, name)
+    raise AttributeError(f"module 'qbert' has no attribute {name!r}")
+
+
+integrations.register()

@@ -1,0 +1,253 @@
+"""L9. Checkpoints: safetensors in the PLAIN layout plus a record in the configuration, read with suspicion.
+
+A checkpoint is a folder with ``config.json`` and ``model.safetensors`` (or its shards), exactly what transformers'
+``save_pretrained`` writes. The record stands under ``quantization_config`` and says what each quantized module is; from it,
+and from the model's own configuration, follows the type and shape of every tensor that must be there. `check_files` holds
+the files to that, value by value, before anything is loaded. Nothing in a checkpoint is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from qbert.bert import KEEP_FLOAT
+from qbert.errors import CheckpointError, QBertError
+from qbert.nn import GUARD, ModuleSpec, collect_specs
+from qbert.ops import FLOAT_DTYPES
+from qbert.qtensor import TensorSpec, plain_specs
+from qbert.recipe import Recipe
+from qbert.validate import check_finite, check_plain_tensors, check_spec
+
+FORMAT_VERSION = 1
+METHOD = "qbert"
+CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+DIGEST_KEY, VERSION_KEY = "qbert_digest", "qbert_format_version"
+_MAX_CONFIG_BYTES = 16 * 2**20  # a configuration is a few hundred kilobytes at most; more is an attack or a mistake
+
+
+class Record(BaseModel):
+    """What a checkpoint's configuration says about its quantization.
+
+    Attributes:
+        linear, embedding, exclude, overrides, keep_float: the recipe (see `qbert.Recipe`).
+        modules: qualified name -> what stands there.
+        source: the model that was quantized, as the user named it, for reports.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    quant_method: Literal["qbert"] = METHOD
+    format_version: Literal[1] = FORMAT_VERSION
+    linear: str | None
+    embedding: str | None
+    exclude: list[str] = []
+    overrides: dict[str, str | None] = {}
+    keep_float: list[str] = list(KEEP_FLOAT)
+    modules: dict[str, ModuleSpec] = Field(min_length=1)
+    source: str | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, recipe: Recipe, source: str | None = None) -> Record:
+        """The record of a quantized model."""
+        return cls(**recipe.to_dict(), modules=collect_specs(model), source=source)
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Record:
+        """A record from a configuration file.
+
+        Raises:
+            CheckpointError: an entry that is missing, unknown, of the wrong type or out of range.
+        """
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(("quantization_config", *(str(part) for part in first["loc"])))
+            raise CheckpointError(where, first["msg"], _brief(first["input"])) from None
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe as an object."""
+        return Recipe(self.linear, self.embedding, tuple(self.exclude), self.overrides, tuple(self.keep_float))
+
+    def canonical(self) -> str:
+        """What the digest covers: the recipe and the modules, in one spelling."""
+        return json.dumps(self.model_dump(exclude={"source"}), sort_keys=True)
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]], record: Record) -> str:
+    """SHA-256 over the record and over every tensor's name, type, shape and bytes, in the order of the names.
+
+    It catches accidents (a flipped bit, swapped tensors), not attackers, who can compute it too; the rules catch those.
+    """
+    total = hashlib.sha256(record.canonical().encode())
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        total.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def metadata(tensors: Mapping[str, Tensor], record: Record) -> dict[str, str]:
+    """What goes into the safetensors header beside the tensors."""
+    return {DIGEST_KEY: digest(tensors.items(), record), VERSION_KEY: str(FORMAT_VERSION)}
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The configuration of a checkpoint folder.
+
+    Raises:
+        CheckpointError: missing, too large, not JSON, or without a qbert record.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(CONFIG_FILE, "must be in the folder", f"{str(folder)!r} without it")
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise CheckpointError(CONFIG_FILE, f"must be at most {_MAX_CONFIG_BYTES} bytes", path.stat().st_size)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(CONFIG_FILE, "must be JSON", str(error)) from None
+    if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):
+        raise CheckpointError(CONFIG_FILE, "must have a quantization_config of qbert", "none")
+    return config
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether a folder holds a checkpoint that calls itself qbert's."""
+    try:
+        return read_config(folder)["quantization_config"].get("quant_method") == METHOD
+    except CheckpointError:
+        return False
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a checkpoint: one, or the shards that its index names, all inside the folder."""
+    folder = Path(folder)
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        raise CheckpointError(WEIGHTS_FILE, "must be in the folder", f"{str(folder)!r} without it")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(INDEX_FILE, "must be JSON with a weight_map", repr(error)) from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(INDEX_FILE, "must name files in its own folder", _brief(name))
+    return [folder / name for name in names]
+
+
+def expected_tensors(skeleton: nn.Module, absent: Iterable[str] = ()) -> dict[str, TensorSpec]:
+    """Type and shape of every tensor that a checkpoint of this model must hold.
+
+    Args:
+        skeleton: the model with empty quantized modules in place, usually on the meta device.
+        absent: names that are not stored, because they are tied to others that are.
+    """
+    left_out = set(absent)
+    return {
+        name: TensorSpec(tensor.dtype, tuple(tensor.shape))
+        for name, tensor in skeleton.state_dict().items()
+        if name not in left_out
+    }
+
+
+def check_files(files: Iterable[str | Path], record: Record, expected: Mapping[str, TensorSpec]) -> None:
+    """Holds a checkpoint's files to its record.
+
+    Args:
+        files: the safetensors files.
+        record: of the same checkpoint.
+        expected: from `expected_tensors`. Float tensors that are not quantized may have any float type.
+
+    Raises:
+        CheckpointError: the first rule that is broken, with the tensor and the value.
+    """
+    tensors, headers = _open(files)
+    for name in expected.keys() - tensors.keys():
+        raise CheckpointError(name, "tensor must be there", "nothing")
+    for name in tensors.keys() - expected.keys():
+        raise CheckpointError(name, "no such tensor belongs to this model", name)
+    quantized = _quantized_names(record)
+    for name, spec in expected.items():
+        found = tensors[name]
+        anchor = TensorSpec(found.dtype, spec.shape) if _is_plain_float(name, spec, found, quantized) else spec
+        check_spec(name, anchor, found.dtype, tuple(found.shape))
+    for name, spec in record.modules.items():
+        if spec.kind != "tied_linear":
+            names = plain_specs(spec.resolved_scheme, spec.shape, spec.outliers)
+            check_plain_tensors(spec.resolved_scheme, spec.shape, {n: tensors[f"{name}.{n}"] for n in names}, f"{name}.")
+    for name, tensor in tensors.items():
+        if name not in quantized and tensor.is_floating_point():
+            check_finite(name, tensor)
+    _check_digest(tensors, headers, record)
+
+
+def _open(files: Iterable[str | Path]) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
+    """All tensors (mapped, not read) and each file's header metadata."""
+    tensors: dict[str, Tensor] = {}
+    headers = []
+    for path in files:
+        name = Path(path).name
+        try:
+            with safe_open(path, framework="pt") as file:
+                headers.append(file.metadata() or {})
+                for key in file.keys():  # noqa: SIM118  (not a mapping)
+                    if key in tensors:
+                        raise CheckpointError(key, "must be in one file only", name)
+                    tensors[key] = file.get_tensor(key)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(name, "must be a safetensors file", _brief(str(error))) from None
+    return tensors, headers
+
+
+def _quantized_names(record: Record) -> set[str]:
+    names = set()
+    for module, spec in record.modules.items():
+        if spec.kind != "tied_linear":
+            parts = (GUARD, *plain_specs(spec.resolved_scheme, spec.shape, spec.outliers))
+            names |= {f"{module}.{part}" for part in parts}
+    return names
+
+
+def _is_plain_float(name: str, spec: TensorSpec, found: Tensor, quantized: set[str]) -> bool:
+    return name not in quantized and spec.dtype in FLOAT_DTYPES and found.dtype in FLOAT_DTYPES
+
+
+def _check_digest(tensors: Mapping[str, Tensor], headers: list[dict[str, str]], record: Record) -> None:
+    actual = digest(tensors.items(), record)
+    for header in headers or [{}]:
+        stored = header.get(DIGEST_KEY)
+        if stored is None:
+            raise CheckpointError(WEIGHTS_FILE, f"header must hold {DIGEST_KEY}", "none")
+        if stored != actual:
+            raise CheckpointError(WEIGHTS_FILE, f"contents must match the stored digest {_brief(stored)}", actual[:16])
+
+
+def _brief(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def require_folder(folder: str | Path) -> Path:
+    """The folder as a path.
+
+    Raises:
+        QBertError: it is not there.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise QBertError(f"no folder {str(folder)!r}; allowed: a checkpoint folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    return path

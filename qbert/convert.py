@@ -1,0 +1,309 @@
+"""L8. The only code that edits a model: quantize_, dequantize_, and install_ (empty modules that wait for a file)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qbert.errors import CheckpointError, QBertError
+from qbert.formats import Role, Scheme
+from qbert.nn import ModuleSpec, QEmbedding, QLinear, QTiedLinear, QuantizedModule
+from qbert.quantizers import quantize
+from qbert.quantizers.registry import check_weight
+from qbert.recipe import Decision, Recipe, as_recipe
+from qbert.reference import dequantize
+
+Progress = Callable[[int, int, str], None]
+Quantized = QLinear | QEmbedding | QTiedLinear
+
+# torch's own transformer blocks hand the weights of their linears to fused functions, past the linears' forward.
+_READS_WEIGHTS_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_ROLES: dict[type[nn.Module], Role] = {nn.Linear: Role.LINEAR, nn.Embedding: Role.EMBEDDING}
+_REASONS = "_qbert_reasons"
+_observers: list[Callable[[nn.Module, Recipe | None], None]] = []
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """What `quantize_` will do with one linear or embedding.
+
+    Attributes:
+        name: its first qualified name.
+        module: the float module.
+        decision: scheme and reason.
+        owner: name of the module whose weight it shares, if it follows another one.
+    """
+
+    name: str
+    module: nn.Linear | nn.Embedding
+    decision: Decision
+    owner: str | None = None
+
+
+def quantize_(model: nn.Module, recipe: Recipe | str = "w8a8", *, progress: Progress | None = None) -> nn.Module:
+    """Quantizes a model's linears and embeddings in place.
+
+    All weights are quantized before the first module is replaced, so a model is changed wholly or, on an error, not at all.
+
+    Args:
+        model: any module with `nn.Linear` or `nn.Embedding` in it.
+        recipe: which module gets which scheme; a scheme's name stands for all linears.
+        progress: called with (done, total, name) for every module.
+
+    Returns:
+        The same model.
+
+    Raises:
+        QBertError: nothing to quantize, a model that is quantized already, or a weight that its scheme cannot take.
+    """
+    recipe = as_recipe(recipe)
+    entries = plan(model, recipe)
+    todo = [entry for entry in entries if entry.decision.scheme is not None]
+    if not todo:
+        reasons = sorted({entry.decision.reason for entry in entries}) or ["it has no nn.Linear or nn.Embedding"]
+        raise QBertError(f"nothing to quantize in {type(model).__name__}: {'; '.join(reasons)}")
+    owners = [entry for entry in todo if entry.owner is None]
+    for entry in owners:  # every weight is checked before the first is worked on
+        _named(entry.name, check_weight, entry.module.weight, entry.decision.scheme)
+    replacements: dict[nn.Module, Quantized] = {}
+    by_name: dict[str, QLinear | QEmbedding] = {}
+    for done, entry in enumerate(owners):
+        if progress:
+            progress(done, len(owners), entry.name)
+        by_name[entry.name] = replacements[entry.module] = _quantized_module(entry)
+    for entry in todo:
+        if entry.owner is not None:
+            replacements[entry.module] = QTiedLinear(by_name[entry.owner], entry.owner, _bias(entry.module))
+    if progress:
+        progress(len(owners), len(owners), "")
+    _replace(model, replacements)
+    _finish(model, recipe, {entry.name: entry.decision.reason for entry in entries if entry.decision.scheme is None})
+    return model
+
+
+def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Puts float modules back in place, with the weights that the quantized ones stood for.
+
+    Args:
+        model: a quantized model.
+        dtype: of the weights; that of the model's first float parameter by default.
+
+    Returns:
+        The same model.
+
+    Raises:
+        QBertError: a model with nothing quantized in it.
+    """
+    quantized = {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
+    if not quantized:
+        raise QBertError(f"{type(model).__name__} has no quantized module; nothing to dequantize")
+    if dtype is None:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    weights: dict[nn.Module, nn.Parameter] = {}
+    for module in quantized.values():
+        if isinstance(module, QuantizedModule):
+            weights[module] = nn.Parameter(dequantize(module.quantized).to(dtype))
+    _replace(model, {module: _float_module(module, weights) for module in quantized.values()})
+    _finish(model, None, {})
+    return model
+
+
+def install_(model: nn.Module, specs: Mapping[str, ModuleSpec], recipe: Recipe) -> None:
+    """Replaces the named float modules by empty quantized ones, for a checkpoint's tensors to be loaded into.
+
+    Args:
+        model: a float model, usually on the meta device.
+        specs: qualified name -> what stands there, from the checkpoint.
+        recipe: the checkpoint's, to say why the other modules are float.
+
+    Raises:
+        CheckpointError: a spec that names no module of its kind and shape.
+    """
+    replacements: dict[nn.Module, Quantized] = {}
+    installed: dict[str, QLinear | QEmbedding] = {}
+    for name, spec in sorted(specs.items(), key=lambda item: item[1].kind == "tied_linear"):
+        module = _module_for(model, name, spec)
+        if spec.tied_to is None:
+            installed[name] = replacements[module] = _empty_module(module, spec)
+        elif spec.tied_to not in installed or installed[spec.tied_to].shape != spec.shape:
+            raise CheckpointError(f"modules.{name}.tied_to", "must name a quantized module of the same shape", spec.tied_to)
+        else:
+            replacements[module] = QTiedLinear(installed[spec.tied_to], spec.tied_to, _bias(module))
+    reasons = {}
+    for name, module in _candidates(model):
+        if module not in replacements:
+            decision = recipe.decide(name, _ROLES[type(module)])
+            reasons[name] = decision.reason if decision.scheme is None else "float in the checkpoint"
+    _replace(model, replacements)
+    setattr(model, _REASONS, reasons)
+
+
+def plan(model: nn.Module, recipe: Recipe) -> list[PlanEntry]:
+    """What `quantize_` would do with every linear and embedding, without doing it.
+
+    Raises:
+        QBertError: a quantized model, or a recipe whose override matches nothing.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized):
+            raise QBertError(f"{name or type(model).__name__} is quantized already; call qbert.dequantize_ first")
+    if type(model) in _ROLES:
+        raise QBertError(f"the model is itself an {type(model).__name__}, which cannot be replaced in place; wrap it")
+    direct = _directly_read(model)
+    entries = []
+    for name, module in _candidates(model):
+        decision = recipe.decide(name, _ROLES[type(module)])
+        obstacle = direct.get(module) or _obstacle(module)
+        if decision.scheme is not None and obstacle:
+            decision = Decision(None, obstacle)
+        entries.append(PlanEntry(name, module, decision))
+    _check_overrides_match(recipe, [entry.name for entry in entries])
+    return _follow_ties(entries, recipe)
+
+
+def when_changed(observer: Callable[[nn.Module, Recipe | None], None]) -> None:
+    """Registers a function to call after `quantize_` (with the recipe) and `dequantize_` (with None).
+
+    This is how an integration keeps a framework's own records (a config, a quantizer object) in step without `convert`
+    knowing the framework.
+    """
+    _observers.append(observer)
+
+
+def float_reasons(model: nn.Module) -> dict[str, str]:
+    """Qualified name -> why that linear or embedding is float."""
+    return dict(getattr(model, _REASONS, {}))
+
+
+def _finish(model: nn.Module, recipe: Recipe | None, reasons: dict[str, str]) -> None:
+    setattr(model, _REASONS, reasons)
+    for observer in _observers:
+        observer(model, recipe)
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Embedding]]:
+    for name, module in model.named_modules():
+        if type(module) in _ROLES:  # a subclass may read its weight in ways of its own
+            yield name, module  # type: ignore[misc]
+
+
+def _directly_read(model: nn.Module) -> dict[nn.Module, str]:
+    """Linears inside torch's own transformer blocks -> why they stay float."""
+    return {
+        inner: f"torch's {type(outer).__name__} reads the weight directly"
+        for outer in model.modules()
+        if isinstance(outer, _READS_WEIGHTS_DIRECTLY)
+        for inner in outer.modules()
+    }
+
+
+def _obstacle(module: nn.Linear | nn.Embedding) -> str | None:
+    if module.weight.device.type == "meta":
+        return "its weight is on the meta device and has no values"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return f"max_norm={module.max_norm} rewrites the table while looking up"
+    return None
+
+
+def _follow_ties(entries: list[PlanEntry], recipe: Recipe) -> list[PlanEntry]:
+    """Modules that share a weight are quantized as one or not at all, so that the weight stays shared and is stored once."""
+    groups: dict[int, list[PlanEntry]] = {}
+    for entry in entries:
+        groups.setdefault(id(entry.module.weight), []).append(entry)
+    followed: dict[str, PlanEntry] = {}
+    for group in groups.values():
+        followed |= {entry.name: entry for entry in (_tie(group, recipe) if len(group) > 1 else group)}
+    return [followed[entry.name] for entry in entries]
+
+
+def _tie(group: list[PlanEntry], recipe: Recipe) -> list[PlanEntry]:
+    embeddings = [entry for entry in group if isinstance(entry.module, nn.Embedding)]
+    owner = embeddings[0] if embeddings else group[0]
+    excluded = next((e for e in group if recipe.decide(e.name, _ROLES[type(e.module)]).reason.startswith("excluded")), None)
+    if len(embeddings) > 1:
+        decision = Decision(None, f"{len(embeddings)} embeddings share the weight; that is not supported")
+    elif excluded is not None:
+        decision = Decision(None, f"shares its weight with {excluded.name}, which is {excluded.decision.reason}")
+    else:
+        decision = owner.decision
+    rest = [entry for entry in group if entry is not owner]
+    tied = Decision(decision.scheme, f"tied to {owner.name}")
+    return [
+        PlanEntry(owner.name, owner.module, decision),
+        *(PlanEntry(entry.name, entry.module, tied, owner.name) for entry in rest),
+    ]
+
+
+def _check_overrides_match(recipe: Recipe, names: list[str]) -> None:
+    from qbert.recipe import matches
+
+    for pattern in recipe.overrides:
+        if not any(matches(name, pattern) for name in names):
+            some = ", ".join(names[:3]) or "none"
+            raise QBertError(f"override {pattern!r} matches no linear or embedding; the model has {len(names)}: {some}, ...")
+
+
+def _quantized_module(entry: PlanEntry) -> QLinear | QEmbedding:
+    module, scheme = entry.module, entry.decision.scheme
+    assert scheme is not None
+    weight = _named(entry.name, quantize, module.weight, scheme)
+    if isinstance(module, nn.Embedding):
+        return QEmbedding(weight, module.padding_idx, module.weight.dtype).train(module.training)
+    return QLinear(weight, module.bias).train(module.training)
+
+
+def _empty_module(module: nn.Linear | nn.Embedding, spec: ModuleSpec) -> QLinear | QEmbedding:
+    weight = spec.empty_weight(module.weight.device)
+    if isinstance(module, nn.Embedding):
+        return QEmbedding(weight, module.padding_idx, module.weight.dtype)
+    return QLinear(weight, module.bias)
+
+
+def _float_module(module: Quantized, weights: dict[nn.Module, nn.Parameter]) -> nn.Linear | nn.Embedding:
+    n, k = module.shape
+    if isinstance(module, QEmbedding):
+        embedding = nn.Embedding(n, k, module.padding_idx, device="meta")
+        embedding.weight = weights[module]
+        return embedding.train(module.training)
+    linear = nn.Linear(k, n, bias=module.bias is not None, device="meta")
+    linear.weight = weights[module.owner if isinstance(module, QTiedLinear) else module]
+    linear.bias = module.bias
+    return linear.train(module.training)
+
+
+def _module_for(model: nn.Module, name: str, spec: ModuleSpec) -> nn.Linear | nn.Embedding:
+    kind = nn.Embedding if spec.kind == "embedding" else nn.Linear
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(f"modules.{name}", f"must name a module of {type(model).__name__}", name) from None
+    if type(module) is not kind:
+        raise CheckpointError(f"modules.{name}", f"must be an {kind.__name__} in the model", type(module).__name__)
+    assert isinstance(module, nn.Linear | nn.Embedding)
+    if tuple(module.weight.shape) != spec.shape:
+        raise CheckpointError(f"modules.{name}.shape", f"must be {list(module.weight.shape)}", list(spec.shape))
+    return module
+
+
+def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Puts each replacement wherever its module stands; one module may stand in several places."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in replacements:
+                setattr(parent, name, replacements[child])
+
+
+def _bias(module: nn.Linear | nn.Embedding) -> nn.Parameter | None:
+    return getattr(module, "bias", None)
+
+
+def _named(name: str, function: Callable[[Tensor, Scheme], object], weight: Tensor, scheme: Scheme | None):  # type: ignore[no-untyped-def]
+    """Calls a check or a quantizer and puts the module's name before what it complains of."""
+    assert scheme is not None
+    try:
+        return function(weight, scheme)
+    except QBertError as error:
+        raise QBertError(f"{name}: {error}") from None

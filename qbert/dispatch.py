@@ -1,0 +1,78 @@
+"""L4. Which kernel runs and which layout it reads: pure data in, data out, so every choice is tested with no such machine.
+
+The tables below are the whole truth: `ops` asks the same function as `qbert.explain`, so what is shown is what runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qbert.formats import Role, Scheme
+from qbert.layout import Layout
+from qbert.target import Target
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """What runs for an operation, and why that one."""
+
+    name: str
+    reason: str
+
+
+# Operation -> how torch itself computes it best on a CPU.
+_INTEGER_PRODUCTS = (
+    "w8a8_linear", "w8a8_linear_requant", "w4a8_linear", "w4a8_linear_requant", "gobo_linear", "gobo_linear_requant",
+)  # fmt: skip
+_FLOAT_PRODUCTS = ("w8a16_linear", "w4a16_linear", "gobo_a16_linear")
+_ROW_OPERATIONS = (
+    "quantize_per_token", "w8_embedding", "w4_embedding", "gobo_embedding", "attention_int8", "add_layer_norm_quantize",
+    "embed_layer_norm_quantize",
+)  # fmt: skip
+OPERATIONS = _INTEGER_PRODUCTS + _FLOAT_PRODUCTS + _ROW_OPERATIONS
+
+TORCH_INT_MM = "torch._int_mm"
+TORCH_FLOAT32_CHUNKS = "torch float32 in exact chunks"
+TORCH_EXPAND_LINEAR = "torch expand + linear"
+TORCH_ROWS = "torch"
+REFERENCE = "reference"
+
+
+def select_kernel(operation: str, target: Target) -> KernelChoice:
+    """The kernel that runs `operation` on `target`.
+
+    Raises:
+        KeyError: an operation that is not in `OPERATIONS` (a mistake in qbert, not in its input).
+    """
+    if operation not in OPERATIONS:
+        raise KeyError(operation)
+    if target.device != "cpu":
+        return KernelChoice(REFERENCE, f"no {target.device} kernel for {operation} in this version; exact but slow")
+    if operation in _INTEGER_PRODUCTS:
+        if target.int_mm_exact:
+            return KernelChoice(TORCH_INT_MM, "torch's int8 product is exact on this CPU")
+        return KernelChoice(TORCH_FLOAT32_CHUNKS, "torch's int8 product saturates on this CPU (no VNNI)")
+    if operation in _FLOAT_PRODUCTS:
+        return KernelChoice(TORCH_EXPAND_LINEAR, "weight expanded to float for each call: saves memory, not time")
+    return KernelChoice(TORCH_ROWS, "plain torch")
+
+
+def linear_operation(scheme: Scheme) -> str:
+    """The operation that a linear of that scheme calls."""
+    if scheme.has_dictionary:
+        return "gobo_linear" if scheme.activation else "gobo_a16_linear"
+    return f"w{scheme.weight_bits}a{scheme.activation_bits or 16}_linear"
+
+
+def embedding_operation(scheme: Scheme) -> str:
+    """The operation that an embedding of that scheme calls."""
+    return "gobo_embedding" if scheme.has_dictionary else f"w{scheme.weight_bits}_embedding"
+
+
+def select_layout(scheme: Scheme, role: Role, target: Target) -> Layout:
+    """The layout that the kernel for a weight of that scheme reads on `target`."""
+    if role is Role.EMBEDDING or scheme.weight_bits == 8 or target.device != "cpu":
+        return Layout.PLAIN  # a look-up unpacks the rows it needs; an int8 row is its own operand
+    if scheme.activation is not None:
+        return Layout.INT8_EXPANDED  # torch multiplies int8 matrices only: expand once, at load
+    return Layout.BYTES  # unpacking bits in torch costs more than the product; a byte a code is the compromise

@@ -1,0 +1,112 @@
+"""L9. What runs for every module of a model, and why: the answer to "is my model really quantized?"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from torch import nn
+
+from qbert.convert import float_reasons
+from qbert.nn import QTiedLinear, QuantizedModule
+
+
+@dataclass(frozen=True)
+class Row:
+    """One linear or embedding.
+
+    Attributes:
+        name: qualified name.
+        scheme: or ``"float32"`` and the like.
+        shape: (n, k).
+        layout: where the codes' bits are, in memory now.
+        bits_per_weight: stored bits with all scales, dictionaries and outliers.
+        stored_bytes: in a checkpoint; 0 for a weight that another module holds.
+        memory_bytes: in memory now.
+        outliers: weights kept exactly.
+        kernel: what runs.
+        reason: why that kernel, or why the module is float.
+    """
+
+    name: str
+    scheme: str
+    shape: tuple[int, int]
+    layout: str
+    bits_per_weight: float
+    stored_bytes: int
+    memory_bytes: int
+    outliers: int
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Rows for all linears and embeddings of a model; prints as a table."""
+
+    rows: list[Row]
+
+    @property
+    def quantized(self) -> list[Row]:
+        """The rows of quantized modules."""
+        return [row for row in self.rows if not row.scheme.startswith(("float", "bfloat"))]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight over the quantized modules."""
+        weights = sum(row.shape[0] * row.shape[1] for row in self.quantized if row.stored_bytes)
+        return 8 * sum(row.stored_bytes for row in self.quantized) / max(1, weights)
+
+    def to_dicts(self) -> list[dict[str, object]]:
+        """The rows as plain data."""
+        return [{each.name: getattr(row, each.name) for each in fields(row)} for row in self.rows]
+
+    def __str__(self) -> str:
+        header = ("module", "scheme", "shape", "layout", "bits", "kernel", "why")
+        table = [header, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+        )
+
+
+def explain(model: nn.Module) -> Explanation:
+    """What runs for every linear and embedding of `model`, quantized or not."""
+    reasons = float_reasons(model)
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedModule | QTiedLinear):
+            rows.append(_quantized_row(name, module))
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            rows.append(_float_row(name, module, reasons.get(name, "not quantized")))
+    return Explanation(rows)
+
+
+def _quantized_row(name: str, module: QuantizedModule | QTiedLinear) -> Row:
+    tied = isinstance(module, QTiedLinear)
+    weight = module.owner.quantized if isinstance(module, QTiedLinear) else module.quantized
+    reason = f"tied to {module.owner_name}; {module.kernel.reason}" if isinstance(module, QTiedLinear) else module.kernel.reason
+    return Row(
+        name=name,
+        scheme=module.scheme.name,
+        shape=module.shape,
+        layout=weight.layout.value,
+        bits_per_weight=weight.bits_per_weight,
+        stored_bytes=0 if tied else weight.stored_bytes,
+        memory_bytes=0 if tied else weight.nbytes,
+        outliers=weight.outliers,
+        kernel=module.kernel.name,
+        reason=reason,
+    )
+
+
+def _float_row(name: str, module: nn.Linear | nn.Embedding, reason: str) -> Row:
+    weight = module.weight
+    nbytes = weight.numel() * weight.element_size()
+    n, k = weight.shape
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return Row(name, dtype, (n, k), "plain", 8.0 * weight.element_size(), nbytes, nbytes, 0, "torch", reason)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    shape, bits = f"{row.shape[0]}x{row.shape[1]}", f"{row.bits_per_weight:.3g}"
+    return (row.name, row.scheme, shape, row.layout, bits, row.kernel, row.reason)

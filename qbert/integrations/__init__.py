@@ -1,0 +1,51 @@
+"""L10. Other frameworks: registered when they are imported, so that `import qbert` stays light."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+# The module that defines from_pretrained; it has imported the tables of quantizers when it is done.
+_TRIGGER = "transformers.modeling_utils"
+_INTEGRATION = "qbert.integrations.transformers"
+
+
+class _RegisterAfterImport(importlib.abc.MetaPathFinder):
+    """Imports the integration right after transformers has imported what loads models.
+
+    Importing transformers' model code takes seconds; without this hook `import qbert` would pay for it, or users of
+    ``AutoModel.from_pretrained`` would have to call a registration function and get random weights when they forget.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _TRIGGER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        loader_class = type(spec.loader)
+        exec_module = spec.loader.exec_module
+
+        class Loader(loader_class):  # type: ignore[valid-type,misc]
+            def exec_module(self, module: ModuleType) -> None:
+                exec_module(module)
+                importlib.import_module(_INTEGRATION)
+
+        spec.loader.__class__ = Loader
+        return spec
+
+
+def register() -> None:
+    """Registers with transformers now if it is loaded, or as soon as it is."""
+    if _TRIGGER in sys.modules:
+        importlib.import_module(_INTEGRATION)
+    elif not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisterAfterImport())

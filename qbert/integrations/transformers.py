@@ -1,0 +1,299 @@
+"""L10. transformers: `from_pretrained(..., quantization_config=QBertConfig(...))`, `save_pretrained`, `from_pretrained`, load.
+
+Importing this module registers the method ``"qbert"`` with transformers (see `qbert.integrations`). There is one loader:
+`qbert.load` is transformers' own `from_pretrained` behind the strict check, and `from_pretrained` runs the same check.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qbert import checkpoint, convert
+from qbert.bert import KEEP_FLOAT
+from qbert.checkpoint import METHOD, Record
+from qbert.errors import CheckpointError, QBertError
+from qbert.nn import ModuleSpec, QuantizedModule
+from qbert.recipe import Recipe
+
+# Names under which configurations count their layers; each layer has tensors of its own, which bounds the number.
+_LAYER_COUNTS = ("num_hidden_layers", "n_layers", "num_layers", "num_hidden_groups")
+
+
+@register_quantization_config(METHOD)
+class QBertConfig(QuantizationConfigMixin):
+    """Quantization configuration for `from_pretrained`; takes the arguments of `qbert.Recipe`.
+
+    Args:
+        linear, embedding, exclude, overrides, keep_float: see `qbert.Recipe`.
+        modules: what stands in a checkpoint; written on save, never given by hand.
+        source: the model that was quantized, for reports.
+    """
+
+    def __init__(
+        self,
+        linear: str | None = "w8a8",
+        embedding: str | None = None,
+        exclude: Sequence[str] = (),
+        overrides: Mapping[str, str | None] | None = None,
+        keep_float: Sequence[str] = KEEP_FLOAT,
+        modules: Mapping[str, Any] | None = None,
+        source: str | None = None,
+        **rest: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        unknown = rest.keys() - {"quant_method", "format_version"}
+        if unknown:
+            raise QBertError(f"QBertConfig has no argument {sorted(unknown)[0]!r}; allowed: those of qbert.Recipe")
+        self.recipe = Recipe(linear, embedding, tuple(exclude), dict(overrides or {}), tuple(keep_float))
+        self.record: Record | None = None
+        if modules is not None:
+            fields = {**self.recipe.to_dict(), "modules": modules, "source": source, **rest}
+            self.record = Record.parse(fields)
+
+    @classmethod
+    def of_record(cls, record: Record) -> QBertConfig:
+        """The configuration of a quantized model."""
+        return cls(**record.model_dump())
+
+    def to_dict(self) -> dict[str, Any]:
+        if self.record is not None:
+            return self.record.model_dump(mode="json")
+        return {"quant_method": METHOD, "format_version": checkpoint.FORMAT_VERSION, **self.recipe.to_dict()}
+
+
+@register_quantizer(METHOD)
+class QBertHfQuantizer(HfQuantizer):
+    """transformers' view of qbert: empty modules before the weights come, the kernels' layouts after."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            return
+        record = self.quantization_config.record
+        if record is None:
+            raise CheckpointError("quantization_config.modules", "must say what each quantized module is", "nothing")
+        skeleton = build_skeleton(model.config, record)
+        files = kwargs.get("checkpoint_files") or []
+        with torch.device("cpu"):  # transformers builds models under the meta device; the check reads real values
+            checkpoint.check_files(files, record, checkpoint.expected_tensors(skeleton, skeleton.all_tied_weights_keys))
+        convert.install_(model, _rename(record.modules, skeleton, model), record.recipe)
+        _forget_quantized_ties(model)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            for module in model.modules():
+                if isinstance(module, QuantizedModule):
+                    module.use_best_layout()
+            _attach(model, Record.of(model, self.quantization_config.recipe, self.quantization_config.record.source))
+        else:
+            convert.quantize_(model, self.quantization_config.recipe)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # After save_pretrained a configuration holds the name of its type.
+        convert.dequantize_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        state_dict = model.state_dict()
+        # The record's names are this version's; a checkpoint that was loaded under older names is not saved under them.
+        model._weight_conversions = []
+        record = Record.of(model, self.quantization_config.recipe, _source(self.quantization_config))
+        model.config.quantization_config = QBertConfig.of_record(record)
+        absent = set(model.all_tied_weights_keys) | set(model._keys_to_ignore_on_save or ())
+        stored = {name: tensor for name, tensor in state_dict.items() if name not in absent}
+        return state_dict, checkpoint.metadata(stored, record)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Loads a quantized checkpoint as the class it was saved from.
+
+    Args:
+        folder: written by `qbert.save` or `save_pretrained`.
+        kwargs: for `from_pretrained` (``dtype``, ``device_map``, ``attn_implementation`` ...).
+
+    Raises:
+        CheckpointError: the first rule that the checkpoint breaks.
+    """
+    _, config = check(folder)
+    model_class = _architecture(config)
+    try:
+        return model_class.from_pretrained(str(folder), local_files_only=True, **kwargs)
+    except CheckpointError:
+        raise
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(str(folder), "must load", " ".join(str(error).split())[:300]) from None
+
+
+def check(folder: str | Path) -> tuple[Record, PretrainedConfig]:
+    """Holds a checkpoint folder to every rule, without loading it into a model.
+
+    Raises:
+        CheckpointError: the first rule that it breaks.
+    """
+    folder = checkpoint.require_folder(folder)
+    data = checkpoint.read_config(folder)
+    record = Record.parse(data["quantization_config"])
+    files = checkpoint.weight_files(folder)
+    _check_layer_counts(data, len(record.modules))
+    try:
+        config = transformers.AutoConfig.for_model(**{k: v for k, v in data.items() if k != "quantization_config"})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(checkpoint.CONFIG_FILE, "must describe a model that transformers knows", error) from None
+    skeleton = build_skeleton(config, record)
+    checkpoint.check_files(files, record, checkpoint.expected_tensors(skeleton, skeleton.all_tied_weights_keys))
+    return record, config
+
+
+def save(model: PreTrainedModel, folder: str | Path, *, source: str | None = None) -> None:
+    """Writes a quantized model: to a temporary folder beside the target, which then takes its place.
+
+    Raises:
+        QBertError: a model that is not quantized, or a target that is not a checkpoint and not empty.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, QBertHfQuantizer):
+        raise QBertError(f"{type(model).__name__} is not quantized by qbert; call qbert.quantize_ first")
+    if source is not None:
+        record = Record.of(model, quantizer.quantization_config.recipe, source)
+        _attach(model, record)
+    replace_folder(folder, model.save_pretrained)
+
+
+def replace_folder(folder: str | Path, write: Any) -> None:
+    """Calls `write(temporary folder)` and moves the result to `folder`; on an error nothing is left behind.
+
+    An existing checkpoint is replaced; any other non-empty folder is refused.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise QBertError(f"{str(folder)!r} is a file; allowed: a folder, new, empty or with a checkpoint in it")
+    if folder.is_dir() and any(folder.iterdir()) and not checkpoint.is_checkpoint(folder):
+        raise QBertError(f"folder {str(folder)!r} is not empty and holds no qbert checkpoint; it is left alone")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)
+        write(temporary)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def build_skeleton(config: PretrainedConfig, record: Record) -> PreTrainedModel:
+    """The saved model on the meta device: no values, but the name, type and shape of every tensor."""
+    model_class = _architecture(config)
+    try:
+        with torch.device("meta"):
+            skeleton = model_class(config)
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
+        raise CheckpointError(checkpoint.CONFIG_FILE, f"must build a {model_class.__name__}", error) from None
+    convert.install_(skeleton, record.modules, record.recipe)
+    _forget_quantized_ties(skeleton)
+    return skeleton
+
+
+def _architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The transformers class that a checkpoint was saved from. Only transformers' own names are looked up."""
+    names = config.architectures
+    name = names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else None
+    found = getattr(transformers, name, None) if name and name.isidentifier() else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise CheckpointError(f"{checkpoint.CONFIG_FILE}: architectures", "must name one model class of transformers", names)
+    return found
+
+
+def _check_layer_counts(config: Mapping[str, Any], quantized_modules: int) -> None:
+    """A hostile layer count would keep the constructor busy for ever; every layer has linears of its own."""
+    for name in _LAYER_COUNTS:
+        value = config.get(name)
+        if value is not None and not (isinstance(value, int) and 0 <= value <= max(1024, quantized_modules)):
+            raise CheckpointError(f"{checkpoint.CONFIG_FILE}: {name}", "must be a plausible number of layers", value)
+
+
+def _rename(specs: Mapping[str, ModuleSpec], saved: PreTrainedModel, target: PreTrainedModel) -> dict[str, ModuleSpec]:
+    """The specs under the target's names: a head model's encoder goes by a prefix that the bare encoder does not have."""
+    prefix = f"{saved.base_model_prefix}."
+    saved_has_prefix = saved.base_model is not saved
+    target_has_prefix = target.base_model is not target
+    if saved_has_prefix == target_has_prefix:
+        return dict(specs)
+    if target_has_prefix:
+        return {prefix + name: _retie(spec, lambda owner: prefix + owner) for name, spec in specs.items()}
+    return {
+        name.removeprefix(prefix): _retie(spec, lambda owner: owner.removeprefix(prefix))
+        for name, spec in specs.items()
+        if name.startswith(prefix)
+    }
+
+
+def _retie(spec: ModuleSpec, rename: Any) -> ModuleSpec:
+    return spec if spec.tied_to is None else spec.model_copy(update={"tied_to": rename(spec.tied_to)})
+
+
+def _forget_quantized_ties(model: PreTrainedModel) -> None:
+    """transformers ties parameters by name; where a quantized module stands there is none, and the tie is the module's."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    model.all_tied_weights_keys = {
+        target: source
+        for target, source in model.all_tied_weights_keys.items()
+        if target in parameters and source in parameters
+    }
+
+
+def _attach(model: PreTrainedModel, record: Record) -> None:
+    """Makes `save_pretrained` and `model.dequantize` know that the model is quantized."""
+    model.config.quantization_config = QBertConfig.of_record(record)
+    model.hf_quantizer = QBertHfQuantizer(model.config.quantization_config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = METHOD
+    _forget_quantized_ties(model)
+
+
+def _source(config: QBertConfig) -> str | None:
+    return config.record.source if config.record else None
+
+
+def _outermost(model: nn.Module) -> list[PreTrainedModel]:
+    if isinstance(model, PreTrainedModel):
+        return [model]
+    return [found for child in model.children() for found in _outermost(child)]
+
+
+def _follow(model: nn.Module, recipe: Recipe | None) -> None:
+    """Keeps the records of every transformers model inside `model` in step with what `convert` did to it."""
+    for inner in _outermost(model):
+        if recipe is not None:
+            if any(isinstance(module, QuantizedModule) for module in inner.modules()):
+                _attach(inner, Record.of(inner, recipe, inner.config.name_or_path or None))
+        elif isinstance(getattr(inner, "hf_quantizer", None), QBertHfQuantizer):
+            inner.hf_quantizer.remove_quantization_config(inner)
+            inner.all_tied_weights_keys = inner.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+convert.when_changed(_follow)

@@ -1,0 +1,5 @@
+"""L6. From a float weight to a `QuantizedTensor`: what each scheme's codes, scales and dictionaries are."""
+
+from qbert.quantizers.registry import quantize
+
+__all__ = ["quantize"]

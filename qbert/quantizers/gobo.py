@@ -1,0 +1,210 @@
+"""L6. GOBO: a dictionary of 8 or 16 values learned from each matrix, and the few weights that do not fit it kept exactly.
+
+Zadeh, Edo, Awad, Moshovos: "GOBO: Quantizing Attention-Based NLP Models for Low Latency and Energy Efficient Inference",
+MICRO 2020 (arXiv 2005.03842). For each matrix: fit a Gaussian, set apart the weights whose log-density is below a
+threshold, split the rest into equally populated bins, and move the bins' means by Lloyd's update until the L1 error
+stops falling.
+
+The weights are sorted once; with prefix sums an iteration costs 2**bits binary searches, so BERT-base takes seconds. All
+sums run in float64 in one fixed order, so the same matrix gives the same bytes on every run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qbert.errors import QBertError
+from qbert.formats import INT8, Scheme
+from qbert.layout import pack_codes
+from qbert.qtensor import column_dtype
+
+LOG_DENSITY_THRESHOLD = -4.0  # the paper's: natural logarithm of the fitted Gaussian's density
+# The threshold depends on the scale of the weights: at a standard deviation of 21.8 it calls every weight an outlier. Weights
+# of encoders lie near 0.04 (0.1 to 0.5 % outliers); far above that a dictionary is no longer what is stored.
+MAX_OUTLIER_FRACTION = 0.05
+
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """What was learned from one matrix.
+
+    Attributes:
+        centroids: (2**bits,) ascending, float64.
+        low, high: weights outside [low, high] are outliers.
+        iterations: Lloyd updates taken until L1 stopped falling.
+        l1: sum of |weight - centroid| over the weights that are not outliers.
+    """
+
+    centroids: Float64
+    low: float
+    high: float
+    iterations: int
+    l1: float
+
+
+def quantize_gobo(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    """(n, k) float32 to the PLAIN tensors of a dictionary scheme; outliers come back bit for bit."""
+    device, values = weight.device, weight.cpu()
+    learned = learn_dictionary(values.numpy(), scheme.weight_bits)
+    centroids = torch.from_numpy(learned.centroids).to(torch.float32)
+    codes = _nearest(values, centroids)
+    tensors = {"codebook": centroids}
+    decoded = centroids
+    if scheme.activation is not None:
+        tensors["codebook"], tensors["scale"] = _snap_to_int8(centroids)
+        # Centroids that became equal share their lowest index, so that an expanded weight can be packed again.
+        codes = torch.searchsorted(tensors["codebook"].to(torch.int32), tensors["codebook"].to(torch.int32))[codes]
+        decoded = tensors["codebook"].to(torch.float32) * tensors["scale"]
+    doubles = values.to(torch.float64)
+    is_outlier = (doubles < learned.low) | (doubles > learned.high)
+    rows, columns = is_outlier.nonzero(as_tuple=True)
+    codes[rows, columns], delta = _exact_deltas(values[rows, columns], codes[rows, columns], decoded)
+    rowptr = torch.zeros(values.shape[0] + 1, dtype=torch.int32)
+    rowptr[1:] = is_outlier.sum(dim=1).cumsum(0)
+    tensors |= {
+        "qdata": pack_codes(codes, scheme.weight),
+        "outlier_rowptr": rowptr,
+        "outlier_col": columns.to(column_dtype(values.shape[1])),
+        "outlier_delta": delta,
+    }
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def learn_dictionary(
+    weight: NDArray[np.float32],
+    bits: int,
+    threshold: float = LOG_DENSITY_THRESHOLD,
+    max_outlier_fraction: float = MAX_OUTLIER_FRACTION,
+) -> Dictionary:
+    """Learns the dictionary of one matrix.
+
+    Args:
+        weight: finite float32 of any shape.
+        bits: the dictionary has 2**bits entries.
+        threshold: a weight is an outlier if the log-density of the fitted Gaussian there is below this.
+        max_outlier_fraction: more outliers than this fraction is an error, not a result.
+
+    Raises:
+        QBertError: the threshold makes outliers of more than `max_outlier_fraction` of the weights.
+    """
+    ordered = np.sort(weight, axis=None).astype(np.float64)
+    low, high = outlier_bounds(ordered, threshold)
+    first, last = np.searchsorted(ordered, low, "left"), np.searchsorted(ordered, high, "right")
+    outliers = ordered.size - int(last - first)
+    # A handful is no fraction: a tiny matrix may keep one weight exactly.
+    if outliers > max(1, max_outlier_fraction * ordered.size):
+        raise QBertError(
+            f"gobo: {outliers} of {ordered.size} weights (standard deviation {_deviation(ordered):.4g}) have log-density "
+            f"below {threshold}; allowed: at most {max_outlier_fraction:.0%}. Exclude the module or rescale its weight"
+        )
+    centroids, iterations, l1 = _lloyd_until_l1_rises(ordered[first:last], bits)
+    return Dictionary(centroids, low, high, iterations, l1)
+
+
+def outlier_bounds(ordered: Float64, threshold: float) -> tuple[float, float]:
+    """Weights outside [low, high] have a log-density below `threshold` under the Gaussian fitted to all weights."""
+    mean = _sum(ordered) / ordered.size
+    deviation = _deviation(ordered)
+    if deviation == 0.0:  # a constant matrix has no density; nothing stands out in it
+        return mean - math.inf, mean + math.inf
+    room = -threshold - math.log(deviation * math.sqrt(2 * math.pi))
+    radius = deviation * math.sqrt(2 * max(room, 0.0))  # no room: the density is below the threshold everywhere
+    return mean - radius, mean + radius
+
+
+def _lloyd_until_l1_rises(ordered: Float64, bits: int) -> tuple[Float64, int, float]:
+    """Centroids, updates taken and their L1 error, from sorted weights."""
+    entries = 1 << bits
+    prefix = np.concatenate(([0.0], np.cumsum(ordered)))
+    bins = np.arange(entries + 1) * ordered.size // entries
+    # With fewer weights than entries some bins are empty; they start at their neighbour.
+    centroids = _means(prefix, bins, ordered[np.minimum(bins[:-1], ordered.size - 1)])
+    best, best_l1, iterations = centroids, math.inf, 0
+    while True:
+        cells = _cells(ordered, centroids)
+        l1 = _l1(ordered, prefix, cells, centroids)
+        if not l1 < best_l1:
+            return best, iterations, best_l1
+        best, best_l1 = centroids, l1
+        centroids = _means(prefix, cells, centroids)
+        iterations += 1
+
+
+def _cells(ordered: Float64, centroids: Float64) -> NDArray[np.int64]:
+    """Bounds (entries + 1,) of the run of sorted weights nearest to each centroid; a tie goes to the lower one."""
+    inner = np.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2, "right")
+    return np.concatenate(([0], inner, [ordered.size]))
+
+
+def _means(prefix: Float64, cells: NDArray[np.int64], otherwise: Float64) -> Float64:
+    """Mean of each cell; an empty cell keeps `otherwise`."""
+    counts = np.diff(cells)
+    return np.where(counts > 0, (prefix[cells[1:]] - prefix[cells[:-1]]) / np.maximum(counts, 1), otherwise)
+
+
+def _l1(ordered: Float64, prefix: Float64, cells: NDArray[np.int64], centroids: Float64) -> float:
+    """Sum of |weight - centroid|: in each sorted cell, weights below the centroid, then weights above it."""
+    first, last = cells[:-1], cells[1:]
+    split = np.clip(np.searchsorted(ordered, centroids, "right"), first, last)
+    below = centroids * (split - first) - (prefix[split] - prefix[first])
+    above = (prefix[last] - prefix[split]) - centroids * (last - split)
+    return float(np.sum(below + above))
+
+
+def _nearest(values: Tensor, centroids: Tensor) -> Tensor:
+    """Index (n, k) int64 of the nearest centroid, a tie to the lower one."""
+    exact = centroids.to(torch.float64)
+    middles = (exact[1:] + exact[:-1]) / 2
+    # Comparing float32 weights with a middle rounded down to float32 decides as comparing with the middle itself.
+    rounded = middles.to(torch.float32)
+    rounded = torch.where(rounded.to(torch.float64) > middles, rounded.nextafter(torch.tensor(-torch.inf)), rounded)
+    return torch.bucketize(values, rounded, out_int32=True).to(torch.int64)
+
+
+def _snap_to_int8(centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Centroids as int8 codes times one scale (1,) float32: what an INT8 matrix unit multiplies."""
+    absmax = centroids.abs().max()
+    scale = absmax / INT8.qmax if float(absmax) > 0 else torch.ones_like(absmax)
+    return torch.round(centroids / scale).clamp(-INT8.qmax, INT8.qmax).to(torch.int8), scale.view(1)
+
+
+def _exact_deltas(outliers: Tensor, codes: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and float32 deltas (outliers,) such that decoded[code] + delta, rounded to float32, is the outlier itself.
+
+    The rounded difference nearly always does; where the last bit is off, one of its two neighbours does, because the
+    difference is finer than the outlier as long as the centroid lies on the same side of zero. Where it does not, another
+    centroid is taken.
+    """
+    codes, delta = codes.clone(), outliers - decoded[codes]
+    for candidate in (None, *range(decoded.numel())):
+        wrong = (decoded[codes] + delta != outliers).nonzero().flatten()
+        if wrong.numel() == 0:
+            return codes, delta
+        if candidate is not None:
+            codes[wrong] = candidate
+            delta[wrong] = outliers[wrong] - decoded[candidate]
+        for direction in (torch.inf, -torch.inf):
+            neighbour = delta[wrong].nextafter(torch.tensor(direction))
+            hit = decoded[codes[wrong]] + neighbour == outliers[wrong]
+            delta[wrong[hit]] = neighbour[hit]
+    assert bool((decoded[codes] + delta == outliers).all()), "an outlier that no centroid can be corrected to"
+    return codes, delta
+
+
+def _sum(ordered: Float64) -> float:
+    """One running sum: numpy's own `sum` adds in an order that depends on the CPU's vectors."""
+    return float(np.cumsum(ordered)[-1])
+
+
+def _deviation(ordered: Float64) -> float:
+    """Population standard deviation."""
+    mean = _sum(ordered) / ordered.size
+    return math.sqrt(_sum((ordered - mean) ** 2) / ordered.size)

@@ -1,0 +1,84 @@
+"""L0. What this machine is: read once, plain data, so that choosing a kernel can be tested for machines that are not here."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an operation would run.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        isa: the best integer instruction set of a CPU: ``amx_int8``, ``avx512_vnni``, ``avx_vnni``, ``avx2`` or ``generic``.
+        sm: compute capability of a CUDA device as major * 10 + minor (90 for H100), else 0.
+        sm_count: number of its multiprocessors, else 0.
+        shared_memory: bytes of shared memory that one thread block can use, else 0.
+        native: whether the compiled extension for this device is there.
+        int_mm_exact: whether torch's int8 matrix product gives exact int32 sums there (see `_int_mm_is_exact`).
+    """
+
+    device: str = "cpu"
+    isa: str = "generic"
+    sm: int = 0
+    sm_count: int = 0
+    shared_memory: int = 0
+    native: bool = False
+    int_mm_exact: bool = True
+
+
+def native_cpu() -> Any | None:
+    """The compiled extension `qbert._cpu`, or None where it was not built."""
+    try:
+        from qbert import _cpu
+    except ImportError:
+        return None
+    return _cpu
+
+
+@functools.cache
+def cpu_target() -> Target:
+    """This machine's CPU. Without the extension the instruction set is not asked for: nothing here could use it."""
+    extension = native_cpu()
+    isa = extension.isa() if extension is not None else "generic"
+    return Target("cpu", isa, native=extension is not None, int_mm_exact=_int_mm_is_exact())
+
+
+def _int_mm_is_exact() -> bool:
+    """Whether `torch._int_mm` adds up extreme products exactly.
+
+    Its oneDNN kernel for CPUs without VNNI adds pairs of products in saturating 16-bit integers (vpmaddubsw), which turns
+    768 * 127 * 127 into 768 * 128 without a word. Asking for one product that saturates is cheaper and surer than cpuid.
+    """
+    import torch
+
+    k = 64
+    row = torch.full((32, k), 127, dtype=torch.int8)
+    return bool((torch._int_mm(row, row.t()) == k * 127 * 127).all())
+
+
+@functools.cache
+def cuda_target(index: int = 0) -> Target:
+    """CUDA device `index`."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return Target("cuda", "", properties.major * 10 + properties.minor, properties.multi_processor_count, shared)
+
+
+def target_of(device: Any) -> Target:
+    """The target behind a torch device; ``meta`` tensors have no data and count as the CPU."""
+    if device.type == "cuda":
+        return cuda_target(device.index or 0)
+    return cpu_target()
+
+
+def describe() -> str:
+    """One line for reports: processor, instruction set, extension."""
+    cpu = cpu_target()
+    return f"{platform.machine()} {cpu.isa}, extension {'built' if cpu.native else 'not built'}"
