@@ -1,0 +1,86 @@
+"""Which component of the "BERT Breakdown" every module of a BERT-type encoder belongs to, as data.
+
+The components are those of Ganesh et al., "Compressing Large-Scale Transformer-Based Models: A Case Study on BERT"
+(TACL 2021), figure 3. A name that no pattern knows is `Component.OTHER`: shown, never dropped.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import re
+
+
+class Component(str, enum.Enum):
+    """One row of the breakdown, in the order in which a token meets them."""
+
+    EMBEDDINGS = "embeddings"  # all tables, their LayerNorm, ELECTRA's projection to the hidden size
+    QKV_LINEARS = "qkv_linears"
+    ATTENTION_SCORES = "attention_scores"  # QK^T, softmax, PV, and the reshapes around them
+    ATTENTION_OUTPUT = "attention_output"  # the linear after the heads
+    FFN = "ffn"  # both linears and the activation between them
+    NORMS = "norms"  # residual add + LayerNorm of the encoder layers
+    POOLER_HEAD = "pooler_head"
+    OTHER = "other"
+
+
+LABELS: dict[Component, str] = {
+    Component.EMBEDDINGS: "embeddings",
+    Component.QKV_LINEARS: "QKV linears",
+    Component.ATTENTION_SCORES: "attention scores",
+    Component.ATTENTION_OUTPUT: "attention output",
+    Component.FFN: "FFN",
+    Component.NORMS: "add + norm",
+    Component.POOLER_HEAD: "pooler / head",
+    Component.OTHER: "other",
+}
+
+# Every pattern begins at a dot or at the start, so the same names are found under "bert.", "roberta.", "distilbert."...
+_START = r"(?:^|\.)"
+_END = r"(?:\.|$)"  # the module itself and whatever a wrapper put below it
+_BERT_LAYER = _START + r"encoder\.layer\.\d+"  # BERT, RoBERTa, ELECTRA, MPNet
+_DISTIL_LAYER = _START + r"transformer\.layer\.\d+"
+
+_HEAD_NAMES = (
+    "pooler",
+    "cls", "qa_outputs", "classifier",  # BERT and the task heads that all families share
+    "lm_head",  # RoBERTa, MPNet
+    "pre_classifier", "vocab_transform", "vocab_layer_norm", "vocab_projector",  # DistilBERT
+    "generator_predictions", "generator_lm_head", "discriminator_predictions", "sequence_summary",  # ELECTRA
+)  # fmt: skip
+
+# First match wins: leaves stand before the containers whose own (functional) work is what is left of them.
+PATTERNS: tuple[tuple[Component, str], ...] = (
+    (Component.EMBEDDINGS, _START + r"(?:embeddings|embeddings_project)" + _END),
+    # BERT, RoBERTa, ELECTRA
+    (Component.QKV_LINEARS, _BERT_LAYER + r"\.attention\.self\.(?:query|key|value)" + _END),
+    (Component.ATTENTION_SCORES, _BERT_LAYER + r"\.attention\.self(?:\.dropout)?$"),
+    (Component.ATTENTION_OUTPUT, _BERT_LAYER + r"\.attention\.output\.dense" + _END),
+    (Component.NORMS, _BERT_LAYER + r"\.attention\.output(?:\.LayerNorm|\.dropout)?$"),
+    (Component.FFN, _BERT_LAYER + r"\.(?:intermediate|output\.dense)" + _END),
+    (Component.NORMS, _BERT_LAYER + r"\.output(?:\.LayerNorm|\.dropout)?$"),
+    # MPNet: its attention container adds the residual; its encoder computes the position bias of the scores
+    (Component.QKV_LINEARS, _BERT_LAYER + r"\.attention\.attn\.[qkv]" + _END),
+    (Component.ATTENTION_OUTPUT, _BERT_LAYER + r"\.attention\.attn\.o" + _END),
+    (Component.ATTENTION_SCORES, _BERT_LAYER + r"\.attention\.attn(?:\.dropout)?$"),
+    (Component.NORMS, _BERT_LAYER + r"\.attention(?:\.LayerNorm|\.dropout)?$"),
+    (Component.ATTENTION_SCORES, _START + r"encoder(?:\.relative_attention_bias)?$"),
+    # DistilBERT: its layer itself adds the residuals
+    (Component.QKV_LINEARS, _DISTIL_LAYER + r"\.attention\.[qkv]_lin" + _END),
+    (Component.ATTENTION_OUTPUT, _DISTIL_LAYER + r"\.attention\.out_lin" + _END),
+    (Component.ATTENTION_SCORES, _DISTIL_LAYER + r"\.attention(?:\.dropout)?$"),
+    (Component.FFN, _DISTIL_LAYER + r"\.ffn" + _END),
+    (Component.NORMS, _DISTIL_LAYER + r"(?:\.sa_layer_norm|\.output_layer_norm)?$"),
+    (Component.POOLER_HEAD, _START + f"(?:{'|'.join(_HEAD_NAMES)})" + _END),
+)
+
+_COMPILED = tuple((component, re.compile(pattern)) for component, pattern in PATTERNS)
+
+
+@functools.cache
+def component_of(name: str) -> Component:
+    """Component of the module with this qualified name (as in `named_modules()`); OTHER where no pattern knows it."""
+    for component, pattern in _COMPILED:
+        if pattern.search(name):
+            return component
+    return Component.OTHER

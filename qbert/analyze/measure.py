@@ -1,0 +1,125 @@
+"""Latency of every component on this machine: one stamp wherever one component hands over to another.
+
+The time between two stamps belongs to the component that ran, so the components add up to the whole forward pass.
+Attention scores are what an attention module takes besides its linears. Passes with and without stamps alternate:
+the difference is what stamping costs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qbert.analyze.components import Component
+from qbert.analyze.tracker import ComponentTracker
+
+WARM_UP_PASSES = 2
+_MS_PER_S = 1e3
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Medians over the repeats, in milliseconds.
+
+    Attributes:
+        total_ms: a forward pass as users run it, without stamps.
+        fastest_ms, slowest_ms: of those passes; far apart on a machine that is busy otherwise.
+        stamped_ms: a forward pass with stamps.
+        hook_cost_ms: median difference between the two, pass by pass; below the noise it can come out negative.
+        component_ms: time of each component in the passes with stamps.
+        repeats: passes of each kind.
+    """
+
+    total_ms: float
+    fastest_ms: float
+    slowest_ms: float
+    stamped_ms: float
+    hook_cost_ms: float
+    component_ms: dict[Component, float]
+    repeats: int
+
+    @property
+    def remainder_ms(self) -> float:
+        """What the components do not explain: `total_ms` less their sum. Mostly the hooks' cost, with a minus sign."""
+        return self.total_ms - sum(self.component_ms.values())
+
+
+class _Stamps:
+    """Points in time on the device that runs the model, each with the component that ran until then."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._taken: list[tuple[Component | None, float | torch.cuda.Event]] = []
+
+    def take(self, ran: Component | None) -> None:
+        """Stamp now. On CUDA the stream stamps it, so that nothing waits."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._taken.append((ran, event))
+        else:
+            self._taken.append((ran, time.perf_counter()))
+
+    def component_ms(self) -> dict[Component, float]:
+        """Milliseconds of each component, after the device is done."""
+        times = dict.fromkeys(Component, 0.0)
+        for (_, start), (ran, end) in zip(self._taken, self._taken[1:], strict=False):
+            if ran is not None:
+                times[ran] += _between_ms(start, end)
+        return times
+
+
+def _between_ms(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(start, float) and isinstance(end, float):
+        return (end - start) * _MS_PER_S
+    assert not isinstance(start, float) and not isinstance(end, float)
+    return start.elapsed_time(end)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _timed_ms(model: nn.Module, inputs: Mapping[str, torch.Tensor], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    model(**inputs)
+    _synchronize(device)
+    return (time.perf_counter() - start) * _MS_PER_S
+
+
+def measure_latency(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], device: torch.device, repeats: int
+) -> Latency:
+    """Time `model(**inputs)` on `device`, `repeats` times plain and `repeats` times with stamps, in turn."""
+    totals: list[float] = []
+    stamped_totals: list[float] = []
+    components: list[dict[Component, float]] = []
+    with torch.inference_mode():
+        for _ in range(WARM_UP_PASSES):
+            model(**inputs)
+        for repeat in range(repeats):
+            # The first of a pair may find the caches in another state than the second: take turns.
+            for stamped in (False, True) if repeat % 2 == 0 else (True, False):
+                if not stamped:
+                    totals.append(_timed_ms(model, inputs, device))
+                    continue
+                stamps = _Stamps(device)
+                with ComponentTracker(model, stamps.take):
+                    stamped_totals.append(_timed_ms(model, inputs, device))
+                components.append(stamps.component_ms())
+    return Latency(
+        total_ms=statistics.median(totals),
+        fastest_ms=min(totals),
+        slowest_ms=max(totals),
+        stamped_ms=statistics.median(stamped_totals),
+        hook_cost_ms=statistics.median(b - a for a, b in zip(totals, stamped_totals, strict=True)),
+        component_ms={each: statistics.median(times[each] for times in components) for each in Component},
+        repeats=repeats,
+    )

@@ -1,0 +1,206 @@
+"""The breakdown for people: tables for the terminal, bars for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qbert.analyze.components import LABELS, Component
+from qbert.analyze.result import META_DEVICE, AnalyzeResult, ComponentResult
+from qbert.errors import MissingDependency
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MILLION, _GIGA, _MIB = 1e6, 1e9, 1 << 20
+
+Column = tuple[str, Callable[[ComponentResult], str]]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1f}"
+
+
+def _ms(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
+
+
+_WORK_COLUMNS: tuple[Column, ...] = (
+    ("params\nM", lambda row: f"{row.parameters / _MILLION:.2f}"),
+    ("%", lambda row: _percent(row.shares.parameters)),
+    ("weights\nMiB", lambda row: f"{row.weight_bytes / _MIB:.2f}"),
+    ("GFLOP", lambda row: f"{row.matmul_flops / _GIGA:.2f}"),
+    ("%", lambda row: _percent(row.shares.matmul_flops)),
+    ("vector\nGFLOP", lambda row: f"{row.vector_flops / _GIGA:.3f}"),
+    ("moved\nMiB", lambda row: f"{row.bytes_moved / _MIB:.1f}"),
+    ("%", lambda row: _percent(row.shares.bytes_moved)),
+    ("kernels", lambda row: str(row.launches)),
+)
+_TIME_COLUMNS: tuple[Column, ...] = (
+    ("peak\nMiB", lambda row: f"{row.peak_bytes / _MIB:.1f}"),
+    ("at peak\nMiB", lambda row: f"{row.bytes_at_peak / _MIB:.1f}"),
+    ("measured\nms", lambda row: _ms(row.measured_ms)),
+    ("%", lambda row: _percent(row.shares.measured)),
+    ("predicted\nms", lambda row: _ms(row.predicted.ms)),
+    ("%", lambda row: _percent(row.shares.predicted)),
+    ("bound", lambda row: row.predicted.bound),
+    ("FLOP/\nbyte", lambda row: f"{row.predicted.intensity:.1f}"),
+    ("launch\nms", lambda row: _ms(row.predicted.launch_ms)),
+)
+
+
+def to_table(result: AnalyzeResult) -> Group:
+    """Two tables (work; memory and time) and the notes that they need; print it with a `rich.console.Console`."""
+    heading = f"{result.model} ({result.model_dtype}), batch {result.batch}, seq {result.seq}"
+    work = _table(f"{heading}: parameters and work", result, _WORK_COLUMNS)
+    _total_row(work, result, _WORK_COLUMNS)
+    times = _table(
+        f"{heading}: run-time memory and latency, {_where(result)}",
+        result,
+        _TIME_COLUMNS,
+    )
+    if result.measurement is not None:
+        empty = [""] * (len(_TIME_COLUMNS) - 3)
+        times.add_row("remainder", "", "", _ms(result.measurement.remainder_ms), *empty, style="dim")
+    _total_row(times, result, _TIME_COLUMNS)
+    parts: list[RenderableType] = [work, times, *(Text(note, style="dim") for note in _notes(result))]
+    return Group(*parts)
+
+
+def _where(result: AnalyzeResult) -> str:
+    """Which machines the times are of."""
+    predicted = f"predicted for {result.target.name} ({result.target.description}) in {result.dtype}"
+    return predicted if result.measurement is None else f"measured on {result.environment.device}, {predicted}"
+
+
+def _table(title: str, result: AnalyzeResult, columns: tuple[Column, ...]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("component", no_wrap=True)
+    for header, _ in columns:
+        table.add_column(header, justify="right")
+    for row in result.components:
+        table.add_row(LABELS[Component(row.component)], *(show(row) for _, show in columns))
+    return table
+
+
+def _total_row(table: Table, result: AnalyzeResult, columns: tuple[Column, ...]) -> None:
+    table.add_section()
+    table.add_row("total", *(show(result.total) for _, show in columns), style="bold")
+
+
+def _notes(result: AnalyzeResult) -> list[str]:
+    target = result.target
+    peaks = ", ".join(f"{precision} {peak:.4g}" for precision, peak in target.peak_tflops.items())
+    counted = (
+        "GFLOP: matrix products, a multiply-add is 2. Moved: inputs and outputs of every operation, no cache. "
+        "Peak: activations alive while the component allocates; at peak: whose they are at the model's highest point."
+    )
+    predicted = (
+        f"Predicted: the sum of max(FLOPs/peak, bytes/bandwidth) of each operation on {target.description}: TFLOPS "
+        f"{peaks}; {target.bandwidth_gb_s:.4g} GB/s; launches ({target.launch_us:.2g} us each) come on top. "
+        f"Source: {target.source}."
+    )
+    notes = [counted, predicted]
+    if result.measurement is not None:
+        measured = result.measurement
+        notes.append(
+            f"Measured: medians of {measured.repeats} passes ({measured.fastest_ms:.2f} to {measured.slowest_ms:.2f} ms); "
+            f"torch {result.environment.torch_version}, {result.environment.threads} threads; the hooks cost {measured.hook_cost_ms:.2f} ms a pass; "
+            "remainder: total less the components."
+        )
+    if result.environment.device == META_DEVICE and result.attention_implementation == "sdpa":
+        notes.append(
+            "On the meta device torch runs scaled_dot_product_attention unfused: its bytes, memory and kernels are those "
+            "of eager attention; a fused kernel keeps the scores out of memory."
+        )
+    if result.uncounted_ops:
+        ops = ", ".join(f"{name} x{times}" for name, times in sorted(result.uncounted_ops.items()))
+        notes.append(f"FLOPs not known, counted as 0: {ops}.")
+    return notes
+
+
+# Okabe & Ito, "Color Universal Design" (2008): eight colours that colour-blind readers can tell apart, in an order that
+# puts light beside dark. White edges part neighbours in print.
+_COLOURS: dict[Component, str] = {
+    Component.EMBEDDINGS: "#E69F00",
+    Component.QKV_LINEARS: "#0072B2",
+    Component.ATTENTION_SCORES: "#56B4E9",
+    Component.ATTENTION_OUTPUT: "#009E73",
+    Component.FFN: "#D55E00",
+    Component.NORMS: "#F0E442",
+    Component.POOLER_HEAD: "#CC79A7",
+    Component.OTHER: "#000000",
+}
+_DARK = frozenset({Component.QKV_LINEARS, Component.OTHER})  # numbers on them are white
+_LABEL_FROM_PERCENT = 3.0  # narrower pieces have no room for a number
+_FIGURE_INCHES = (11.0, 4.8)
+_DPI = 150
+
+
+def _bars(result: AnalyzeResult) -> list[tuple[str, dict[str, float]]]:
+    """(label, share of each component in percent) for every bar, top to bottom; without data no bar."""
+    total = result.total
+    bars = [
+        (f"parameters\n{total.parameters / _MILLION:.1f} M", _shares(result, "parameters")),
+        (f"FLOPs\n{total.matmul_flops / _GIGA:.1f} GFLOP", _shares(result, "matmul_flops")),
+        (f"bytes moved\n{total.bytes_moved / _MIB:.0f} MiB", _shares(result, "bytes_moved")),
+        (f"peak activations\n{total.peak_bytes / _MIB:.1f} MiB", _shares(result, "bytes_at_peak")),
+        (f"measured here\n{_ms(total.measured_ms)} ms", _shares(result, "measured")),
+        (f"predicted, {result.target.name}\n{_ms(total.predicted.ms)} ms", _shares(result, "predicted")),
+    ]
+    return [(label, shares) for label, shares in bars if any(shares.values())]
+
+
+def _shares(result: AnalyzeResult, metric: str) -> dict[str, float]:
+    return {row.component: getattr(row.shares, metric) or 0.0 for row in result.components}
+
+
+def plot(result: AnalyzeResult, path: str | Path) -> None:
+    """Draw the breakdown as one bar of shares for each quantity and write it to `path` (PNG, SVG or PDF by its ending).
+
+    Raises:
+        MissingDependency: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependency("plots need matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=_FIGURE_INCHES, layout="constrained")
+    FigureCanvasAgg(figure)  # no display, and no change to the caller's pyplot
+    axes = figure.add_subplot()
+    _draw_bars(axes, _bars(result))
+    axes.set_xlabel("share of the model's total (%)")
+    axes.set_title(
+        f"{result.model} ({result.model_dtype}), batch {result.batch}, seq {result.seq}\n{_where(result)}",
+        fontsize=10,
+    )
+    figure.legend(loc="outside lower center", ncols=len(Component), frameon=False, fontsize=8.5)
+    figure.savefig(path, dpi=_DPI)
+
+
+def _draw_bars(axes: Axes, bars: list[tuple[str, dict[str, float]]]) -> None:
+    labels = [label for label, _ in bars]
+    lefts = [0.0] * len(bars)
+    for component in Component:
+        widths = [shares[component.value] for _, shares in bars]
+        patches = axes.barh(
+            labels, widths, left=lefts, height=0.72, color=_COLOURS[component], edgecolor="white", linewidth=0.8,
+            label=LABELS[component],
+        )  # fmt: skip
+        texts = [f"{width:.0f}" if width >= _LABEL_FROM_PERCENT else "" for width in widths]
+        axes.bar_label(
+            patches, texts, label_type="center", fontsize=9, color="white" if component in _DARK else "black"
+        )
+        lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
