@@ -1,0 +1,5 @@
+"""L14. `python -m qbert`."""
+
+from qbert.cli import main
+
+main()

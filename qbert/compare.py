@@ -1,0 +1,252 @@
+"""L12. The main job, scheme by scheme: quantize a real model, save it, load it back, evaluate it, time it; one table."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+from torch import nn
+
+from qbert.analyze.targets import device_description
+from qbert.errors import MissingDependency, QBertError
+from qbert.evaluate import Baseline, EvalResult, load_tokenizer, prepare_baseline, score
+from qbert.recipe import Recipe
+from qbert.timing import interleaved_medians
+from qbert.workflow import load_any, quantize_checkpoint
+from qbert.zoo import resolve_model
+
+# linear scheme, embedding scheme. The last row is the paper's setting: 3-bit weights, 4-bit embeddings.
+DEFAULT_RECIPES: tuple[tuple[str, str | None], ...] = (
+    ("w8a8", None), ("w8a8", "w8"), ("w4a8", None), ("w4a16", None), ("gobo4", None), ("gobo4a8", None), ("gobo3", None),
+    ("gobo3a8", None), ("gobo3", "gobo4"),
+)  # fmt: skip
+
+Step = Callable[[str], None]
+
+
+class Row(BaseModel):
+    """One way to store the model.
+
+    Attributes:
+        name: linear scheme, and the embeddings' after a plus sign.
+        bits_per_weight: of the quantized weights, with all metadata; 32 for the original.
+        file_bytes, percent_of_float32: of the weights' file.
+        quantize_seconds: None for the original.
+        forward_ms: median of interleaved forwards at `Comparison.batch` x `Comparison.seq` tokens.
+        speedup: over the original in the same rounds.
+        cosine_mean, cosine_min: of text embeddings to the original's, over all texts of all tasks.
+        results: one for each task.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    bits_per_weight: float
+    file_bytes: int
+    percent_of_float32: float
+    quantize_seconds: float | None
+    forward_ms: float
+    speedup: float
+    cosine_mean: float
+    cosine_min: float
+    results: list[EvalResult]
+
+
+class ComparisonTable(BaseModel):
+    """All rows, and where they were measured."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    device: str
+    torch_version: str
+    batch: int
+    seq: int
+    rows: list[Row]
+
+
+def compare(
+    source: str,
+    tasks: Sequence[Any],
+    recipes: Sequence[tuple[str, str | None]] = DEFAULT_RECIPES,
+    *,
+    batch: int = 8,
+    seq: int = 128,
+    step: Step = lambda text: None,
+) -> ComparisonTable:
+    """Quantizes `source` in several ways and measures each against the original.
+
+    Args:
+        source: local folder, hub id or alias of a float model.
+        tasks: names or data, see `qbert.evaluate`.
+        recipes: (linear scheme, embedding scheme or None) for each row.
+        batch, seq: shape of the timed forward.
+        step: told what is being done.
+    """
+    if not tasks:
+        raise QBertError("no task to compare on; allowed: at least one")
+    named = {_name(*schemes): Recipe(*schemes) for schemes in recipes}  # complains before anything long starts
+    original = load_any(source)
+    tokenizer = load_tokenizer(resolve_model(source))
+    baselines = []
+    for task in tasks:
+        step(f"float32 on {getattr(task, 'name', task)}")
+        baselines.append(prepare_baseline(original, tokenizer, task))
+    measured = []
+    models: dict[str, nn.Module] = {"float32": original}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, recipe in named.items():
+            step(name)
+            report = quantize_checkpoint(source, Path(folder) / name, recipe)
+            models[name] = load_any(report.folder)  # what is evaluated went through a file
+            measured.append((name, report, [score(models[name], tokenizer, baseline) for baseline in baselines]))
+    step(f"timing {batch} x {seq} tokens")
+    milliseconds = _forward_ms(models, batch, seq)
+    rows = [_original_row(original, baselines, milliseconds["float32"])]
+    for name, report, results in measured:
+        comparisons = [(result, result.comparison) for result in results if result.comparison is not None]
+        texts = sum(result.n for result, _ in comparisons)
+        rows.append(
+            Row(
+                name=name,
+                bits_per_weight=report.bits_per_weight,
+                file_bytes=report.file_bytes,
+                percent_of_float32=report.percent_of_float32,
+                quantize_seconds=report.seconds,
+                forward_ms=milliseconds[name],
+                speedup=milliseconds["float32"] / milliseconds[name],
+                cosine_mean=sum(result.n * each.cosine_mean for result, each in comparisons) / texts,
+                cosine_min=min(each.cosine_min for _, each in comparisons),
+                results=results,
+            )
+        )
+    return ComparisonTable(
+        model=source,
+        device=device_description(torch.device("cpu")),
+        torch_version=torch.__version__,
+        batch=batch,
+        seq=seq,
+        rows=rows,
+    )
+
+
+def to_table(comparison: ComparisonTable) -> Table:
+    """The comparison as a rich table."""
+    table = Table(
+        title=f"{comparison.model}, forward {comparison.batch} x {comparison.seq} on {comparison.device}, "
+        f"torch {comparison.torch_version}",
+        title_justify="left",
+    )
+    for header in ("scheme", "bits", "file MB", "% fp32", "quantize s", "forward ms", "speed-up", "cos mean", "cos min"):
+        table.add_column(header, justify="left" if header == "scheme" else "right")
+    for result in comparison.rows[0].results:
+        table.add_column(f"{result.task}\n{result.metric}, n={result.n}", justify="right")
+    for row in comparison.rows:
+        table.add_row(*_cells(row))
+    table.caption = (
+        "bits: stored bits per quantized weight with scales, dictionaries and outliers. Tasks: score, and the paired change "
+        "against float32 in points with its 95% interval."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def plot(comparison: ComparisonTable, path: str | Path) -> None:
+    """Bits per weight against cosine and against each task's score, to a picture file.
+
+    Raises:
+        MissingDependency: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingDependency("pictures need matplotlib; install it with: pip install 'qbert[plot]'") from None
+    tasks = [result.task for result in comparison.rows[0].results]
+    figure = Figure(figsize=(5 * (1 + len(tasks)), 4.6), layout="constrained")
+    axes = figure.subplots(1, 1 + len(tasks), squeeze=False)[0]
+    _draw(axes[0], comparison.rows[1:], [row.cosine_mean for row in comparison.rows[1:]], "mean cosine to float32")
+    for index, task in enumerate(tasks):
+        original = comparison.rows[0].results[index]
+        scores = [row.results[index].score for row in comparison.rows[1:]]
+        _draw(axes[index + 1], comparison.rows[1:], scores, f"{task}: {original.metric} (n={original.n})")
+        axes[index + 1].axhline(original.score, color="0.4", linestyle="--", linewidth=1, label="float32")
+        axes[index + 1].axhspan(*original.interval, color="0.5", alpha=0.12, label="its 95% interval")
+        axes[index + 1].legend(loc="lower right", fontsize=8)
+    figure.suptitle(f"{comparison.model}: bits against quality")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+# Families of schemes share a colour (Okabe and Ito's palette, told apart by colour-blind people too) and a marker.
+_FAMILIES = {"w8": ("#0072B2", "s"), "w4": ("#E69F00", "^"), "gobo": ("#009E73", "o")}
+_LABEL_OFFSETS = ((6, 6), (6, -12), (-6, 10), (-6, -16))
+
+
+def _draw(axis: Any, rows: Sequence[Row], values: Sequence[float], label: str) -> None:
+    for index, (row, value) in enumerate(zip(rows, values, strict=True)):
+        colour, marker = next(style for prefix, style in _FAMILIES.items() if row.name.startswith(prefix))
+        axis.scatter(row.bits_per_weight, value, color=colour, marker=marker, s=45, zorder=3)
+        offset = _LABEL_OFFSETS[index % len(_LABEL_OFFSETS)]
+        align = "left" if offset[0] > 0 else "right"
+        axis.annotate(row.name, (row.bits_per_weight, value), offset, textcoords="offset points", ha=align, fontsize=8)
+    axis.set_xlabel("stored bits per quantized weight")
+    axis.set_ylabel(label)
+    axis.grid(alpha=0.3)
+    axis.margins(x=0.18, y=0.15)
+
+
+def _name(linear: str, embedding: str | None) -> str:
+    return linear if embedding is None else f"{linear}+{embedding}"
+
+
+def _original_row(original: nn.Module, baselines: Sequence[Baseline], forward_ms: float) -> Row:
+    float32_bytes = sum(4 * parameter.numel() for parameter in original.parameters())
+    return Row(
+        name="float32",
+        bits_per_weight=32.0,
+        file_bytes=float32_bytes,
+        percent_of_float32=100.0,
+        quantize_seconds=None,
+        forward_ms=forward_ms,
+        speedup=1.0,
+        cosine_mean=1.0,
+        cosine_min=1.0,
+        results=[baseline.result for baseline in baselines],
+    )
+
+
+def _forward_ms(models: dict[str, nn.Module], batch: int, seq: int) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = int(getattr(next(iter(models.values())).config, "vocab_size", 1000))  # type: ignore[arg-type]
+    ids = torch.randint(0, vocabulary, (batch, seq), generator=generator)
+    with torch.inference_mode():
+        runs = {name: (lambda model=model: model(input_ids=ids)) for name, model in models.items()}  # type: ignore[misc]
+        seconds = interleaved_medians(runs)
+    return {name: 1e3 * value for name, value in seconds.items()}
+
+
+def _cells(row: Row) -> list[str]:
+    cells = [
+        row.name,
+        f"{row.bits_per_weight:.2f}",
+        f"{row.file_bytes / 1e6:.1f}",
+        f"{row.percent_of_float32:.1f}",
+        "" if row.quantize_seconds is None else f"{row.quantize_seconds:.1f}",
+        f"{row.forward_ms:.0f}",
+        f"{row.speedup:.2f}x",
+        f"{row.cosine_mean:.4f}",
+        f"{row.cosine_min:.3f}",
+    ]
+    for result in row.results:
+        change = result.comparison
+        cells.append(
+            f"{result.score:.1f} [{result.interval[0]:.1f}, {result.interval[1]:.1f}]"
+            if change is None
+            else f"{result.score:.1f}  {-change.drop:+.1f} [{-change.drop_interval[1]:+.1f}, {-change.drop_interval[0]:+.1f}]"
+        )
+    return cells

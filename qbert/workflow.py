@@ -1,0 +1,263 @@
+"""L11. What the commands do: a model in, a checkpoint out; a checkpoint in, a report out. No printing here."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from qbert import checkpoint
+from qbert.convert import Progress, quantize_
+from qbert.errors import QBertError
+from qbert.evaluate.loading import load_fp32, load_tokenizer, quiet_transformers
+from qbert.explain import Explanation, explain
+from qbert.metrics import sqnr_db
+from qbert.nn import QuantizedModule
+from qbert.recipe import Recipe
+from qbert.reference import dequantize
+from qbert.zoo import resolve_model
+
+# What sentence-transformers keeps beside a model: how to pool and normalize. Copied so that a quantized folder stays one.
+_SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling", "2_Normalize")
+_FLOAT32_BYTES = 4
+
+
+class _Report(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class QuantizeReport(_Report):
+    """Outcome of `quantize_checkpoint`; sizes in bytes."""
+
+    source: str
+    folder: str
+    modules: int
+    bits_per_weight: float
+    float32_bytes: int
+    file_bytes: int
+    percent_of_float32: float
+    seconds: float
+
+
+class InspectReport(_Report):
+    """What stands in a checkpoint, one row for each linear and embedding; sizes in bytes."""
+
+    folder: str
+    source: str | None
+    modules: list[dict[str, Any]]
+    bits_per_weight: float
+    quantized_bytes: int
+    float_bytes: int
+    float32_bytes: int
+    file_bytes: int
+    percent_of_float32: float
+
+
+class ModuleSqnr(_Report):
+    """One quantized weight against the original."""
+
+    name: str
+    scheme: str
+    bits_per_weight: float
+    sqnr_db: float | None
+    max_error: float
+
+
+class VerifyReport(_Report):
+    """Every rule holds; with an original, how far each weight is from it."""
+
+    folder: str
+    tensors: int
+    modules: int
+    against: str | None
+    sqnr: list[ModuleSqnr]
+
+
+def load_float(source: str) -> nn.Module:
+    """A float model, as the class that its configuration names, in the type it is stored in.
+
+    Args:
+        source: local folder, hub id or alias.
+
+    Raises:
+        QBertError: it cannot be loaded, or is quantized already.
+    """
+    import transformers
+
+    path = resolve_model(source)
+    if Path(path).is_dir() and checkpoint.is_checkpoint(path):
+        raise QBertError(f"{source!r} is quantized already; allowed: a float model")
+    with quiet_transformers():
+        try:
+            config = transformers.AutoConfig.from_pretrained(path)
+            names = config.architectures or []
+            model_class: Any = getattr(transformers, names[0], None) if names else None
+            return (model_class or transformers.AutoModel).from_pretrained(path).eval()
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise QBertError(f"cannot load {source!r}: {str(error).strip().splitlines()[0]}") from None
+
+
+def load_any(source: str) -> nn.Module:
+    """A quantized checkpoint or a float32 model, whichever `source` is."""
+    path = resolve_model(source)
+    if Path(path).is_dir() and checkpoint.is_checkpoint(path):
+        from qbert.integrations.transformers import load
+
+        with quiet_transformers():
+            return load(path).eval()
+    return load_fp32(path)
+
+
+def quantize_checkpoint(
+    source: str, folder: str | Path, recipe: Recipe, *, progress: Progress | None = None
+) -> QuantizeReport:
+    """Quantizes a model into a folder, with its tokenizer. Nothing is left behind on an error.
+
+    Args:
+        source: local folder, hub id or alias of a float model.
+        folder: new, empty, or holding an older checkpoint.
+    """
+    from qbert.integrations.transformers import replace_folder, save
+
+    model = load_float(source)
+    start = time.perf_counter()
+    quantize_(model, recipe, progress=progress)
+    seconds = time.perf_counter() - start
+
+    def write(temporary: Path) -> None:
+        with quiet_transformers():
+            save(model, temporary, source=source)
+            _copy_companions(resolve_model(source), temporary)
+
+    replace_folder(folder, write)
+    explanation = explain(model)
+    float32_bytes, file_bytes = _float32_bytes(model), _file_bytes(folder)
+    return QuantizeReport(
+        source=source,
+        folder=str(folder),
+        modules=len(explanation.quantized),
+        bits_per_weight=explanation.bits_per_weight,
+        float32_bytes=float32_bytes,
+        file_bytes=file_bytes,
+        percent_of_float32=100 * file_bytes / float32_bytes,
+        seconds=seconds,
+    )
+
+
+def inspect_checkpoint(folder: str | Path) -> InspectReport:
+    """What stands in a checkpoint and what would run here. The checkpoint is held to every rule first."""
+    model = _load_checked(folder)
+    explanation: Explanation = explain(model)
+    quantized_bytes = sum(row.stored_bytes for row in explanation.quantized)
+    float_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    float32_bytes, file_bytes = _float32_bytes(model), _file_bytes(folder)
+    return InspectReport(
+        folder=str(folder),
+        source=checkpoint.Record.parse(checkpoint.read_config(folder)["quantization_config"]).source,
+        modules=explanation.to_dicts(),
+        bits_per_weight=explanation.bits_per_weight,
+        quantized_bytes=quantized_bytes,
+        float_bytes=float_bytes,
+        float32_bytes=float32_bytes,
+        file_bytes=file_bytes,
+        percent_of_float32=100 * file_bytes / float32_bytes,
+    )
+
+
+def verify_checkpoint(folder: str | Path, against: str | None = None) -> VerifyReport:
+    """Holds a checkpoint to every rule, and measures each weight against the original's where one is given."""
+    from qbert.integrations.transformers import check
+
+    record, _ = check(folder)
+    tensors = sum(len(list(_tensor_names(file))) for file in checkpoint.weight_files(folder))
+    sqnr = [] if against is None else _compare_weights(_load_checked(folder), load_float(against), against)
+    return VerifyReport(folder=str(folder), tensors=tensors, modules=len(record.modules), against=against, sqnr=sqnr)
+
+
+def source_of(folder: str | Path) -> str | None:
+    """The model that a checkpoint was made from, if it says so and it can be found here."""
+    source = checkpoint.Record.parse(checkpoint.read_config(folder)["quantization_config"]).source
+    if source is None:
+        return None
+    try:
+        path = resolve_model(source)
+    except QBertError:
+        return None
+    return source if Path(path).is_dir() else None
+
+
+def _load_checked(folder: str | Path) -> nn.Module:
+    from qbert.integrations.transformers import load
+
+    with quiet_transformers():
+        return load(folder).eval()
+
+
+def _compare_weights(model: nn.Module, original: nn.Module, against: str) -> list[ModuleSqnr]:
+    rows = []
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantizedModule):
+            continue
+        try:
+            weight = original.get_submodule(name).get_parameter("weight").detach().to(torch.float32)
+        except AttributeError:
+            raise QBertError(f"{against!r} has no module {name!r}; it is not the model that was quantized") from None
+        if tuple(weight.shape) != module.shape:
+            raise QBertError(f"{name} is {list(module.shape)} here and {list(weight.shape)} in {against!r}")
+        restored = dequantize(module.quantized)
+        ratio = sqnr_db(weight, restored)
+        rows.append(
+            ModuleSqnr(
+                name=name,
+                scheme=module.scheme.name,
+                bits_per_weight=module.quantized.bits_per_weight,
+                sqnr_db=ratio if abs(ratio) != float("inf") else None,
+                max_error=float((weight - restored).abs().max()),
+            )
+        )
+    return rows
+
+
+def _float32_bytes(model: nn.Module) -> int:
+    """Bytes of the model's parameters as float32: quantized weights count as many weights as they stand for."""
+    floats = sum(parameter.numel() for parameter in model.parameters())
+    quantized = sum(m.shape[0] * m.shape[1] for m in model.modules() if isinstance(m, QuantizedModule))
+    return _FLOAT32_BYTES * (floats + quantized)
+
+
+def _file_bytes(folder: str | Path) -> int:
+    return sum(file.stat().st_size for file in checkpoint.weight_files(folder))
+
+
+def _tensor_names(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def _copy_companions(path: str, folder: Path) -> None:
+    """The tokenizer, and what sentence-transformers needs, if the source has them."""
+    source = Path(path)
+    try:
+        load_tokenizer(path).save_pretrained(folder)
+    except QBertError:
+        if source.is_dir() and any(source.glob("tokenizer*")):  # it has one, and it is broken: do not hide that
+            raise
+    for name in _SENTENCE_FILES if source.is_dir() else ():
+        found = source / name
+        if found.is_dir():
+            _copy_json(found, folder / name)
+        elif found.is_file():
+            shutil.copyfile(found, folder / name)
+
+
+def _copy_json(source: Path, target: Path) -> None:
+    target.mkdir()
+    for file in sorted(source.glob("*.json")):
+        shutil.copyfile(file, target / file.name)

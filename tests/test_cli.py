@@ -1,0 +1,199 @@
+"""The commands as a user types them: results as JSON, bad input as one line and exit code 2."""
+
+import io
+import json
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from qbert import cli
+from qbert.errors import QBertError
+
+
+@dataclass
+class Done:
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments, check=True):
+    """The command line in this process: a process of its own would spend seconds importing torch, every time."""
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with mock.patch.object(sys, "argv", ["qbert", *map(str, arguments)]), redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+    done = Done(code, stdout.getvalue(), stderr.getvalue())
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A float BERT of two small layers, saved as transformers does."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny, tmp_path_factory):
+    """The same, quantized by the command."""
+    folder = tmp_path_factory.mktemp("out") / "tiny-gobo3"
+    report = json.loads(run("quantize", tiny, "--scheme", "gobo3", "--embedding", "gobo4", "-o", folder, "--json").stdout)
+    return folder, report
+
+
+def test_quantize_reports_what_it_wrote(quantized):
+    folder, report = quantized
+    assert report["file_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert report["modules"] == 2 * 6 + 1 + 3
+    assert report["percent_of_float32"] < 25
+
+
+def test_inspect_lists_every_linear_and_embedding(quantized):
+    folder, _ = quantized
+    report = json.loads(run("inspect", folder, "--json").stdout)
+    schemes = {row["name"]: row["scheme"] for row in report["modules"]}
+    assert schemes["encoder.layer.1.output.dense"] == "gobo3"
+    assert schemes["embeddings.word_embeddings"] == "gobo4"
+    assert len(schemes) == 16
+    assert "encoder.layer.0" in run("inspect", folder).stdout
+
+
+def test_verify_measures_each_weight(quantized, tiny):
+    folder, _ = quantized
+    report = json.loads(run("verify", folder, "--against", tiny, "--json").stdout)
+    assert len(report["sqnr"]) == 16
+    assert all(10 < row["sqnr_db"] < 30 for row in report["sqnr"])
+    assert "keep every rule" in run("verify", folder).stdout
+
+
+def test_verify_names_what_a_flipped_bit_broke(quantized, tmp_path):
+    folder, _ = quantized
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in folder.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    data = bytearray((broken / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (broken / "model.safetensors").write_bytes(data)
+    done = run("verify", broken, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: checkpoint: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_analyze_counts_without_measuring(quantized):
+    folder, _ = quantized
+    report = json.loads(
+        run("analyze", folder, "--batch", 2, "--seq", 16, "--no-measure", "--target", "h100", "--json").stdout
+    )
+    assert report["batch"] == 2
+    assert {row["component"] for row in report["components"]} >= {"embeddings"}
+
+
+def test_formats_lists_all_schemes():
+    from qbert.formats import FORMATS, SCHEMES
+
+    listed = json.loads(run("formats", "--json").stdout)
+    assert [row["scheme"] for row in listed["schemes"]] == list(SCHEMES)
+    assert [row["format"] for row in listed["formats"]] == list(FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["quantize", "{tiny}", "--scheme", "gobo5", "-o", "{out}"], "gobo5"),
+        (["quantize", "{tiny}", "--scheme", "w4a8-g128", "-o", "{out}"], "64"),
+        (["quantize", "{tiny}", "--override", "nothing.here=w8a8", "-o", "{out}"], "nothing.here"),
+        (["quantize", "{tiny}", "--override", "half", "-o", "{out}"], "half"),
+        (["quantize", "{out}/missing", "-o", "{out}"], "missing"),
+        (["quantize", "{quantized}", "-o", "{out}"], "quantized already"),
+        (["inspect", "{out}"], "config.json"),
+        (["inspect", "{tiny}"], "quantization_config"),
+        (["eval", "{tiny}", "--task", "nonsense"], "nonsense"),
+        (["eval", "{tiny}", "--data", "{out}/none.tsv"], "none.tsv"),
+        (["analyze", "{tiny}", "--seq", "100000"], "100000"),
+        (["analyze", "{tiny}", "--target", "abacus"], "abacus"),
+        (["compare", "{tiny}", "--scheme", "w9a9"], "w9a9"),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[2:3]) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line(arguments, named, tiny, quantized, tmp_path):
+    names = {"tiny": tiny, "quantized": quantized[0], "out": tmp_path}
+    done = run(*(each.format(**names) for each in arguments), check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert named in done.stderr
+    assert list(tmp_path.iterdir()) == [], "something half-written"
+
+
+def test_the_program_itself(tmp_path):
+    """Once as a shell runs it: exit code, one line, no traceback."""
+    done = subprocess.run([sys.executable, "-m", "qbert", "inspect", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: checkpoint: config.json")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_missing_option_is_exit_code_2(tiny):
+    done = run("quantize", tiny, check=False)
+    assert done.returncode == 2
+    assert "--output" in done.stderr
+
+
+def test_a_folder_that_is_no_checkpoint_is_left_alone(tiny, tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    done = run("quantize", tiny, "-o", tmp_path, check=False)
+    assert done.returncode == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_compare_measures_what_went_through_a_file(tiny, tmp_path):
+    """The whole job on made-up texts; figures of real models are printed by `make demo`."""
+    pytest.importorskip("matplotlib")
+    from qbert import compare
+    from qbert.evaluate import labelled_dataset, task_data
+
+    texts = [f"word{i % 7} number {i}" for i in range(60)]
+    data = task_data(labelled_dataset("made-up", [(text, "odd" if i % 2 else "even") for i, text in enumerate(texts)]))
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder())
+    model = BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+        )
+    )
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    result = compare.compare(str(tmp_path / "model"), [data], [("w8a8", None), ("gobo3", "w8")], batch=1, seq=8)
+    assert [row.name for row in result.rows] == ["float32", "w8a8", "gobo3+w8"]
+    assert result.rows[1].cosine_mean > result.rows[2].cosine_mean > 0.8
+    assert result.rows[2].bits_per_weight < 8.6
+    compare.plot(result, tmp_path / "plots" / "bits.png")
+    assert (tmp_path / "plots" / "bits.png").stat().st_size > 10_000
+
+
+def _tokenizer_folder():
+    from qbert.zoo import resolve_model
+
+    try:
+        return resolve_model("minilm")
+    except QBertError as error:
+        pytest.skip(str(error))

@@ -1,0 +1,112 @@
+"""The house stands as docs/architecture.md draws it: imports go down, kernels/ is reached without being a package."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "qbert"
+HEAVY = ("transformers", "triton", "bitsandbytes", "matplotlib", "typer")
+
+
+def documented_layers() -> dict[str, int]:
+    """Module -> layer, from the table in docs/architecture.md."""
+    layers = {}
+    for line in (ROOT / "docs/architecture.md").read_text().splitlines():
+        row = re.match(r"\| (\d+) \| (.*?) \|", line)
+        if row:
+            layers |= {name: int(row.group(1)) for name in re.findall(r"`(\w+)`", row.group(2))}
+    return layers
+
+
+LAYERS = documented_layers()
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py" and "kernels" not in path.parts)
+
+
+def unit_of(path: Path) -> str:
+    """The package or module that the table knows: qbert/nn/spec.py is `nn`."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_units(path: Path) -> set[str]:
+    """Units of qbert that a file imports, anywhere in it."""
+    units = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            raise AssertionError(f"{path}: relative import; say from qbert...")
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "qbert":
+            inner = node.module.split(".")[1:]
+            units |= {inner[0]} if inner else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            units |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("qbert.")}
+    return units
+
+
+def test_every_module_is_in_the_table():
+    assert {unit_of(path) for path in MODULES} == set(LAYERS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    unit = unit_of(path)
+    for imported in imported_units(path) - {unit, "_cpu", "kernels"}:
+        assert LAYERS[imported] < LAYERS[unit], f"{unit} (layer {LAYERS[unit]}) imports {imported} ({LAYERS[imported]})"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_docstring_says_the_layer(path):
+    """Packages say it in each file or in their __init__; whoever opens a file sees where it stands."""
+    first = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+    said = re.match(r"L(\d+)\.", first)
+    if path.parent == PACKAGE:
+        assert said, f"{path.name}: docstring starts with 'L<layer>.'"
+    if said:
+        assert int(said.group(1)) == LAYERS[unit_of(path)]
+
+
+def test_only_ops_reaches_kernels_and_extensions():
+    for path in MODULES:
+        reached = imported_units(path) & {"_cpu", "kernels"}
+        allowed = {"ops.py": {"_cpu", "kernels"}, "target.py": {"_cpu"}}.get(path.name, set())
+        assert reached <= allowed, f"{path.name} imports {reached}"
+
+
+def test_kernels_see_only_triton_and_themselves():
+    for path in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert all(name.split(".")[0] == "triton" or name.startswith("qbert.kernels") for name in names), path.name
+
+
+def test_kernels_is_no_package_of_its_own():
+    """A top-level package `kernels` would be what transformers imports in place of Hugging Face's."""
+    assert not (ROOT / "kernels/__init__.py").exists()
+    assert (PACKAGE / "kernels").is_symlink()
+    assert (PACKAGE / "kernels").resolve() == ROOT / "kernels"
+    for path in ROOT.rglob("*.py"):
+        if ".venv" not in path.parts and "build" not in path.parts:
+            assert not re.search(r"^\s*(import kernels|from kernels)\b", path.read_text(), re.M), path
+
+
+def test_import_is_light():
+    """`import qbert` needs no GPU, no Triton, no compiler, and none of the slow imports."""
+    code = f"import qbert, sys; print([name for name in {HEAVY!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_import_works_without_the_extension():
+    code = (
+        "import sys; sys.modules['qbert._cpu'] = None\n"
+        "import torch, qbert\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(64, 32))\n"
+        "qbert.quantize_(model, 'w8a8'); model(torch.randn(3, 64))\n"
+        "print(qbert.cpu_target().native, qbert.cpu_target().isa)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "generic"]
