@@ -34,8 +34,13 @@ _FROM_TRANSFORMERS = ("QBertConfig", "load", "save")
 
 def __getattr__(name: str) -> Any:
     if name in _FROM_TRANSFORMERS:
-        from qbert.integrations import transformers
-
+        try:
+            from qbert.integrations import transformers
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "transformers":
+                raise
+            message = f"qbert.{name} needs transformers; get it with: pip install 'transformers>=5,<6'"
+            raise MissingDependency(message) from None
         return getattr(transformers, name)
     raise AttributeError(f"module 'qbert' has no attribute {name!r}")
 

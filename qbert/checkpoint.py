@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -30,8 +30,7 @@ from qbert.validate import check_finite, check_plain_tensors, check_spec
 FORMAT_VERSION = 1
 METHOD = "qbert"
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
-DIGEST_KEY, VERSION_KEY = "qbert_digest", "qbert_format_version"
-_MAX_CONFIG_BYTES = 16 * 2**20  # a configuration is a few hundred kilobytes at most; more is an attack or a mistake
+_MAX_JSON_BYTES = 16 * 2**20  # a configuration is a few hundred kilobytes at most; more is an attack or a mistake
 
 
 class Record(BaseModel):
@@ -41,12 +40,13 @@ class Record(BaseModel):
         linear, embedding, exclude, overrides, keep_float: the recipe (see `qbert.Recipe`).
         modules: qualified name -> what stands there.
         source: the model that was quantized, as the user named it, for reports.
+        digest: of this record and of all tensors (see `digest`); None until they are written.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    quant_method: Literal["qbert"] = METHOD
-    format_version: Literal[1] = FORMAT_VERSION
+    quant_method: Literal["qbert"]
+    format_version: Literal[1]
     linear: str | None
     embedding: str | None
     exclude: list[str] = []
@@ -54,11 +54,20 @@ class Record(BaseModel):
     keep_float: list[str] = list(KEEP_FLOAT)
     modules: dict[str, ModuleSpec] = Field(min_length=1)
     source: str | None = None
+    digest: str | None = None
+
+    @model_validator(mode="after")
+    def _recipe_is_valid(self) -> Record:
+        _ = self.recipe  # a QBertError is a ValueError, which pydantic reports as its own
+        return self
 
     @classmethod
     def of(cls, model: nn.Module, recipe: Recipe, source: str | None = None) -> Record:
         """The record of a quantized model."""
-        return cls(**recipe.to_dict(), modules=collect_specs(model), source=source)
+        modules = collect_specs(model)
+        return cls(
+            quant_method=METHOD, format_version=FORMAT_VERSION, **recipe.to_dict(), modules=modules, source=source
+        )
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Record:
@@ -81,7 +90,7 @@ class Record(BaseModel):
 
     def canonical(self) -> str:
         """What the digest covers: the recipe and the modules, in one spelling."""
-        return json.dumps(self.model_dump(exclude={"source"}), sort_keys=True)
+        return json.dumps(self.model_dump(exclude={"source", "digest"}), sort_keys=True)
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]], record: Record) -> str:
@@ -96,9 +105,13 @@ def digest(tensors: Iterable[tuple[str, Tensor]], record: Record) -> str:
     return total.hexdigest()
 
 
-def metadata(tensors: Mapping[str, Tensor], record: Record) -> dict[str, str]:
-    """What goes into the safetensors header beside the tensors."""
-    return {DIGEST_KEY: digest(tensors.items(), record), VERSION_KEY: str(FORMAT_VERSION)}
+def signed(record: Record, tensors: Mapping[str, Tensor]) -> Record:
+    """The record with the digest of what is stored with it.
+
+    It stands in the configuration, not in the headers of the safetensors files: safetensors writes their entries in random
+    order, so two files would differ, and weights that are left from an older save would still match themselves.
+    """
+    return record.model_copy(update={"digest": digest(tensors.items(), record)})
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -110,12 +123,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(CONFIG_FILE, "must be in the folder", f"{str(folder)!r} without it")
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise CheckpointError(CONFIG_FILE, f"must be at most {_MAX_CONFIG_BYTES} bytes", path.stat().st_size)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(CONFIG_FILE, "must be JSON", str(error)) from None
+    config = _read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):
         raise CheckpointError(CONFIG_FILE, "must have a quantization_config of qbert", "none")
     return config
@@ -138,13 +146,22 @@ def weight_files(folder: str | Path) -> list[Path]:
     if not index.is_file():
         raise CheckpointError(WEIGHTS_FILE, "must be in the folder", f"{str(folder)!r} without it")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(INDEX_FILE, "must be JSON with a weight_map", repr(error)) from None
+        names = sorted(set(_read_json(index)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(INDEX_FILE, "must have a weight_map", repr(error)) from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
             raise CheckpointError(INDEX_FILE, "must name files in its own folder", _brief(name))
     return [folder / name for name in names]
+
+
+def tensor_names(files: Iterable[str | Path]) -> set[str]:
+    """Names of the tensors in safetensors files.
+
+    Raises:
+        CheckpointError: a file that is not well formed, or a name that is in two of them.
+    """
+    return set(_open(files))
 
 
 def expected_tensors(skeleton: nn.Module, absent: Iterable[str] = ()) -> dict[str, TensorSpec]:
@@ -173,10 +190,10 @@ def check_files(files: Iterable[str | Path], record: Record, expected: Mapping[s
     Raises:
         CheckpointError: the first rule that is broken, with the tensor and the value.
     """
-    tensors, headers = _open(files)
-    for name in expected.keys() - tensors.keys():
+    tensors = _open(files)
+    for name in sorted(expected.keys() - tensors.keys()):
         raise CheckpointError(name, "tensor must be there", "nothing")
-    for name in tensors.keys() - expected.keys():
+    for name in sorted(tensors.keys() - expected.keys()):
         raise CheckpointError(name, "no such tensor belongs to this model", name)
     quantized = _quantized_names(record)
     for name, spec in expected.items():
@@ -190,18 +207,28 @@ def check_files(files: Iterable[str | Path], record: Record, expected: Mapping[s
     for name, tensor in tensors.items():
         if name not in quantized and tensor.is_floating_point():
             check_finite(name, tensor)
-    _check_digest(tensors, headers, record)
+    actual = digest(tensors.items(), record)
+    if record.digest != actual:
+        rule = f"must be that of the tensors and of this record, {actual}"
+        raise CheckpointError("quantization_config.digest", rule, _brief(record.digest))
 
 
-def _open(files: Iterable[str | Path]) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
-    """All tensors (mapped, not read) and each file's header metadata."""
+def _read_json(path: Path) -> Any:
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise CheckpointError(path.name, f"must be at most {_MAX_JSON_BYTES} bytes", path.stat().st_size)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of thousands of digits, too deep
+        raise CheckpointError(path.name, "must be JSON", _brief(str(error))) from None
+
+
+def _open(files: Iterable[str | Path]) -> dict[str, Tensor]:
+    """All tensors, mapped, not read."""
     tensors: dict[str, Tensor] = {}
-    headers = []
     for path in files:
         name = Path(path).name
         try:
             with safe_open(path, framework="pt") as file:
-                headers.append(file.metadata() or {})
                 for key in file.keys():  # noqa: SIM118  (not a mapping)
                     if key in tensors:
                         raise CheckpointError(key, "must be in one file only", name)
@@ -210,7 +237,7 @@ def _open(files: Iterable[str | Path]) -> tuple[dict[str, Tensor], list[dict[str
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(name, "must be a safetensors file", _brief(str(error))) from None
-    return tensors, headers
+    return tensors
 
 
 def _quantized_names(record: Record) -> set[str]:
@@ -224,16 +251,6 @@ def _quantized_names(record: Record) -> set[str]:
 
 def _is_plain_float(name: str, spec: TensorSpec, found: Tensor, quantized: set[str]) -> bool:
     return name not in quantized and spec.dtype in FLOAT_DTYPES and found.dtype in FLOAT_DTYPES
-
-
-def _check_digest(tensors: Mapping[str, Tensor], headers: list[dict[str, str]], record: Record) -> None:
-    actual = digest(tensors.items(), record)
-    for header in headers or [{}]:
-        stored = header.get(DIGEST_KEY)
-        if stored is None:
-            raise CheckpointError(WEIGHTS_FILE, f"header must hold {DIGEST_KEY}", "none")
-        if stored != actual:
-            raise CheckpointError(WEIGHTS_FILE, f"contents must match the stored digest {_brief(stored)}", actual[:16])
 
 
 def _brief(value: object, limit: int = 80) -> str:

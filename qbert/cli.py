@@ -157,7 +157,7 @@ def finetune(
 
     with _progress(f"fine-tuning on {task}", False) as progress:
         tuned = run(resolve_model(model), task, output, epochs=epochs, progress=_two(progress))
-    out.print(f"{task}: accuracy {100 * tuned.accuracy:.1f}% on held-out texts: {output}", soft_wrap=True)
+    out.print(f"{task}: accuracy {tuned.accuracy:.1f}% on held-out texts: {output}", soft_wrap=True)
 
 
 @app.command()
@@ -178,7 +178,9 @@ def analyze(
     # A GPU is not bought to run float32 on its CUDA cores.
     dtype = dtype if dtype is not None or target == "here" else "fp16"
     with err.status("measuring"):
-        result = analysis.analyze(load_any(model), batch=batch, seq=seq, target=target, dtype=dtype, measure=measure, name=model)
+        result = analysis.analyze(
+            load_any(model), batch=batch, seq=seq, target=target, dtype=dtype, measure=measure, name=model
+        )
     _emit(result, as_json)
     if not as_json:
         out.print(analysis.to_table(result))
@@ -277,7 +279,10 @@ def _eval_table(model: str, results: list[Any]) -> Table:
             paired = (f"{-change.drop:+.2f}\n{ends}", flips, f"{change.cosine_mean:.4f}\nmin {change.cosine_min:.4f}")
         scored = (str(result.n), f"{result.score:.2f}\n[{low:.1f}, {high:.1f}]")
         table.add_row(result.task, f"{result.metric}\n{result.head}", *scored, *paired, str(result.n_truncated))
-    table.caption = "95% intervals in brackets. change: points against the original on the same texts, paired. cut: longer than the model reads."
+    table.caption = (
+        "95% intervals in brackets. change: points against the original on the same texts, paired. "
+        "cut: texts longer than the model reads."
+    )
     table.caption_justify = "left"
     return table
 

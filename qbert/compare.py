@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -166,38 +167,57 @@ def plot(comparison: ComparisonTable, path: str | Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingDependency("pictures need matplotlib; install it with: pip install 'qbert[plot]'") from None
-    tasks = [result.task for result in comparison.rows[0].results]
-    figure = Figure(figsize=(5 * (1 + len(tasks)), 4.6), layout="constrained")
-    axes = figure.subplots(1, 1 + len(tasks), squeeze=False)[0]
-    _draw(axes[0], comparison.rows[1:], [row.cosine_mean for row in comparison.rows[1:]], "mean cosine to float32")
-    for index, task in enumerate(tasks):
-        original = comparison.rows[0].results[index]
-        scores = [row.results[index].score for row in comparison.rows[1:]]
-        _draw(axes[index + 1], comparison.rows[1:], scores, f"{task}: {original.metric} (n={original.n})")
-        axes[index + 1].axhline(original.score, color="0.4", linestyle="--", linewidth=1, label="float32")
-        axes[index + 1].axhspan(*original.interval, color="0.5", alpha=0.12, label="its 95% interval")
-        axes[index + 1].legend(loc="lower right", fontsize=8)
-    figure.suptitle(f"{comparison.model}: bits against quality")
+    original, schemes = comparison.rows[0], comparison.rows[1:]
+    columns = 2 if original.results else 1
+    lines = math.ceil((1 + len(original.results)) / columns)
+    figure = Figure(figsize=(5.2 * columns + 2.2, 3.8 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    _draw(axes[0], schemes, [(row.cosine_mean, row.cosine_mean, row.cosine_mean) for row in schemes], "mean cosine to float32")
+    for axis, result in zip(axes[1:], original.results, strict=False):
+        index = original.results.index(result)
+        values = [_with_interval(row.results[index]) for row in schemes]
+        _draw(axis, schemes, values, f"{result.task}: {result.metric}, n={result.n}")
+        axis.axhline(result.score, color="0.35", linestyle="--", linewidth=1, label="float32")
+    for axis in axes[1 + len(original.results) :]:
+        axis.remove()
+    handles, labels = axes[-1 if len(axes) == 1 else 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", title="linears + embeddings")
+    figure.suptitle(f"{comparison.model}: stored bits against quality (bars: 95% of the paired change)")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
-# Families of schemes share a colour (Okabe and Ito's palette, told apart by colour-blind people too) and a marker.
-_FAMILIES = {"w8": ("#0072B2", "s"), "w4": ("#E69F00", "^"), "gobo": ("#009E73", "o")}
-_LABEL_OFFSETS = ((6, 6), (6, -12), (-6, 10), (-6, -16))
+# Okabe and Ito's palette, told apart by colour-blind people too; int8 activations have hollow markers.
+_FAMILIES = {"w8": ("#0072B2", "s"), "w4": ("#D55E00", "^"), "gobo4": ("#009E73", "o"), "gobo3": ("#CC79A7", "D")}
 
 
-def _draw(axis: Any, rows: Sequence[Row], values: Sequence[float], label: str) -> None:
-    for index, (row, value) in enumerate(zip(rows, values, strict=True)):
-        colour, marker = next(style for prefix, style in _FAMILIES.items() if row.name.startswith(prefix))
-        axis.scatter(row.bits_per_weight, value, color=colour, marker=marker, s=45, zorder=3)
-        offset = _LABEL_OFFSETS[index % len(_LABEL_OFFSETS)]
-        align = "left" if offset[0] > 0 else "right"
-        axis.annotate(row.name, (row.bits_per_weight, value), offset, textcoords="offset points", ha=align, fontsize=8)
+def _with_interval(result: EvalResult) -> tuple[float, float, float]:
+    """Score, and the ends of the paired 95% interval around it."""
+    change = result.comparison
+    assert change is not None
+    low, high = change.baseline_score - change.drop_interval[1], change.baseline_score - change.drop_interval[0]
+    return result.score, low, high
+
+
+def _draw(axis: Any, rows: Sequence[Row], values: Sequence[tuple[float, float, float]], label: str) -> None:
+    """One panel: (value, low, high) of each row over its bits."""
+    for row, (value, low, high) in zip(rows, values, strict=True):
+        colour, marker = next((style for prefix, style in _FAMILIES.items() if row.name.startswith(prefix)), ("0.5", "x"))
+        axis.errorbar(
+            row.bits_per_weight,
+            value,
+            [[max(0.0, value - low)], [max(0.0, high - value)]],
+            color=colour,
+            marker="*" if "+" in row.name else marker,
+            markersize=10 if "+" in row.name else 7,
+            markerfacecolor="none" if "a8" in row.name else colour,
+            elinewidth=0.8,
+            linestyle="none",
+            label=row.name,
+        )
     axis.set_xlabel("stored bits per quantized weight")
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)
-    axis.margins(x=0.18, y=0.15)
 
 
 def _name(linear: str, embedding: str | None) -> str:
@@ -222,10 +242,10 @@ def _original_row(original: nn.Module, baselines: Sequence[Baseline], forward_ms
 
 def _forward_ms(models: dict[str, nn.Module], batch: int, seq: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
-    vocabulary = int(getattr(next(iter(models.values())).config, "vocab_size", 1000))  # type: ignore[arg-type]
+    vocabulary = int(getattr(next(iter(models.values())).config, "vocab_size", 1000))
     ids = torch.randint(0, vocabulary, (batch, seq), generator=generator)
     with torch.inference_mode():
-        runs = {name: (lambda model=model: model(input_ids=ids)) for name, model in models.items()}  # type: ignore[misc]
+        runs = {name: (lambda model=model: model(input_ids=ids)) for name, model in models.items()}
         seconds = interleaved_medians(runs)
     return {name: 1e3 * value for name, value in seconds.items()}
 

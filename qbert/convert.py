@@ -22,6 +22,10 @@ Quantized = QLinear | QEmbedding | QTiedLinear
 # torch's own transformer blocks hand the weights of their linears to fused functions, past the linears' forward.
 _READS_WEIGHTS_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _ROLES: dict[type[nn.Module], Role] = {nn.Linear: Role.LINEAR, nn.Embedding: Role.EMBEDDING}
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
 _REASONS = "_qbert_reasons"
 _observers: list[Callable[[nn.Module, Recipe | None], None]] = []
 
@@ -154,14 +158,17 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlanEntry]:
         raise QBertError(f"the model is itself an {type(model).__name__}, which cannot be replaced in place; wrap it")
     direct = _directly_read(model)
     entries = []
+    obstacles: dict[str, str] = {}
     for name, module in _candidates(model):
         decision = recipe.decide(name, _ROLES[type(module)])
         obstacle = direct.get(module) or _obstacle(module)
+        if obstacle:
+            obstacles[name] = obstacle
         if decision.scheme is not None and obstacle:
             decision = Decision(None, obstacle)
         entries.append(PlanEntry(name, module, decision))
     _check_overrides_match(recipe, [entry.name for entry in entries])
-    return _follow_ties(entries, recipe)
+    return _follow_ties(entries, recipe, obstacles)
 
 
 def when_changed(observer: Callable[[nn.Module, Recipe | None], None]) -> None:
@@ -203,30 +210,33 @@ def _directly_read(model: nn.Module) -> dict[nn.Module, str]:
 def _obstacle(module: nn.Linear | nn.Embedding) -> str | None:
     if module.weight.device.type == "meta":
         return "its weight is on the meta device and has no values"
+    if "weight" not in module._parameters:
+        return "its weight is computed from others (weight norm, pruning)"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return f"max_norm={module.max_norm} rewrites the table while looking up"
     return None
 
 
-def _follow_ties(entries: list[PlanEntry], recipe: Recipe) -> list[PlanEntry]:
+def _follow_ties(entries: list[PlanEntry], recipe: Recipe, obstacles: Mapping[str, str]) -> list[PlanEntry]:
     """Modules that share a weight are quantized as one or not at all, so that the weight stays shared and is stored once."""
     groups: dict[int, list[PlanEntry]] = {}
     for entry in entries:
         groups.setdefault(id(entry.module.weight), []).append(entry)
     followed: dict[str, PlanEntry] = {}
     for group in groups.values():
-        followed |= {entry.name: entry for entry in (_tie(group, recipe) if len(group) > 1 else group)}
+        followed |= {entry.name: entry for entry in (_tie(group, recipe, obstacles) if len(group) > 1 else group)}
     return [followed[entry.name] for entry in entries]
 
 
-def _tie(group: list[PlanEntry], recipe: Recipe) -> list[PlanEntry]:
+def _tie(group: list[PlanEntry], recipe: Recipe, obstacles: Mapping[str, str]) -> list[PlanEntry]:
     embeddings = [entry for entry in group if isinstance(entry.module, nn.Embedding)]
     owner = embeddings[0] if embeddings else group[0]
-    excluded = next((e for e in group if recipe.decide(e.name, _ROLES[type(e.module)]).reason.startswith("excluded")), None)
+    vetoes = {entry.name: obstacles.get(entry.name) or _veto(entry, recipe) for entry in group}
+    vetoed = next((name for name, reason in vetoes.items() if reason), None)
     if len(embeddings) > 1:
         decision = Decision(None, f"{len(embeddings)} embeddings share the weight; that is not supported")
-    elif excluded is not None:
-        decision = Decision(None, f"shares its weight with {excluded.name}, which is {excluded.decision.reason}")
+    elif vetoed is not None:
+        decision = Decision(None, vetoes[owner.name] or f"shares its weight with {vetoed}: {vetoes[vetoed]}")
     else:
         decision = owner.decision
     rest = [entry for entry in group if entry is not owner]
@@ -235,6 +245,12 @@ def _tie(group: list[PlanEntry], recipe: Recipe) -> list[PlanEntry]:
         PlanEntry(owner.name, owner.module, decision),
         *(PlanEntry(entry.name, entry.module, tied, owner.name) for entry in rest),
     ]
+
+
+def _veto(entry: PlanEntry, recipe: Recipe) -> str | None:
+    """Why the recipe, by name, wants this module float; the skip list is no veto: a tied head follows its embedding."""
+    decision = recipe.decide(entry.name, _ROLES[type(entry.module)])
+    return decision.reason if decision.scheme is None and decision.reason.startswith(("excluded", "override")) else None
 
 
 def _check_overrides_match(recipe: Recipe, names: list[str]) -> None:
@@ -251,8 +267,8 @@ def _quantized_module(entry: PlanEntry) -> QLinear | QEmbedding:
     assert scheme is not None
     weight = _named(entry.name, quantize, module.weight, scheme)
     if isinstance(module, nn.Embedding):
-        return QEmbedding(weight, module.padding_idx, module.weight.dtype).train(module.training)
-    return QLinear(weight, module.bias).train(module.training)
+        return QEmbedding(weight, module.padding_idx, module.weight.dtype)
+    return QLinear(weight, module.bias)
 
 
 def _empty_module(module: nn.Linear | nn.Embedding, spec: ModuleSpec) -> QLinear | QEmbedding:
@@ -267,11 +283,11 @@ def _float_module(module: Quantized, weights: dict[nn.Module, nn.Parameter]) -> 
     if isinstance(module, QEmbedding):
         embedding = nn.Embedding(n, k, module.padding_idx, device="meta")
         embedding.weight = weights[module]
-        return embedding.train(module.training)
+        return embedding
     linear = nn.Linear(k, n, bias=module.bias is not None, device="meta")
     linear.weight = weights[module.owner if isinstance(module, QTiedLinear) else module]
     linear.bias = module.bias
-    return linear.train(module.training)
+    return linear
 
 
 def _module_for(model: nn.Module, name: str, spec: ModuleSpec) -> nn.Linear | nn.Embedding:
@@ -289,9 +305,16 @@ def _module_for(model: nn.Module, name: str, spec: ModuleSpec) -> nn.Linear | nn
 
 
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Puts each replacement wherever its module stands; one module may stand in several places."""
+    """Puts each replacement wherever its module stands; one module may stand in several places.
+
+    What users set on a module goes over to its replacement: its mode, and its forward hooks, whose handles stay good.
+    """
+    for module, replacement in replacements.items():
+        replacement.train(module.training)
+        for hooks in _HOOKS:
+            setattr(replacement, hooks, getattr(module, hooks))
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children gives a module that stands twice only once
             if child in replacements:
                 setattr(parent, name, replacements[child])
 

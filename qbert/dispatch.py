@@ -36,6 +36,8 @@ TORCH_FLOAT32_CHUNKS = "torch float32 in exact chunks"
 TORCH_EXPAND_LINEAR = "torch expand + linear"
 TORCH_ROWS = "torch"
 REFERENCE = "reference"
+# Operations with a Triton kernel (kernels/<operation>.py).
+TRITON_OPERATIONS = ("quantize_per_token",)
 
 
 def select_kernel(operation: str, target: Target) -> KernelChoice:
@@ -46,6 +48,8 @@ def select_kernel(operation: str, target: Target) -> KernelChoice:
     """
     if operation not in OPERATIONS:
         raise KeyError(operation)
+    if target.device == "cuda" and operation in TRITON_OPERATIONS:
+        return KernelChoice(f"triton {operation}", "one pass over memory")
     if target.device != "cpu":
         return KernelChoice(REFERENCE, f"no {target.device} kernel for {operation} in this version; exact but slow")
     if operation in _INTEGER_PRODUCTS:

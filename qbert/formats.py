@@ -1,4 +1,4 @@
-"""L0. Number formats and quantization schemes as data: every number stands here once, everything else is derived.
+"""L1. Number formats and quantization schemes as data: every number stands here once, everything else is derived.
 
 A `Format` says what the bits of one element mean, a `Granularity` how many elements share a scale, and a `Scheme` puts
 both together into what a user names: ``"w8a8"``, ``"gobo3"``. Element formats take the names that ml_dtypes gives them.

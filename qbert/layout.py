@@ -47,10 +47,12 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, k: int) -> Tensor:
     """Inverse of `pack_bits`: bit stream (n, ceil(k * bits / 8)) uint8 to codes (n, k) uint8."""
-    n = packed.shape[0]
+    n, width = packed.shape
+    if width != packed_width(k, bits):  # fewer bytes would read as zeros, more would be left out, both without a word
+        raise QBertError(f"{k} codes of {bits} bits take {packed_width(k, bits)} bytes a row, got {width}")
     words = -(-k // _CODES_PER_WORD)
     stream = torch.zeros(n, words * bits, dtype=torch.int64, device=packed.device)
-    stream[:, : packed.shape[1]] = packed
+    stream[:, :width] = packed
     byte_shifts = torch.arange(bits, device=packed.device) * 8
     word = (stream.view(n, words, bits) << byte_shifts).sum(dim=2)
     shifts = torch.arange(_CODES_PER_WORD, device=packed.device) * bits

@@ -2,12 +2,13 @@
 
 The only caller of kernels and extensions. `define` + `impl` + `register_fake` because `custom_op` costs several times more a
 call. Every implementation computes what `reference` defines; the CPU ones use the best that torch itself offers, the CUDA
-ones are the reference until a kernel is chosen by `dispatch`. Nothing here decides silently: `dispatch.select_kernel` does.
+ones are Triton kernels, or the reference where there is none yet; `dispatch.select_kernel` says which.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from qbert import dispatch, reference
 from qbert.errors import QBertError
-from qbert.formats import INT4, INT8, SCHEMES
+from qbert.formats import INT8, SCHEMES
 from qbert.layout import Layout, unpack_codes
 from qbert.target import cpu_target
 
@@ -31,6 +32,7 @@ _EXACT_FLOAT32_TERMS = 1024
 MAX_K = (2**31 - 1) // (INT8.qmax * INT8.qmax)
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MIN_TRITON_BLOCK = 32  # one element a thread of a warp
 
 _GOBO = "Tensor qdata, Tensor codebook, Tensor scale, Tensor outlier_rowptr, Tensor outlier_col, Tensor outlier_delta"
 _GOBO_FLOAT = "Tensor qdata, Tensor codebook, Tensor outlier_rowptr, Tensor outlier_col, Tensor outlier_delta"
@@ -75,9 +77,21 @@ def _check_quantized(q: Tensor, s: Tensor) -> None:
 
 
 def _check_float(x: Tensor) -> None:
-    allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
-    torch._check(x.dtype in FLOAT_DTYPES, lambda: f"activations are {x.dtype}; allowed: {allowed}")
+    _check_float_dtype("activations are", x.dtype)
     torch._check(x.dim() == 2, lambda: f"activations must be (t, k), got {tuple(x.shape)}")
+
+
+def _check_float_dtype(what: str, dtype: torch.dtype) -> None:
+    def message() -> str:
+        return f"{what} {dtype}; allowed: {', '.join(str(each).removeprefix('torch.') for each in FLOAT_DTYPES)}"
+
+    torch._check(dtype in FLOAT_DTYPES, message)
+
+
+def _check_channels(name: str, tensor: Tensor | None, n: int) -> None:
+    """One value an output channel: torch would broadcast a single value, a kernel would read past it."""
+    if tensor is not None:
+        torch._check(tensor.shape == (n,), lambda: f"{name} must be ({n},), got {tuple(tensor.shape)}")
 
 
 def _check_width(name: str, tensor: Tensor, k: int) -> None:
@@ -86,12 +100,43 @@ def _check_width(name: str, tensor: Tensor, k: int) -> None:
 
 def _check_ids(ids: Tensor, rows: int) -> None:
     """Fails for ids outside the table: reading there would be out of bounds."""
+    allowed_dtypes = (torch.int32, torch.int64)  # torch would take uint8 and bool for a mask
+    torch._check(ids.dtype in allowed_dtypes, lambda: f"ids are {ids.dtype}; allowed: torch.int32, torch.int64")
     if ids.numel() == 0:
         return
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= rows:
         bad = low if low < 0 else high
         raise QBertError(f"embedding id {bad} is out of range; the table has {rows} rows (allowed: 0 ... {rows - 1})")
+
+
+def _check_qkv(qkv: Tensor, scales: Tensor, cu_seqlens: Tensor, num_heads: int) -> None:
+    torch._check(
+        qkv.dtype == torch.int8 and qkv.dim() == 2 and qkv.shape[1] % (3 * num_heads) == 0,
+        lambda: f"qkv must be (t, 3 * {num_heads} * head_dim) int8, got {qkv.dtype} {tuple(qkv.shape)}",
+    )
+    torch._check(
+        scales.dtype == torch.float32 and scales.shape == (3,),
+        lambda: f"scales must be (3,) float32, got {scales.dtype} {tuple(scales.shape)}",
+    )
+    torch._check(
+        cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1,
+        lambda: f"cu_seqlens must be (sequences + 1,) int32, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}",
+    )
+
+
+def _check_bounds(bounds: list[int], t: int) -> None:
+    """Fails unless packed sequences cover all tokens: of a token in none of them nothing would be computed."""
+    if bounds[0] != 0 or bounds[-1] != t or any(start > stop for start, stop in itertools.pairwise(bounds)):
+        raise QBertError(f"cu_seqlens must ascend from 0 to {t}, got {bounds}")
+
+
+def _check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Torch would broadcast; a kernel reads as many tokens from each."""
+    torch._check(
+        tensor.shape == other.shape,
+        lambda: f"{name} is {tuple(tensor.shape)}, {other_name} is {tuple(other.shape)}; they must be the same",
+    )
 
 
 # ---- fakes: shapes and types only -----------------------------------------------------------------------------------
@@ -126,10 +171,7 @@ def _fake_packed_embedding(ids: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
 def _fake_attention_int8(
     qkv: Tensor, scales: Tensor, cu_seqlens: Tensor, num_heads: int, softmax_scale: float, out_dtype: torch.dtype
 ) -> Tensor:
-    torch._check(
-        qkv.dtype == torch.int8 and qkv.dim() == 2 and qkv.shape[1] % (3 * num_heads) == 0,
-        lambda: f"qkv must be (t, 3 * {num_heads} * head_dim) int8, got {qkv.dtype} {tuple(qkv.shape)}",
-    )
+    _check_qkv(qkv, scales, cu_seqlens, num_heads)
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3, dtype=out_dtype)
 
 
@@ -139,7 +181,7 @@ def _fake_normed(like: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_add_layer_norm_quantize(y: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    torch._check(y.shape == residual.shape, lambda: f"y is {tuple(y.shape)}, residual {tuple(residual.shape)}")
+    _check_same_shape("y", y, "residual", residual)
     return _fake_normed(residual, residual.shape[0])
 
 
@@ -147,6 +189,8 @@ def _fake_embed_layer_norm_quantize(
     ids: Tensor, position_ids: Tensor, token_type_ids: Tensor, words: list[Tensor], scheme: str, layout: str,
     positions: Tensor, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_same_shape("ids", ids, "position_ids", position_ids)
+    _check_same_shape("ids", ids, "token_type_ids", token_type_ids)
     return _fake_normed(positions, ids.shape[0])
 
 
@@ -161,8 +205,9 @@ def _cpu_quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(finite.all()):  # rare: the reference's order of operations, which costs three more passes
         return reference.quantize_per_token(x)
     absmax.clamp_(min=reference.MIN_ABSMAX)
-    codes = (x * (INT8.qmax / absmax)[:, None]).round_().clamp_(-INT8.qmax, INT8.qmax)
-    return codes.to(torch.int8), absmax / INT8.qmax
+    qmax = torch.full_like(absmax, INT8.qmax)
+    codes = (x * (qmax / absmax)[:, None]).round_().clamp_(-INT8.qmax, INT8.qmax)
+    return codes.to(torch.int8), absmax / qmax
 
 
 def _cpu_integer_product(q: Tensor, operand: Tensor) -> Tensor:
@@ -181,6 +226,9 @@ def _cpu_w8a8(
 ) -> Tensor:
     _check_quantized(q, s)
     _check_width("qdata", qdata, q.shape[1])
+    _check_channels("scale", scale, qdata.shape[0])
+    _check_channels("bias", bias, qdata.shape[0])
+    _check_float_dtype("out_dtype is", out_dtype)
     y = _cpu_integer_product(q, qdata).mul_(scale).mul_(s[:, None])
     return reference.finish(y, bias, activation, out_dtype)
 
@@ -189,6 +237,7 @@ def _cpu_w4a8(
     q: Tensor, s: Tensor, qdata: Tensor, group_scale: Tensor, scale: Tensor, bias: Tensor | None, activation: str,
     out_dtype: torch.dtype, layout: str,
 ) -> Tensor:  # fmt: skip
+    _check_quantized(q, s)
     operand = reference.expand_int4(qdata, group_scale, q.shape[1], layout)
     return _cpu_w8a8(q, s, operand, scale, bias, activation, out_dtype)
 
@@ -200,39 +249,48 @@ def _cpu_gobo(
     _check_quantized(q, s)
     operand = reference.expand_dictionary(qdata, codebook, q.shape[1], layout)
     _check_width("qdata", operand, q.shape[1])
+    _check_channels("bias", bias, operand.shape[0])
+    _check_float_dtype("out_dtype is", out_dtype)
     y = _cpu_integer_product(q, operand).mul_(scale)
-    y += _cpu_sparse_product(q, outlier_rowptr, outlier_col, outlier_delta, operand.shape[0])
+    y = _cpu_add_outliers(y, q, outlier_rowptr, outlier_col, outlier_delta)
     return reference.finish(y.mul_(s[:, None]), bias, activation, out_dtype)
 
 
-def _cpu_sparse_product(q: Tensor, rowptr: Tensor, col: Tensor, delta: Tensor, n: int) -> Tensor:
-    """(t, k) int8 times sparse rows (n, k) transposed: (t, n) float32, each sum in the order of the columns."""
+def _cpu_add_outliers(y: Tensor, q: Tensor, rowptr: Tensor, col: Tensor, delta: Tensor) -> Tensor:
+    """y (t, n) float32 plus (t, k) int8 times sparse rows (n, k) transposed, each sum in the order of the columns."""
     if delta.numel() == 0 or q.shape[0] == 0:
-        return torch.zeros(q.shape[0], n)
-    if torch.backends.mkl.is_available():
-        rows = _sparse_csr(rowptr, col.to(torch.int32), delta, (n, q.shape[1]))
-        return torch.sparse.mm(rows, q.t().to(torch.float32)).t()
-    return q.to(torch.float32) @ reference.dense_outliers(rowptr, col, delta, n, q.shape[1]).t()
+        return y
+    size = (y.shape[1], q.shape[1])
+    if not torch.backends.mkl.is_available():
+        return y + q.to(torch.float32) @ reference.dense_outliers(rowptr, col, delta, *size).t()
+    _silence_sparse_csr_warning()
+    rows = torch.sparse_csr_tensor(rowptr, col.to(torch.int32), delta, size, check_invariants=False)
+    return torch.addmm(y, q.to(torch.float32), rows.t())
 
 
-def _sparse_csr(rowptr: Tensor, col: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
-    with warnings.catch_warnings():  # torch says once a process that sparse CSR is in beta; users cannot act on it
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
-        return torch.sparse_csr_tensor(rowptr, col, values, size, check_invariants=False)
+@functools.cache
+def _silence_sparse_csr_warning() -> None:
+    """Torch says once a process that sparse CSR is in beta; users of this package cannot act on it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
 
 
 def _cpu_float_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     _check_float(x)
     _check_width("weight", weight, x.shape[1])
+    _check_channels("bias", bias, weight.shape[0])
     y = torch.nn.functional.linear(x, weight.to(x.dtype))
     return reference.finish(y.to(torch.float32), bias, activation, x.dtype)
 
 
 def _cpu_w8a16(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    _check_channels("scale", scale, qdata.shape[0])
     return _cpu_float_linear(x, qdata.to(torch.float32) * scale[:, None], bias, activation)
 
 
 def _cpu_w4a16(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, activation: str, layout: str) -> Tensor:
+    _check_float(x)
     return _cpu_float_linear(x, reference.dequantize_int4(qdata, scale, x.shape[1], layout), bias, activation)
 
 
@@ -240,6 +298,7 @@ def _cpu_gobo_a16(
     x: Tensor, qdata: Tensor, codebook: Tensor, outlier_rowptr: Tensor, outlier_col: Tensor, outlier_delta: Tensor,
     bias: Tensor | None, activation: str, layout: str,
 ) -> Tensor:  # fmt: skip
+    _check_float(x)
     weight = reference.dequantize_dictionary(
         qdata, codebook, outlier_rowptr, outlier_col, outlier_delta, x.shape[1], layout
     )
@@ -280,26 +339,66 @@ def _cpu_attention_int8(
     qkv: Tensor, scales: Tensor, cu_seqlens: Tensor, num_heads: int, softmax_scale: float, out_dtype: torch.dtype
 ) -> Tensor:
     """One sequence at a time in float32: its result cannot depend on its neighbours."""
+    _check_qkv(qkv, scales, cu_seqlens, num_heads)
+    _check_float_dtype("out_dtype is", out_dtype)
     t, width = qkv.shape
+    bounds = cu_seqlens.tolist()
+    _check_bounds(bounds, t)
     query, key, value = qkv.view(t, 3, num_heads, width // (3 * num_heads)).to(torch.float32).permute(1, 2, 0, 3)
     factor = float(scales[0]) * float(scales[1]) * softmax_scale
     out = torch.empty(t, num_heads, query.shape[-1])
-    for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+    for start, stop in itertools.pairwise(bounds):
         span = slice(start, stop)
         weights = torch.softmax(query[:, span] @ key[:, span].transpose(1, 2) * factor, dim=-1)
         out[span] = (weights @ value[:, span]).transpose(0, 1) * scales[2]
     return out.view(t, width // 3).to(out_dtype)
 
 
+def _cpu_add_layer_norm_quantize(
+    y: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_same_shape("y", y, "residual", residual)
+    return reference.add_layer_norm_quantize(y, residual, gamma, beta, eps)
+
+
 def _cpu_embed_layer_norm_quantize(
     ids: Tensor, position_ids: Tensor, token_type_ids: Tensor, words: list[Tensor], scheme: str, layout: str,
     positions: Tensor, token_types: Tensor, gamma: Tensor, beta: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_same_shape("ids", ids, "position_ids", position_ids)
+    _check_same_shape("ids", ids, "token_type_ids", token_type_ids)
     for which, table in ((ids, words[0]), (position_ids, positions), (token_type_ids, token_types)):
         _check_ids(which, table.shape[0])
     return reference.embed_layer_norm_quantize(
         ids, position_ids, token_type_ids, words, scheme, layout, positions, token_types, gamma, beta, eps
     )
+
+
+# ---- CUDA: Triton kernels -------------------------------------------------------------------------------------------
+
+
+def triton_quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_per_token` by `kernels/quantize_per_token.py`; on CPU tensors only in Triton's interpreter."""
+    from qbert.kernels.quantize_per_token import quantize_per_token_kernel
+
+    _check_float(x)
+    t, k = x.shape
+    codes = x.new_empty(t, k, dtype=torch.int8)
+    scale = x.new_empty(t, dtype=torch.float32)
+    if t and k:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        block = max(_MIN_TRITON_BLOCK, 1 << (k - 1).bit_length())
+        warps = _row_warps(block)
+        # Without fusion: a fused multiply-add rounds once where the reference rounds twice.
+        quantize_per_token_kernel[(t,)](
+            x, codes, scale, k, x.stride(0), BLOCK_K=block, num_warps=warps, enable_fp_fusion=False
+        )
+    return codes, scale.fill_(reference.MIN_ABSMAX / INT8.qmax) if k == 0 else scale
+
+
+def _row_warps(block: int) -> int:
+    """Warps for a row kernel: eight to sixteen elements a thread, which are two 16-byte loads of a half type."""
+    return min(16, max(1, block // 512))
 
 
 # ---- registration ---------------------------------------------------------------------------------------------------
@@ -348,7 +447,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callab
     "gobo_embedding": (_fake_packed_embedding, _cpu_gobo_embedding, reference.gobo_embedding),
     "attention_int8": (_fake_attention_int8, _cpu_attention_int8, reference.attention_int8),
     "add_layer_norm_quantize": (
-        _fake_add_layer_norm_quantize, reference.add_layer_norm_quantize, reference.add_layer_norm_quantize,
+        _fake_add_layer_norm_quantize, _cpu_add_layer_norm_quantize, reference.add_layer_norm_quantize,
     ),
     "embed_layer_norm_quantize": (
         _fake_embed_layer_norm_quantize, _cpu_embed_layer_norm_quantize, reference.embed_layer_norm_quantize,
@@ -361,12 +460,15 @@ def reference_of(operation: str) -> Callable[..., Any]:
     return _IMPLEMENTATIONS[operation][2]
 
 
+_TRITON: dict[str, Callable[..., Any]] = {"quantize_per_token": triton_quantize_per_token}
+
+
 def _register() -> None:
     for operation, schema in SCHEMAS.items():
         fake, cpu, slow = _IMPLEMENTATIONS[operation]
         _library.define(f"{operation}{schema}")
         _library.impl(operation, cpu, "CPU")
-        _library.impl(operation, _logged_once(operation, slow), "CUDA")
+        _library.impl(operation, _TRITON.get(operation) or _logged_once(operation, slow), "CUDA")
         torch.library.register_fake(f"qbert::{operation}", fake, lib=_library)
 
 

@@ -52,7 +52,8 @@ class Recipe:
         known = {*scheme_names(Role.LINEAR), *scheme_names(Role.EMBEDDING), None}
         for pattern, scheme in self.overrides.items():
             if scheme not in known:
-                raise QBertError(f"override {pattern!r}: unknown scheme {scheme!r}; allowed: None, {', '.join(filter(None, known))}")
+                allowed = ", ".join(sorted(filter(None, known)))
+                raise QBertError(f"override {pattern!r}: unknown scheme {scheme!r}; allowed: None, {allowed}")
 
     def decide(self, name: str, role: Role) -> Decision:
         """The scheme for the module of that name and role.

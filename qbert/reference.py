@@ -37,10 +37,12 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     absmax = x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
     finite = absmax.isfinite()
     absmax = torch.where(finite, absmax.clamp(min=MIN_ABSMAX), torch.ones_like(absmax))
-    # One division a token, then products only: every step is an IEEE operation, so all targets give the same codes.
-    codes = torch.round(x * (INT8.qmax / absmax)[:, None]).clamp(-INT8.qmax, INT8.qmax)
+    # Two divisions a token, then products only: every step is an IEEE operation, so all targets give the same codes. Torch
+    # divides a number by a tensor, and on CUDA a tensor by a number, as a product with a rounded reciprocal: hence `qmax`.
+    qmax = torch.full_like(absmax, INT8.qmax)
+    codes = torch.round(x * (qmax / absmax)[:, None]).clamp(-INT8.qmax, INT8.qmax)
     codes = torch.where(finite[:, None], codes, torch.zeros_like(codes))
-    scale = torch.where(finite, absmax / INT8.qmax, torch.full_like(absmax, torch.nan))
+    scale = torch.where(finite, absmax / qmax, torch.full_like(absmax, torch.nan))
     return codes.to(torch.int8), scale
 
 
@@ -153,15 +155,15 @@ def attention_int8(
     Returns:
         (t, num_heads * d) of `out_dtype`. Scores are exact int32 sums; softmax and the product with the values are float.
     """
-    t = qkv.shape[0]
-    query, key, value = qkv.view(t, 3, num_heads, -1).to(torch.float64).unbind(1)
+    t, width = qkv.shape[0], qkv.shape[1] // 3
+    query, key, value = qkv.view(t, 3, num_heads, width // num_heads).to(torch.float64).unbind(1)
     out = torch.zeros_like(query)
     factor = float(scales[0]) * float(scales[1]) * softmax_scale
     for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         scores = torch.einsum("qhd,khd->hqk", query[start:stop], key[start:stop]) * factor
         weights = torch.softmax(scores, dim=-1)
         out[start:stop] = torch.einsum("hqk,khd->qhd", weights, value[start:stop]) * float(scales[2])
-    return out.reshape(t, -1).to(out_dtype)
+    return out.reshape(t, width).to(out_dtype)
 
 
 def add_layer_norm_quantize(
@@ -197,10 +199,12 @@ def embed_layer_norm_quantize(
 def lookup_rows(ids: Tensor, words: list[Tensor], scheme: str, layout: str, k: int) -> Tensor:
     """Float32 rows (t, k) of an embedding table of any embedding scheme."""
     if SCHEMES[scheme].has_dictionary:
-        return gobo_embedding(ids, *words, torch.float32, k, layout)
+        qdata, codebook, rowptr, col, delta = words
+        return gobo_embedding(ids, qdata, codebook, rowptr, col, delta, torch.float32, k, layout)
+    qdata, scale = words
     if SCHEMES[scheme].weight is INT4:
-        return w4_embedding(ids, *words, torch.float32, k, layout)
-    return w8_embedding(ids, *words, torch.float32)
+        return w4_embedding(ids, qdata, scale, torch.float32, k, layout)
+    return w8_embedding(ids, qdata, scale, torch.float32)
 
 
 def expand_int4(qdata: Tensor, group_scale: Tensor, k: int, layout: str) -> Tensor:
@@ -208,7 +212,7 @@ def expand_int4(qdata: Tensor, group_scale: Tensor, k: int, layout: str) -> Tens
     if Layout(layout) is Layout.INT8_EXPANDED:
         return qdata
     codes = _codes(qdata, INT4, k, layout)
-    return codes * group_scale.to(torch.int8).repeat_interleave(k // group_scale.shape[1], dim=1)
+    return codes * group_scale.to(torch.int8).repeat_interleave(_group_size(k, group_scale), dim=1)
 
 
 def expand_dictionary(qdata: Tensor, codebook: Tensor, k: int, layout: str) -> Tensor:
@@ -222,7 +226,8 @@ def expand_dictionary(qdata: Tensor, codebook: Tensor, k: int, layout: str) -> T
 def dequantize_int4(qdata: Tensor, scale: Tensor, k: int, layout: str) -> Tensor:
     """Float32 (n, k) of int4 codes with a scale per group."""
     codes = _codes(qdata, INT4, k, layout).to(torch.float32)
-    return (codes.view(codes.shape[0], scale.shape[1], -1) * scale.to(torch.float32).unsqueeze(2)).view(codes.shape)
+    groups = codes.view(codes.shape[0], scale.shape[1], _group_size(k, scale))
+    return (groups * scale.to(torch.float32).unsqueeze(2)).view(codes.shape)
 
 
 def dequantize_dictionary(
@@ -292,6 +297,14 @@ def _codes(qdata: Tensor, fmt: Format, k: int, layout: str) -> Tensor:
         return qdata
     assert fmt.kind in (Kind.INTEGER, Kind.DICTIONARY)
     return _layout.unpack_codes(qdata, fmt, k)
+
+
+def _group_size(k: int, scale: Tensor) -> int:
+    """Codes that share one of the scales (n, groups): an even number, for packed rows of k and k + 1 codes look alike."""
+    size = k // max(1, scale.shape[1])
+    if size * scale.shape[1] != k or size % 2:
+        raise QBertError(f"k is {k}, which {scale.shape[1]} groups of an even size do not make")
+    return size
 
 
 def _dictionary_format(codebook: Tensor) -> Format:

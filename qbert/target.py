@@ -1,4 +1,4 @@
-"""L0. What this machine is: read once, plain data, so that choosing a kernel can be tested for machines that are not here."""
+"""L1. What this machine is: read once, plain data, so that choosing a kernel can be tested for machines that are not here."""
 
 from __future__ import annotations
 

@@ -92,14 +92,32 @@ def load_float(source: str) -> nn.Module:
     path = resolve_model(source)
     if Path(path).is_dir() and checkpoint.is_checkpoint(path):
         raise QBertError(f"{source!r} is quantized already; allowed: a float model")
+    missing: list[str] = []
     with quiet_transformers():
         try:
-            config = transformers.AutoConfig.from_pretrained(path)
-            names = config.architectures or []
-            model_class: Any = getattr(transformers, names[0], None) if names else None
-            return (model_class or transformers.AutoModel).from_pretrained(path).eval()
+            names = transformers.AutoConfig.from_pretrained(path).architectures or []
+            named: Any = getattr(transformers, names[0], None) if names else None
+            for model_class in filter(None, (named, transformers.AutoModel)):
+                model, missing = _load_complete(model_class, path)
+                if not missing:
+                    return model.eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise QBertError(f"cannot load {source!r}: {str(error).strip().splitlines()[0]}") from None
+            raise QBertError(f"cannot load {source!r}: {' '.join(str(error).split())[:200]}") from None
+    raise QBertError(f"{source!r} lacks {len(missing)} tensors of its model, {missing[0]!r} for one; they would be random")
+
+
+def _load_complete(model_class: Any, path: str) -> tuple[nn.Module, list[str]]:
+    """A model, and the names of tensors that its file lacks.
+
+    Files often hold a bare encoder where their configuration names a head model (all-mpnet-base-v2 does), and an encoder
+    without its pooler: what is not there would be initialized at random, so it is left out of the model.
+    """
+    model, info = model_class.from_pretrained(path, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing and all(name.startswith("pooler.") for name in missing):
+        model, info = model_class.from_pretrained(path, output_loading_info=True, add_pooling_layer=False)
+        missing = sorted(info["missing_keys"])
+    return model, missing
 
 
 def load_any(source: str) -> nn.Module:

@@ -11,7 +11,7 @@ import functools
 import re
 
 
-class Component(str, enum.Enum):
+class Component(enum.StrEnum):
     """One row of the breakdown, in the order in which a token meets them."""
 
     EMBEDDINGS = "embeddings"  # all tables, their LayerNorm, ELECTRA's projection to the hidden size

@@ -77,7 +77,8 @@ class _Stamps:
 def _between_ms(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
     if isinstance(start, float) and isinstance(end, float):
         return (end - start) * _MS_PER_S
-    assert not isinstance(start, float) and not isinstance(end, float)
+    assert not isinstance(start, float)
+    assert not isinstance(end, float)
     return start.elapsed_time(end)
 
 

@@ -112,7 +112,8 @@ def _notes(result: AnalyzeResult) -> list[str]:
         measured = result.measurement
         notes.append(
             f"Measured: medians of {measured.repeats} passes ({measured.fastest_ms:.2f} to {measured.slowest_ms:.2f} ms); "
-            f"torch {result.environment.torch_version}, {result.environment.threads} threads; the hooks cost {measured.hook_cost_ms:.2f} ms a pass; "
+            f"torch {result.environment.torch_version}, {result.environment.threads} threads; "
+            f"the hooks cost {measured.hook_cost_ms:.2f} ms a pass; "
             "remainder: total less the components."
         )
     if result.environment.device == META_DEVICE and result.attention_implementation == "sdpa":

@@ -27,16 +27,19 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != _TRIGGER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        sys.meta_path.remove(self)  # the others are asked, then it is put back: an import that fails is tried again
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is None or spec.loader is None:
             return spec
-        loader_class = type(spec.loader)
-        exec_module = spec.loader.exec_module
+        finder, loader_class, exec_module = self, type(spec.loader), spec.loader.exec_module
 
         class Loader(loader_class):  # type: ignore[valid-type,misc]
             def exec_module(self, module: ModuleType) -> None:
                 exec_module(module)
+                sys.meta_path.remove(finder)
                 importlib.import_module(_INTEGRATION)
 
         spec.loader.__class__ = Loader

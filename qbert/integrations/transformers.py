@@ -6,9 +6,11 @@ Importing this module registers the method ``"qbert"`` with transformers (see `q
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,8 @@ from qbert.errors import CheckpointError, QBertError
 from qbert.nn import ModuleSpec, QuantizedModule
 from qbert.recipe import Recipe
 
-# Names under which configurations count their layers; each layer has tensors of its own, which bounds the number.
-_LAYER_COUNTS = ("num_hidden_layers", "n_layers", "num_layers", "num_hidden_groups")
+# Configuration entries with these words in their names, if they are integers, say how often something is built.
+_COUNTED = {"layer": 1024, "label": 2**20}
 
 
 @register_quantization_config(METHOD)
@@ -39,6 +41,7 @@ class QBertConfig(QuantizationConfigMixin):
         linear, embedding, exclude, overrides, keep_float: see `qbert.Recipe`.
         modules: what stands in a checkpoint; written on save, never given by hand.
         source: the model that was quantized, for reports.
+        digest: of a checkpoint's contents; written on save.
     """
 
     def __init__(
@@ -50,17 +53,18 @@ class QBertConfig(QuantizationConfigMixin):
         keep_float: Sequence[str] = KEEP_FLOAT,
         modules: Mapping[str, Any] | None = None,
         source: str | None = None,
+        digest: str | None = None,
         **rest: Any,
     ) -> None:
         self.quant_method = METHOD
         unknown = rest.keys() - {"quant_method", "format_version"}
         if unknown:
             raise QBertError(f"QBertConfig has no argument {sorted(unknown)[0]!r}; allowed: those of qbert.Recipe")
-        self.recipe = Recipe(linear, embedding, tuple(exclude), dict(overrides or {}), tuple(keep_float))
+        self.recipe = Recipe(linear, embedding, exclude, dict(overrides or {}), keep_float)
         self.record: Record | None = None
         if modules is not None:
-            fields = {**self.recipe.to_dict(), "modules": modules, "source": source, **rest}
-            self.record = Record.parse(fields)
+            fields = {**self.recipe.to_dict(), "modules": modules, "source": source, "digest": digest}
+            self.record = Record.parse({**fields, "quant_method": METHOD, **rest})
 
     @classmethod
     def of_record(cls, record: Record) -> QBertConfig:
@@ -85,8 +89,8 @@ class QBertHfQuantizer(HfQuantizer):
         record = self.quantization_config.record
         if record is None:
             raise CheckpointError("quantization_config.modules", "must say what each quantized module is", "nothing")
-        skeleton = build_skeleton(model.config, record)
         files = kwargs.get("checkpoint_files") or []
+        skeleton = build_skeleton(model.config, record, checkpoint.tensor_names(files))
         with torch.device("cpu"):  # transformers builds models under the meta device; the check reads real values
             checkpoint.check_files(files, record, checkpoint.expected_tensors(skeleton, skeleton.all_tied_weights_keys))
         convert.install_(model, _rename(record.modules, skeleton, model), record.recipe)
@@ -111,10 +115,10 @@ class QBertHfQuantizer(HfQuantizer):
         # The record's names are this version's; a checkpoint that was loaded under older names is not saved under them.
         model._weight_conversions = []
         record = Record.of(model, self.quantization_config.recipe, _source(self.quantization_config))
-        model.config.quantization_config = QBertConfig.of_record(record)
         absent = set(model.all_tied_weights_keys) | set(model._keys_to_ignore_on_save or ())
         stored = {name: tensor for name, tensor in state_dict.items() if name not in absent}
-        return state_dict, checkpoint.metadata(stored, record)
+        model.config.quantization_config = QBertConfig.of_record(checkpoint.signed(record, stored))
+        return state_dict, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -138,14 +142,11 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         CheckpointError: the first rule that the checkpoint breaks.
     """
-    _, config = check(folder)
+    record, config = check(folder)
     model_class = _architecture(config)
-    try:
-        return model_class.from_pretrained(str(folder), local_files_only=True, **kwargs)
-    except CheckpointError:
-        raise
-    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(str(folder), "must load", " ".join(str(error).split())[:300]) from None
+    arguments = _arguments(model_class, record, checkpoint.tensor_names(checkpoint.weight_files(folder)))
+    with _refused(str(folder), "must load"):
+        return model_class.from_pretrained(str(folder), local_files_only=True, **{**arguments, **kwargs})
 
 
 def check(folder: str | Path) -> tuple[Record, PretrainedConfig]:
@@ -158,12 +159,10 @@ def check(folder: str | Path) -> tuple[Record, PretrainedConfig]:
     data = checkpoint.read_config(folder)
     record = Record.parse(data["quantization_config"])
     files = checkpoint.weight_files(folder)
-    _check_layer_counts(data, len(record.modules))
-    try:
+    _check_counts(data, len(record.modules))
+    with _refused(checkpoint.CONFIG_FILE, "must describe a model that transformers knows"):
         config = transformers.AutoConfig.for_model(**{k: v for k, v in data.items() if k != "quantization_config"})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(checkpoint.CONFIG_FILE, "must describe a model that transformers knows", error) from None
-    skeleton = build_skeleton(config, record)
+    skeleton = build_skeleton(config, record, checkpoint.tensor_names(files))
     checkpoint.check_files(files, record, checkpoint.expected_tensors(skeleton, skeleton.all_tied_weights_keys))
     return record, config
 
@@ -174,6 +173,8 @@ def save(model: PreTrainedModel, folder: str | Path, *, source: str | None = Non
     Raises:
         QBertError: a model that is not quantized, or a target that is not a checkpoint and not empty.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise QBertError(f"{type(model).__name__} is not a transformers model; allowed: one, or the one inside it")
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, QBertHfQuantizer):
         raise QBertError(f"{type(model).__name__} is not quantized by qbert; call qbert.quantize_ first")
@@ -188,7 +189,7 @@ def replace_folder(folder: str | Path, write: Any) -> None:
 
     An existing checkpoint is replaced; any other non-empty folder is refused.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
         raise QBertError(f"{str(folder)!r} is a file; allowed: a folder, new, empty or with a checkpoint in it")
     if folder.is_dir() and any(folder.iterdir()) and not checkpoint.is_checkpoint(folder):
@@ -198,24 +199,58 @@ def replace_folder(folder: str | Path, write: Any) -> None:
     try:
         temporary.chmod(0o755)
         write(temporary)
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        _take_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def build_skeleton(config: PretrainedConfig, record: Record) -> PreTrainedModel:
-    """The saved model on the meta device: no values, but the name, type and shape of every tensor."""
-    model_class = _architecture(config)
+def _take_place(new: Path, folder: Path) -> None:
+    """Moves `new` to `folder`. An old folder is set aside first: whatever fails, one of the two stays whole."""
+    if not folder.is_dir():
+        new.rename(folder)
+        return
+    aside = new.with_name(f"{new.name}.old")
+    folder.rename(aside)
     try:
-        with torch.device("meta"):
-            skeleton = model_class(config)
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
-        raise CheckpointError(checkpoint.CONFIG_FILE, f"must build a {model_class.__name__}", error) from None
-    convert.install_(skeleton, record.modules, record.recipe)
+        new.rename(folder)
+    except OSError:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def build_skeleton(config: PretrainedConfig, record: Record, names: Collection[str]) -> PreTrainedModel:
+    """The saved model on the meta device: no values, but the name, type and shape of every tensor.
+
+    Args:
+        config, record: of the checkpoint.
+        names: of the tensors that it stores.
+    """
+    model_class = _architecture(config)
+    with _refused(checkpoint.CONFIG_FILE, f"must build a {model_class.__name__}"), torch.device("meta"):
+        skeleton = model_class(config, **_arguments(model_class, record, names))
+    with _refused("quantization_config", "must fit the model"):
+        convert.install_(skeleton, record.modules, record.recipe)
     _forget_quantized_ties(skeleton)
     return skeleton
+
+
+@contextlib.contextmanager
+def _refused(what: str, rule: str) -> Iterator[None]:
+    """Foreign code over a configuration that may be hostile can raise anything; users get the one error promised."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(what, rule, " ".join(str(error).split())[:300]) from error
+
+
+def _arguments(model_class: type[PreTrainedModel], record: Record, names: Collection[str]) -> dict[str, bool]:
+    """Bare encoders are saved with or without a pooler; no configuration says which, the names of what is stored do."""
+    if "add_pooling_layer" not in inspect.signature(model_class.__init__).parameters:
+        return {}
+    return {"add_pooling_layer": any(name.startswith("pooler.") for name in (*record.modules, *names))}
 
 
 def _architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -228,28 +263,34 @@ def _architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
     return found
 
 
-def _check_layer_counts(config: Mapping[str, Any], quantized_modules: int) -> None:
-    """A hostile layer count would keep the constructor busy for ever; every layer has linears of its own."""
-    for name in _LAYER_COUNTS:
-        value = config.get(name)
-        if value is not None and not (isinstance(value, int) and 0 <= value <= max(1024, quantized_modules)):
-            raise CheckpointError(f"{checkpoint.CONFIG_FILE}: {name}", "must be a plausible number of layers", value)
+def _check_counts(config: Mapping[str, Any], quantized_modules: int) -> None:
+    """A hostile count would keep a constructor busy for ever or fill the memory; every layer has linears of its own."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _check_counts(value, quantized_modules)
+        for word, most in _COUNTED.items():
+            if word in name and isinstance(value, int) and value > max(most, quantized_modules):
+                where = f"{checkpoint.CONFIG_FILE}: {name}"
+                raise CheckpointError(where, f"must be a plausible number of {word}s", value)
 
 
 def _rename(specs: Mapping[str, ModuleSpec], saved: PreTrainedModel, target: PreTrainedModel) -> dict[str, ModuleSpec]:
-    """The specs under the target's names: a head model's encoder goes by a prefix that the bare encoder does not have."""
+    """The specs under the target's names: a head model's encoder goes by a prefix that the bare encoder does not have.
+
+    What the target lacks (another head, a pooler) is left out; transformers reports its tensors as unexpected.
+    """
     prefix = f"{saved.base_model_prefix}."
-    saved_has_prefix = saved.base_model is not saved
-    target_has_prefix = target.base_model is not target
-    if saved_has_prefix == target_has_prefix:
-        return dict(specs)
-    if target_has_prefix:
-        return {prefix + name: _retie(spec, lambda owner: prefix + owner) for name, spec in specs.items()}
-    return {
-        name.removeprefix(prefix): _retie(spec, lambda owner: owner.removeprefix(prefix))
-        for name, spec in specs.items()
-        if name.startswith(prefix)
-    }
+    renamed = dict(specs)
+    if saved.base_model is saved and target.base_model is not target:
+        renamed = {prefix + name: _retie(spec, lambda owner: prefix + owner) for name, spec in specs.items()}
+    elif saved.base_model is not saved and target.base_model is target:
+        renamed = {
+            name.removeprefix(prefix): _retie(spec, lambda owner: owner.removeprefix(prefix))
+            for name, spec in specs.items()
+            if name.startswith(prefix)
+        }
+    there = {name for name, _ in target.named_modules(remove_duplicate=False)}
+    return {name: spec for name, spec in renamed.items() if name in there}
 
 
 def _retie(spec: ModuleSpec, rename: Any) -> ModuleSpec:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbert import ops as _ops  # noqa: F401  (registers torch.ops.qbert)
+from qbert import ops as _ops
 from qbert.dispatch import KernelChoice, embedding_operation, linear_operation, select_kernel, select_layout
 from qbert.errors import CheckpointError, QBertError
 from qbert.formats import SCHEMES, TIED_LINEAR_SCHEME, Role, Scheme
@@ -89,21 +89,22 @@ class QuantizedModule(nn.Module):
     ) -> None:  # fmt: skip
         names = plain_specs(self.scheme, self.shape)
         found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        if len(found) == len(names) and all(tensor.device.type != "meta" for tensor in found.values()):
+        if found and all(tensor.device.type != "meta" for tensor in found.values()):
             try:
                 check_plain_tensors(self.scheme, self.shape, {name: each.cpu() for name, each in found.items()}, prefix)
             except CheckpointError as error:
                 error_msgs.append(str(error))
                 return
-        device = self.get_buffer("qdata").device
-        outliers = found["outlier_col"].numel() if "outlier_col" in found else 0
-        specs = plain_specs(self.scheme, self.shape, outliers)
-        empty = {name: torch.zeros(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
-        self._hold(QuantizedTensor(self.scheme, self.shape, Layout.PLAIN, empty))
+        if found:  # else it is not about this module: the weight stays, and its names are reported missing
+            device = self.get_buffer("qdata").device
+            outliers = found["outlier_col"].numel() if "outlier_col" in found else 0
+            specs = plain_specs(self.scheme, self.shape, outliers)
+            empty = {name: torch.zeros(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
+            self._hold(QuantizedTensor(self.scheme, self.shape, Layout.PLAIN, empty))
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs  # type: ignore[arg-type]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if len(found) == len(names):
+        if found:
             self.use_best_layout()
 
 
@@ -116,6 +117,7 @@ class QLinear(QuantizedModule):
     """
 
     role = Role.LINEAR
+    bias: nn.Parameter | None
 
     def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None) -> None:
         super().__init__(weight, linear_operation(weight.scheme))
@@ -143,6 +145,7 @@ class QEmbedding(QuantizedModule):
     """
 
     role = Role.EMBEDDING
+    output_like: Tensor  # empty; its type is the rows' type and follows casts of the model
 
     def __init__(self, weight: QuantizedTensor, padding_idx: int | None, dtype: torch.dtype) -> None:
         super().__init__(weight, embedding_operation(weight.scheme))
@@ -168,6 +171,7 @@ class QTiedLinear(nn.Module):
     """
 
     role = Role.LINEAR
+    bias: nn.Parameter | None
 
     def __init__(self, owner: QuantizedModule, owner_name: str, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -203,9 +207,9 @@ class QTiedLinear(nn.Module):
 
 def _linear(x: Tensor, held: QuantizedModule, operation: str, bias: Tensor | None) -> Tensor:
     n, k = held.shape
-    if x.dtype not in _ops.FLOAT_DTYPES or x.shape[-1] != k:
+    if x.dtype not in _ops.FLOAT_DTYPES or x.shape[-1:] != (k,):
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _ops.FLOAT_DTYPES)
-        raise QBertError(f"input is {x.dtype} with {x.shape[-1]} features; allowed: {allowed} with {k} features")
+        raise QBertError(f"input is {x.dtype} of shape {tuple(x.shape)}; allowed: {allowed} of shape (..., {k})")
     y = _LINEAR_CALLS[operation](x.reshape(-1, k), held, bias)
     return y.view(*x.shape[:-1], n)
 

@@ -38,7 +38,9 @@ def _two_level(groups: Tensor) -> dict[str, Tensor]:
         group_scale = integer.clamp(1, W4A8_GROUP_SCALE_MAX)
         step = (scale[:, None] * group_scale).unsqueeze(2)
         codes = _codes(groups, step, INT4.qmax)
-        candidates.append((group_scale, codes, ((codes * step - groups) ** 2).sum(dim=2)))
+        # Errors in units of the row's scale: squares of very small or large weights would leave float32's range.
+        error = (((codes * step - groups) / scale[:, None, None]) ** 2).sum(dim=2)
+        candidates.append((group_scale, codes, error))
     (low, low_codes, low_error), (high, high_codes, high_error) = candidates
     take_high = high_error < low_error
     codes = torch.where(take_high.unsqueeze(2), high_codes, low_codes).view(groups.shape[0], -1)

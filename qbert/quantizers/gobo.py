@@ -23,6 +23,7 @@ from qbert.errors import QBertError
 from qbert.formats import INT8, Scheme
 from qbert.layout import pack_codes
 from qbert.qtensor import column_dtype
+from qbert.reference import MIN_ABSMAX
 
 LOG_DENSITY_THRESHOLD = -4.0  # the paper's: natural logarithm of the fitted Gaussian's density
 # The threshold depends on the scale of the weights: at a standard deviation of 21.8 it calls every weight an outlier. Weights
@@ -52,9 +53,9 @@ class Dictionary:
 
 def quantize_gobo(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     """(n, k) float32 to the PLAIN tensors of a dictionary scheme; outliers come back bit for bit."""
-    device, values = weight.device, weight.cpu()
+    device, values = weight.device, weight.cpu().contiguous()
     learned = learn_dictionary(values.numpy(), scheme.weight_bits)
-    centroids = torch.from_numpy(learned.centroids).to(torch.float32)
+    centroids = _without_duplicates(torch.from_numpy(learned.centroids).to(torch.float32))
     codes = _nearest(values, centroids)
     tensors = {"codebook": centroids}
     decoded = centroids
@@ -159,6 +160,12 @@ def _l1(ordered: Float64, prefix: Float64, cells: NDArray[np.int64], centroids: 
     return float(np.sum(below + above))
 
 
+def _without_duplicates(centroids: Tensor) -> Tensor:
+    """Centroids that are equal become one, and 0 takes the free entries: any outlier is a float32 away from it."""
+    distinct = centroids.unique()
+    return torch.cat((distinct, centroids.new_zeros(centroids.numel() - distinct.numel()))).sort().values
+
+
 def _nearest(values: Tensor, centroids: Tensor) -> Tensor:
     """Index (n, k) int64 of the nearest centroid, a tie to the lower one."""
     exact = centroids.to(torch.float64)
@@ -172,7 +179,7 @@ def _nearest(values: Tensor, centroids: Tensor) -> Tensor:
 def _snap_to_int8(centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Centroids as int8 codes times one scale (1,) float32: what an INT8 matrix unit multiplies."""
     absmax = centroids.abs().max()
-    scale = absmax / INT8.qmax if float(absmax) > 0 else torch.ones_like(absmax)
+    scale = absmax / INT8.qmax if float(absmax) > MIN_ABSMAX else torch.ones_like(absmax)
     return torch.round(centroids / scale).clamp(-INT8.qmax, INT8.qmax).to(torch.int8), scale.view(1)
 
 
@@ -195,7 +202,13 @@ def _exact_deltas(outliers: Tensor, codes: Tensor, decoded: Tensor) -> tuple[Ten
             neighbour = delta[wrong].nextafter(torch.tensor(direction))
             hit = decoded[codes[wrong]] + neighbour == outliers[wrong]
             delta[wrong[hit]] = neighbour[hit]
-    assert bool((decoded[codes] + delta == outliers).all()), "an outlier that no centroid can be corrected to"
+    wrong = (decoded[codes] + delta != outliers).nonzero().flatten()
+    if wrong.numel():  # an outlier near zero, say, while every centroid is far from it
+        raise QBertError(
+            f"gobo: {wrong.numel()} outliers, the first {float(outliers[wrong[0]]):.9g}, cannot be kept exactly: no "
+            f"float32 difference from a centroid ({float(decoded[0]):.4g} ... {float(decoded[-1]):.4g}) gives them. "
+            "Exclude the module"
+        )
     return codes, delta
 
 

@@ -1,0 +1,142 @@
+"""Choices are pure and total: every operation on every target, with no such machine here."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from qbert import dispatch, ops
+from qbert.dispatch import OPERATIONS, KernelChoice, embedding_operation, linear_operation, select_kernel, select_layout
+from qbert.formats import SCHEMES, TIED_LINEAR_SCHEME, Role, Scheme
+from qbert.layout import Layout, layouts_of
+from qbert.target import Target, cpu_target
+
+TARGETS = {
+    "cpu-plain": Target(),
+    "cpu-saturates": Target("cpu", int_mm_exact=False),
+    "cpu-amx": Target("cpu", "amx_int8", native=True),
+    "cpu-vnni": Target("cpu", "avx512_vnni", native=True),
+    "cpu-avx2": Target("cpu", "avx2", native=True, int_mm_exact=False),
+    "h100": Target("cuda", "", 90, 132, 232_448),
+    "a100": Target("cuda", "", 80, 108, 166_912),
+    "b200": Target("cuda", "", 100, 148, 232_448, native=True),
+}
+TARGET = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
+ROLE_AND_SCHEME = pytest.mark.parametrize(
+    ("role", "scheme"),
+    [
+        pytest.param(role, scheme, id=f"{role.value}-{scheme.name}")
+        for scheme in SCHEMES.values()
+        for role in sorted(scheme.roles, key=lambda role: role.value)
+    ],
+)
+
+
+@TARGET
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_operation_has_a_kernel_and_a_reason(operation: str, target: Target) -> None:
+    choice = select_kernel(operation, target)
+    assert isinstance(choice, KernelChoice)
+    assert choice.name
+    assert choice.reason
+    assert select_kernel(operation, target) == choice
+
+
+@TARGET
+def test_unknown_operation_is_an_error(target: Target) -> None:
+    with pytest.raises(KeyError, match="w2a2_linear"):
+        select_kernel("w2a2_linear", target)
+
+
+def test_operations_are_listed_once() -> None:
+    assert len(set(OPERATIONS)) == len(OPERATIONS)
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name.startswith(("w8a8", "w4a8", "gobo_linear"))])
+def test_a_cpu_that_saturates_never_gets_int_mm(operation: str) -> None:
+    assert select_kernel(operation, TARGETS["cpu-plain"]).name == dispatch.TORCH_INT_MM
+    choice = select_kernel(operation, TARGETS["cpu-saturates"])
+    assert choice.name == dispatch.TORCH_FLOAT32_CHUNKS
+    assert "saturates" in choice.reason
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_slow_path_says_so(operation: str) -> None:
+    """The reference runs where there is no kernel, and the reason says of what and that it is slow."""
+    choice = select_kernel(operation, TARGETS["h100"])
+    assert choice.name == dispatch.REFERENCE or operation in choice.name
+    if choice.name == dispatch.REFERENCE:
+        assert choice.reason == f"no cuda kernel for {operation} in this version; exact but slow"
+
+
+@ROLE_AND_SCHEME
+def test_every_scheme_has_an_operation_that_takes_its_tensors(role: Role, scheme: Scheme) -> None:
+    """Not only a name in the table: the operator's arguments are the tensors of the scheme."""
+    from qbert.qtensor import plain_specs
+
+    operation = (linear_operation if role is Role.LINEAR else embedding_operation)(scheme)
+    assert operation in OPERATIONS
+    arguments = [each.name for each in getattr(torch.ops.qbert, operation).default._schema.arguments]
+    assert set(plain_specs(scheme, (4, 128))) <= set(arguments)
+    assert ("q" in arguments) == (scheme.activation is not None)
+
+
+@TARGET
+@ROLE_AND_SCHEME
+def test_layouts_are_legal_and_read_by_the_operation(role: Role, scheme: Scheme, target: Target) -> None:
+    layout = select_layout(scheme, role, target)
+    assert layout in layouts_of(scheme)
+    assert select_layout(scheme, role, target) is layout
+    operation = (linear_operation if role is Role.LINEAR else embedding_operation)(scheme)
+    takes_layout = any(each.name == "layout" for each in getattr(torch.ops.qbert, operation).default._schema.arguments)
+    assert takes_layout or layout is Layout.PLAIN  # an operation that is not told reads PLAIN
+
+
+@TARGET
+@pytest.mark.parametrize("name", list(TIED_LINEAR_SCHEME))
+def test_a_tied_linear_can_read_the_embedding_s_layout(name: str, target: Target) -> None:
+    """It reads its owner's buffers as they lie, in the layout that was chosen for look-ups."""
+    layout = select_layout(SCHEMES[name], Role.EMBEDDING, target)
+    assert layout in layouts_of(SCHEMES[TIED_LINEAR_SCHEME[name]])
+
+
+def test_choosing_touches_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pure: a Target is all that is looked at."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a choice asked the machine")
+
+    for function in ("is_available", "get_device_properties", "current_device"):
+        monkeypatch.setattr(torch.cuda, function, refuse)
+    monkeypatch.setattr(torch, "_int_mm", refuse)
+    for operation, target in itertools.product(OPERATIONS, TARGETS.values()):
+        select_kernel(operation, target)
+    for scheme, target in itertools.product(SCHEMES.values(), TARGETS.values()):
+        for role in scheme.roles:
+            select_layout(scheme, role, target)
+
+
+def test_operators_run_what_select_kernel_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`qbert.explain` shows `select_kernel`; what runs must be the same."""
+    calls: list[str] = []
+    int_mm = torch._int_mm
+
+    def counted(*arguments: torch.Tensor) -> torch.Tensor:
+        calls.append("int_mm")
+        return int_mm(*arguments)
+
+    monkeypatch.setattr(torch, "_int_mm", counted)
+    q = torch.ones(2, 8, dtype=torch.int8)
+    for target in (TARGETS["cpu-plain"], TARGETS["cpu-saturates"]):
+        calls.clear()
+        monkeypatch.setattr(ops, "cpu_target", lambda target=target: target)
+        torch.ops.qbert.w8a8_linear(q, torch.ones(2), q, torch.ones(2), None, "none", torch.float32)
+        expected = select_kernel("w8a8_linear", target).name == dispatch.TORCH_INT_MM
+        assert bool(calls) == expected
+
+
+def test_this_machine_has_a_choice_for_everything() -> None:
+    for operation in OPERATIONS:
+        assert select_kernel(operation, cpu_target()).name

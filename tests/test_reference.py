@@ -1,0 +1,446 @@
+"""Each reference operation against its definition, written again here in numpy float64 and plain Python."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qbert import reference
+from qbert.errors import QBertError
+from qbert.formats import SCHEMES, TIED_LINEAR_SCHEME
+from qbert.layout import Layout, layouts_of
+from qbert.qtensor import QuantizedTensor
+from qbert.quantizers import quantize
+from qbert.testing import random_activations, random_weight
+
+Float64 = NDArray[np.float64]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+FLOAT32 = np.float32
+ULP = 2.0**-24  # largest relative error of one float32 rounding
+
+
+# ---- the definitions, once more -------------------------------------------------------------------------------------
+
+
+def _wide(tensor: Tensor) -> Float64:
+    return tensor.to(torch.float64).numpy()
+
+
+def _codes(qdata: Tensor, bits: int, k: int, signed: bool) -> NDArray[np.int64]:
+    """(n, k) codes of a PLAIN bit stream, by big integers."""
+    top = 1 << bits
+    rows = []
+    for row in qdata.tolist():
+        number = int.from_bytes(bytes(row), "little")
+        codes = [number >> (i * bits) & (top - 1) for i in range(k)]
+        rows.append([code - top if signed and code >= top // 2 else code for code in codes])
+    return np.array(rows, dtype=np.int64).reshape(-1, k)
+
+
+def _outliers(tensors: dict[str, Tensor], n: int, k: int) -> Float64:
+    dense = np.zeros((n, k))
+    rowptr = tensors["outlier_rowptr"].tolist()
+    for row in range(n):
+        for at in range(rowptr[row], rowptr[row + 1]):
+            dense[row, int(tensors["outlier_col"][at])] = float(tensors["outlier_delta"][at])
+    return dense
+
+
+def _dequantized(name: str, tensors: dict[str, Tensor], n: int, k: int) -> Float64:
+    """Exact (n, k) that the PLAIN tensors of a scheme stand for."""
+    scheme = SCHEMES[name]
+    if scheme.has_dictionary:
+        codes = _codes(tensors["qdata"], scheme.weight_bits, k, signed=False)
+        scale = float(tensors["scale"]) if "scale" in tensors else 1.0
+        return _wide(tensors["codebook"])[codes] * scale + _outliers(tensors, n, k)
+    if scheme.weight_bits == 8:
+        return _wide(tensors["qdata"]) * _wide(tensors["scale"])[:, None]
+    codes = _codes(tensors["qdata"], 4, k, signed=True).astype(np.float64)
+    size = scheme.group_size
+    assert size is not None
+    if "group_scale" in tensors:
+        operand = codes * np.repeat(_wide(tensors["group_scale"]), size, axis=1)
+        return operand * _wide(tensors["scale"])[:, None]
+    return codes * np.repeat(_wide(tensors["scale"]), size, axis=1)
+
+
+def _gelu(y: Float64) -> Float64:
+    return np.vectorize(lambda value: value * 0.5 * math.erfc(-value / math.sqrt(2)), otypes=[np.float64])(y)
+
+
+def _finish(y: Float64, bias: Tensor | None, activation: str) -> Float64:
+    y = y if bias is None else y + _wide(bias)
+    return _gelu(y) if activation == "gelu" else y
+
+
+@functools.cache
+def _random_weight(name: str, n: int, k: int) -> tuple[QuantizedTensor, Float64]:
+    """A random weight and exactly what it stands for; nobody edits it."""
+    weight = quantize(random_weight(n, k, seed=n + k), SCHEMES[name])
+    return weight, _dequantized(name, weight.tensors, n, k)
+
+
+def _bias(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.linspace(-1, 1, n).to(dtype)
+
+
+def _rounding(exact: Float64, dtype: torch.dtype) -> Float64:
+    """Largest error of rounding `exact`, or what lies within a few float32 roundings of it, to `dtype`."""
+    info = torch.finfo(dtype)
+    return (np.abs(exact) * 1.001 + info.tiny) * info.eps / 2
+
+
+# ---- quantize_per_token ---------------------------------------------------------------------------------------------
+
+
+def _numpy_quantize(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Single float32 IEEE operations, in the documented order."""
+    absmax = np.maximum(np.abs(x).max(axis=1), FLOAT32(2.0**-100))
+    codes = np.clip(np.rint(x * (FLOAT32(127) / absmax)[:, None]), -127, 127)
+    return codes, absmax / FLOAT32(127)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 1), (1, 17), (3, 1023), (17, 64)], ids=str)
+def test_quantize_per_token_is_these_ieee_operations(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = random_activations(*shape, seed=3, dtype=dtype)
+    codes, scale = reference.quantize_per_token(x)
+    expected_codes, expected_scale = _numpy_quantize(x.to(torch.float32).numpy())
+    assert (codes.dtype, scale.dtype) == (torch.int8, torch.float32)
+    np.testing.assert_array_equal(codes.numpy(), expected_codes)
+    np.testing.assert_array_equal(scale.numpy(), expected_scale)
+
+
+@pytest.mark.parametrize("magnitude", [1e-28, 1e-5, 1.0, 1e6, 3e38], ids="{:g}".format)
+def test_quantization_error_is_at_most_half_a_step(magnitude: float) -> None:
+    x = torch.linspace(-1, 1, 1023).repeat(3, 1) * torch.tensor([[1.0], [0.5], [0.01]]) * magnitude
+    codes, scale = reference.quantize_per_token(x)
+    assert codes.abs().amax(dim=1).tolist() == [127] * 3  # every token uses the whole range
+    error = np.abs(_wide(codes) * _wide(scale)[:, None] - _wide(x))
+    # On top of half a step: three float32 roundings (127 / absmax, the product, the scale) of codes up to 127.
+    assert (error <= _wide(scale)[:, None] * (0.5 + 3 * 127 * ULP)).all()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_halves_round_to_even(sign: float) -> None:
+    x = sign * torch.tensor([[127.0, 0.5, 1.5, 2.5, 125.5, 126.5]])
+    codes, scale = reference.quantize_per_token(x)
+    assert scale.tolist() == [1.0]
+    assert (codes * int(sign)).tolist() == [[127, 0, 2, 2, 126, 126]]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("shape", [(3, 17), (1, 1)], ids=str)
+def test_a_bad_value_makes_its_token_nan_and_no_other(bad: float, shape: tuple[int, int]) -> None:
+    x = random_activations(*shape, seed=1)
+    good_codes, good_scale = reference.quantize_per_token(x)
+    row, column = shape[0] // 2, shape[1] - 1
+    x[row, column] = bad
+    codes, scale = reference.quantize_per_token(x)
+    assert math.isnan(scale[row])
+    assert not codes[row].any()
+    others = torch.arange(shape[0]) != row
+    assert torch.equal(codes[others], good_codes[others])
+    assert torch.equal(scale[others], good_scale[others])
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, -1e-40, 1e-38, 2.0**-101], ids=str)
+def test_tokens_of_zeros_and_denormals_have_a_normal_scale(value: float) -> None:
+    codes, scale = reference.quantize_per_token(torch.tensor([[value, 0.0, value]]))
+    assert float(scale) == float(FLOAT32(2.0**-100) / FLOAT32(127))
+    assert float(scale) >= torch.finfo(torch.float32).tiny
+    assert abs(float(codes[0, 0]) * float(scale) - value) <= float(scale) * 0.5001
+
+
+@pytest.mark.parametrize("shape", [(0, 17), (3, 0), (0, 0)], ids=str)
+def test_quantize_nothing(shape: tuple[int, int]) -> None:
+    codes, scale = reference.quantize_per_token(torch.zeros(shape))
+    assert codes.shape == shape
+    assert scale.shape == shape[:1]
+    assert bool(scale.isfinite().all())
+
+
+# ---- linears --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("t", "n", "k"), [(0, 3, 17), (1, 1, 1), (3, 17, 1023), (17, 3, 64)])
+@pytest.mark.parametrize("value", [None, 127, -127], ids=["random", "127", "-127"])
+def test_integer_product_is_exact(t: int, n: int, k: int, value: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(-127, 128, (t, k), generator=generator).to(torch.int8)
+    w = torch.randint(-127, 128, (n, k), generator=generator).to(torch.int8)
+    if value is not None:
+        q, w = q.fill_(127), w.fill_(value)
+    product = reference.integer_product(q, w)
+    assert product.dtype == torch.int32
+    expected = q.numpy().astype(np.int64) @ w.numpy().astype(np.int64).T
+    np.testing.assert_array_equal(product.numpy(), expected)
+
+
+INTEGER_SCHEMES = ["w8a8", "w4a8", "w4a8-g32", "gobo3a8", "gobo4a8"]
+FLOAT_SCHEMES = ["w8a16", "w4a16", "w4a16-g128", "gobo3", "gobo4"]
+
+
+def _integer_linear(name: str, q: Tensor, s: Tensor, tensors: dict[str, Tensor], layout: Layout, *end: Any) -> Tensor:
+    if name == "w8a8":
+        return reference.w8a8_linear(q, s, tensors["qdata"], tensors["scale"], *end)
+    if name.startswith("w4a8"):
+        scales = tensors["group_scale"], tensors["scale"]
+        return reference.w4a8_linear(q, s, tensors["qdata"], *scales, *end, layout.value)
+    outliers = tensors["outlier_rowptr"], tensors["outlier_col"], tensors["outlier_delta"]
+    codes = tensors["qdata"], tensors["codebook"], tensors["scale"]
+    return reference.gobo_linear(q, s, *codes, *outliers, *end, layout.value)
+
+
+def _float_linear(name: str, x: Tensor, tensors: dict[str, Tensor], layout: Layout, *end: Any) -> Tensor:
+    if name == "w8a16":
+        return reference.w8a16_linear(x, tensors["qdata"], tensors["scale"], *end)
+    if name.startswith("w4a16"):
+        return reference.w4a16_linear(x, tensors["qdata"], tensors["scale"], *end, layout.value)
+    outliers = tensors["outlier_rowptr"], tensors["outlier_col"], tensors["outlier_delta"]
+    return reference.gobo_a16_linear(x, tensors["qdata"], tensors["codebook"], *outliers, *end, layout.value)
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("name", INTEGER_SCHEMES)
+def test_integer_linears(name: str, has_bias: bool, activation: str, dtype: torch.dtype) -> None:
+    t, n, k = 5, 7, 128
+    held, weight = _random_weight(name, n, k)
+    x = random_activations(t, k, seed=2)
+    x[1] = 0.0
+    q, s = reference.quantize_per_token(x)
+    bias = _bias(n, dtype) if has_bias else None
+    token = _wide(q) * _wide(s)[:, None]
+    expected = _finish(token @ weight.T, bias, activation)
+    # Sums are exact; at most eight float32 roundings (both scales, outliers, bias, gelu) of terms no larger than these,
+    # and one rounding to the result's type.
+    room = np.abs(token) @ np.abs(weight).T + (0 if bias is None else np.abs(_wide(bias)))
+    allowed = 8 * ULP * room + _rounding(expected, dtype)
+    for layout in layouts_of(SCHEMES[name]):
+        y = _integer_linear(name, q, s, held.to_layout(layout).tensors, layout, bias, activation, dtype)
+        assert y.dtype == dtype
+        error = np.abs(_wide(y) - expected)
+        assert (error <= allowed).all(), (layout, float((error - allowed).max()))
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("name", FLOAT_SCHEMES)
+def test_float_linears(name: str, activation: str, dtype: torch.dtype) -> None:
+    t, n, k = 5, 7, 128
+    held, weight = _random_weight(name, n, k)
+    x, bias = random_activations(t, k, seed=2, dtype=dtype), _bias(n, dtype)
+    x[1] = 0.0
+    expected = _finish(_wide(x) @ weight.T, bias, activation)
+    for layout in layouts_of(SCHEMES[name]):
+        y = _float_linear(name, x, held.to_layout(layout).tensors, layout, bias, activation)
+        assert y.dtype == dtype
+        # Weights are defined as float32 (an outlier is centroid + delta in float32); everything after is float64.
+        room = 1.2 * ULP * (np.abs(_wide(x)) @ np.abs(weight).T)  # gelu's slope is below 1.2
+        assert (np.abs(_wide(y) - expected) <= room + _rounding(expected, dtype)).all()
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a8", "gobo3a8"])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_a_nan_token_stays_in_its_row(name: str, activation: str) -> None:
+    tensors = _random_weight(name, 7, 128)[0].tensors
+    x = random_activations(3, 128, seed=2)
+    q, s = reference.quantize_per_token(x)
+    clean = _integer_linear(name, q, s, tensors, Layout.PLAIN, _bias(7), activation, torch.float32)
+    x[1, 5] = math.inf
+    q, s = reference.quantize_per_token(x)
+    y = _integer_linear(name, q, s, tensors, Layout.PLAIN, _bias(7), activation, torch.float32)
+    assert bool(y[1].isnan().all())
+    assert torch.equal(y[[0, 2]], clean[[0, 2]])
+
+
+def test_unknown_activation_is_an_error() -> None:
+    with pytest.raises(QBertError, match="unknown activation 'relu'; allowed: none, gelu"):
+        reference.finish(torch.zeros(1, 1), None, "relu", torch.float32)
+
+
+@pytest.mark.parametrize("out_scale", [0.5, 0.1, 3e-4])
+def test_requantize(out_scale: float) -> None:
+    y = torch.tensor([[0.25, 0.75, -0.25, 63.5, -64.0, 1e30, -1e30, math.inf, -math.inf, math.nan, 0.0, -0.0]])
+    factor = FLOAT32(1.0 / out_scale)
+    with np.errstate(invalid="ignore", over="ignore"):
+        steps = np.clip(np.rint(y.numpy() * factor), -127, 127)
+    codes = reference.requantize(y, out_scale)
+    assert codes.dtype == torch.int8
+    assert codes[0, 9] == 0  # NaN: the residual stream carries it
+    np.testing.assert_array_equal(codes.numpy(), np.nan_to_num(steps))
+    assert codes[0, 5:9].tolist() == [127, -127, 127, -127]
+
+
+# ---- look-ups -------------------------------------------------------------------------------------------------------
+
+
+def _look_up(name: str, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype, k: int, layout: Layout) -> Tensor:
+    if name == "w8":
+        return reference.w8_embedding(ids, *tensors.values(), dtype)
+    operation = reference.w4_embedding if name.startswith("w4") else reference.gobo_embedding
+    return operation(ids, *tensors.values(), dtype, k, layout.value)  # type: ignore[operator]
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(0,), (1,), (2, 3)], ids=str)
+@pytest.mark.parametrize("name", list(TIED_LINEAR_SCHEME))
+def test_embeddings_are_the_rows_rounded_once(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    rows, k = 9, 128
+    ids = torch.tensor([8, 0, 3, 3, 1, 7])[: math.prod(shape)].view(shape)
+    held, exact = _random_weight(name, rows, k)
+    expected = torch.from_numpy(exact[ids.numpy()].astype(np.float32)).to(dtype)  # to float32, then to the type
+    for layout in layouts_of(SCHEMES[name]):
+        found = _look_up(name, ids, held.to_layout(layout).tensors, dtype, k, layout)
+        assert (found.dtype, found.shape) == (dtype, (*shape, k))
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", list(SCHEMES))
+def test_dequantize_of_every_scheme_and_layout(name: str) -> None:
+    n, k = 5, 256
+    weight, exact = _random_weight(name, n, k)
+    for layout in layouts_of(SCHEMES[name]):
+        restored = reference.dequantize(weight.to_layout(layout))
+        assert restored.dtype == torch.float32
+        # code * scale is one float32 rounding, centroid * scale + delta is two.
+        roundings = 2 if SCHEMES[name].has_dictionary else 1
+        np.testing.assert_allclose(_wide(restored), exact, rtol=roundings * ULP * 1.001, atol=0)
+
+
+@pytest.mark.parametrize("name", ["gobo3", "gobo3a8", "w4a8", "w4a16"])
+def test_dequantize_leaves_the_weight_as_it_is(name: str) -> None:
+    for layout in layouts_of(SCHEMES[name]):
+        weight = quantize(random_weight(5, 128), SCHEMES[name]).to_layout(layout)
+        before = {key: tensor.clone() for key, tensor in weight.tensors.items()}
+        first, second = reference.dequantize(weight), reference.dequantize(weight)
+        assert torch.equal(first, second)
+        assert all(torch.equal(tensor, before[key]) for key, tensor in weight.tensors.items())
+
+
+@pytest.mark.parametrize(("rowptr", "columns"), [([0, 0, 2, 2, 5], [3, 4, 0, 2, 4]), ([0, 0, 0, 0, 0], [])])
+def test_dense_outliers(rowptr: list[int], columns: list[int]) -> None:
+    """Empty rows at the start, in the middle, everywhere."""
+    values = torch.arange(1.0, len(columns) + 1)
+    dense = reference.dense_outliers(
+        torch.tensor(rowptr, dtype=torch.int32), torch.tensor(columns, dtype=torch.int16), values, 4, 5
+    )
+    expected = torch.zeros(4, 5)
+    for row in range(4):
+        for at in range(rowptr[row], rowptr[row + 1]):
+            expected[row, columns[at]] = at + 1
+    assert torch.equal(dense, expected)
+
+
+@pytest.mark.parametrize("k", [126, 127, 130, 192, 0])
+def test_int4_wants_the_k_of_its_groups(k: int) -> None:
+    """Packed rows do not say how long they are; a k that cannot be right must not give a plausible result."""
+    held, weight_only = _random_weight("w4a8", 3, 128)[0], _random_weight("w4a16", 3, 128)[0]
+    for layout in (Layout.PLAIN, Layout.BYTES):
+        tensors = held.to_layout(layout).tensors
+        with pytest.raises((QBertError, RuntimeError)):
+            reference.expand_int4(tensors["qdata"], tensors["group_scale"], k, layout.value)
+        tensors = weight_only.to_layout(layout).tensors
+        with pytest.raises((QBertError, RuntimeError)):
+            reference.dequantize_int4(tensors["qdata"], tensors["scale"], k, layout.value)
+
+
+# ---- attention and norms --------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("lengths", "heads", "head_dim"),
+    [([5], 2, 8), ([1, 7, 3], 3, 16), ([4, 0, 2, 0], 1, 32), ([1, 1, 1], 2, 3), ([0], 2, 8)],
+    ids=["one", "three", "empty-ones", "single-tokens", "no-token"],
+)
+def test_attention_is_sdpa_of_every_sequence(
+    lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    t = sum(lengths)
+    generator = torch.Generator().manual_seed(t)
+    qkv = torch.randint(-127, 128, (t, 3 * heads * head_dim), generator=generator).to(torch.int8)
+    scales, softmax_scale = torch.tensor([0.05, 0.04, 0.03]), 0.3
+    bounds = [0, *np.cumsum(lengths).tolist()]
+    out = reference.attention_int8(
+        qkv, scales, torch.tensor(bounds, dtype=torch.int32), heads, softmax_scale, dtype
+    )
+    assert (out.dtype, out.shape) == (dtype, (t, heads * head_dim))
+    query, key, value = (
+        (part.view(t, heads, head_dim).to(torch.float64) * float(scale)).transpose(0, 1)
+        for part, scale in zip(qkv.chunk(3, dim=1), scales, strict=True)
+    )
+    for start, stop in itertools.pairwise(bounds):
+        span = slice(start, stop)
+        heads_first = torch.nn.functional.scaled_dot_product_attention(
+            query[:, span], key[:, span], value[:, span], scale=softmax_scale
+        )
+        expected = _wide(heads_first.transpose(0, 1).reshape(stop - start, heads * head_dim))
+        # Float64 throughout: all that can be seen is the rounding to the result's type.
+        assert (np.abs(_wide(out[span]) - expected) <= _rounding(expected, dtype) + 1e-12).all()
+
+
+def _numpy_layer_norm(x: Float64, gamma: Tensor, beta: Tensor, eps: float) -> Float64:
+    mean = x.mean(axis=1, keepdims=True)
+    return (x - mean) / np.sqrt(((x - mean) ** 2).mean(axis=1, keepdims=True) + eps) * _wide(gamma) + _wide(beta)
+
+
+def _check_norm(result: tuple[Tensor, Tensor, Tensor], exact: Float64, dtype: torch.dtype) -> None:
+    normed, codes, scale = result
+    largest = np.abs(exact).max(axis=1)
+    slack = 16 * ULP * largest  # a float32 norm: a few roundings of its largest values
+    assert normed.dtype == dtype
+    assert (np.abs(_wide(normed) - exact) <= slack[:, None] + _rounding(exact, dtype)).all()
+    assert (np.abs(_wide(scale) - largest / 127) <= (slack + ULP * largest) / 127).all()
+    # The codes are those of the float32 norm, not of the one rounded to `dtype`.
+    step = _wide(scale)[:, None]
+    assert (np.abs(_wide(codes) * step - exact) <= step * 0.5001 + slack[:, None]).all()
+
+
+@DTYPES
+@pytest.mark.parametrize(("t", "k"), [(1, 17), (3, 1023), (17, 64)])
+def test_add_layer_norm_quantize(t: int, k: int, dtype: torch.dtype) -> None:
+    y, residual = random_activations(t, k, seed=1, dtype=dtype), random_activations(t, k, seed=2, dtype=dtype)
+    gamma, beta = torch.linspace(0.5, 1.5, k).to(dtype), _bias(k, dtype)
+    result = reference.add_layer_norm_quantize(y, residual, gamma, beta, 1e-5)
+    _check_norm(result, _numpy_layer_norm(_wide(y) + _wide(residual), gamma, beta, 1e-5), dtype)
+
+
+def test_norm_of_a_nan_row() -> None:
+    y, residual = random_activations(3, 17, seed=1), random_activations(3, 17, seed=2)
+    gamma, beta = torch.ones(17), torch.zeros(17)
+    clean = reference.add_layer_norm_quantize(y, residual, gamma, beta, 1e-5)
+    y[1, 3] = math.nan
+    normed, codes, scale = reference.add_layer_norm_quantize(y, residual, gamma, beta, 1e-5)
+    assert bool(normed[1].isnan().all())
+    assert math.isnan(scale[1])
+    assert not codes[1].any()
+    for tensor, before in zip((normed, codes, scale), clean, strict=True):
+        assert torch.equal(tensor[[0, 2]], before[[0, 2]])
+
+
+@DTYPES
+@pytest.mark.parametrize("name", list(TIED_LINEAR_SCHEME))
+def test_embed_layer_norm_quantize(name: str, dtype: torch.dtype) -> None:
+    rows, k = 11, 128
+    layout = layouts_of(SCHEMES[name])[-1]
+    held, words = _random_weight(name, rows, k)
+    table = list(held.to_layout(layout).tensors.values())
+    ids, position_ids, token_type_ids = (torch.tensor(each) for each in ([10, 0, 10, 4], [0, 1, 2, 0], [0, 1, 1, 0]))
+    positions, types = random_activations(5, k, seed=1, dtype=dtype), random_activations(2, k, seed=2, dtype=dtype)
+    gamma, beta = torch.linspace(0.5, 1.5, k).to(dtype), _bias(k, dtype)
+    result = reference.embed_layer_norm_quantize(
+        ids, position_ids, token_type_ids, table, name, layout.value, positions, types, gamma, beta, 1e-5
+    )  # fmt: skip
+    total = words[ids.numpy()] + _wide(types)[token_type_ids.numpy()] + _wide(positions)[position_ids.numpy()]
+    _check_norm(result, _numpy_layer_norm(total, gamma, beta, 1e-5), dtype)

@@ -1,0 +1,168 @@
+"""What this machine is, and that a saturating int8 product is found out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qbert import dispatch, ops, target
+from qbert.target import Target, cpu_target, cuda_target, target_of
+from qbert.testing import random_arguments
+
+ISAS = {"amx_int8", "avx512_vnni", "avx_vnni", "avx2", "generic"}
+INTEGER_OPERATIONS = [name for name in dispatch.OPERATIONS if name.startswith(("w8a8", "w4a8", "gobo_linear"))]
+
+
+def _int_mm_is_really_exact() -> bool:
+    """Many products instead of one: odd sizes, one row, extreme and random values, against int64."""
+    generator = torch.Generator().manual_seed(0)
+    for m, n, k in [(1, 1, 2), (1, 64, 64), (3, 17, 1023), (16, 8, 64), (17, 100, 768), (32, 32, 96), (33, 3, 2304)]:
+        for low in (127, 100, -127):
+            a, b = (torch.randint(low, 128, (rows, k), generator=generator).to(torch.int8) for rows in (m, n))
+            exact = a.numpy().astype("int64") @ b.numpy().astype("int64").T
+            if not (torch._int_mm(a, b.t()).numpy() == exact).all():
+                return False
+    return True
+
+
+def _digests() -> dict[str, str]:
+    """Of every integer operation's result on one problem of extreme magnitudes."""
+    digests = {}
+    for operation in INTEGER_OPERATIONS:
+        arguments = random_arguments(operation, 17, 40, 1152, seed=11, bias=True)
+        result = getattr(torch.ops.qbert, operation)(*arguments)
+        digests[operation] = hashlib.sha256(result.contiguous().numpy().tobytes()).hexdigest()
+    return digests
+
+
+def _has_vnni() -> bool:
+    info = Path("/proc/cpuinfo")
+    return platform.machine() == "x86_64" and info.is_file() and ("avx512_vnni" in info.read_text())
+
+
+@functools.cache
+def _under_avx2() -> dict[str, Any]:
+    """What a CPU without VNNI would say: oneDNN is told to use AVX2 only, in a process of its own."""
+    code = (
+        "import json, test_target as t; from qbert.target import cpu_target; "
+        "print(json.dumps([cpu_target().int_mm_exact, t._int_mm_is_really_exact(), t._digests()]))"
+    )
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    verdict, exact, digests = json.loads(done.stdout.splitlines()[-1])
+    return {"verdict": verdict, "exact": exact, "digests": digests}
+
+
+def test_verdict_here_is_the_truth() -> None:
+    assert cpu_target().int_mm_exact == _int_mm_is_really_exact()
+
+
+needs_vnni = pytest.mark.skipif(not _has_vnni(), reason="needs an x86 CPU with AVX-512 VNNI, to switch it off")
+
+
+@needs_vnni
+def test_saturation_is_found_out() -> None:
+    """oneDNN's AVX2 kernel adds pairs of products in saturating 16-bit integers."""
+    found = _under_avx2()
+    assert found["verdict"] == found["exact"]
+    if found["exact"]:
+        pytest.skip("this torch does not saturate under ONEDNN_MAX_CPU_ISA=AVX2")
+
+
+@needs_vnni
+def test_results_are_the_same_bits_on_a_cpu_that_saturates() -> None:
+    assert _under_avx2()["digests"] == _digests()
+
+
+@pytest.mark.parametrize("wrong", [128, 127 * 127 - 1, 0], ids=["saturated", "off-by-one", "zero"])
+def test_probe_sees_any_wrong_sum(wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def saturating(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        exact = (a.to(torch.float64) @ b.to(torch.float64)).to(torch.int32)
+        exact[-1, -1] = wrong * a.shape[1]
+        return exact
+
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    assert target._int_mm_is_exact() is False
+
+
+def test_cpu_target_is_read_once_and_plain() -> None:
+    here = cpu_target()
+    assert here is cpu_target()
+    assert here.device == "cpu"
+    assert here.isa in ISAS
+    assert (here.sm, here.sm_count, here.shared_memory) == (0, 0, 0)
+    assert here.native == (target.native_cpu() is not None)
+    assert hash(here) == hash(dataclasses.replace(here))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        here.isa = "amx_int8"  # type: ignore[misc]
+
+
+def test_without_the_extension_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "native_cpu", lambda: None)
+    bare = cpu_target.__wrapped__()
+    assert (bare.isa, bare.native) == ("generic", False)
+
+
+def test_extension_says_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "native_cpu", lambda: types.SimpleNamespace(isa=lambda: "amx_int8"))
+    found = cpu_target.__wrapped__()
+    assert (found.isa, found.native) == ("amx_int8", True)
+
+
+def test_a_missing_extension_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "qbert._cpu", None)  # what an import of a module that is not there meets
+    monkeypatch.delattr("qbert._cpu", raising=False)
+    assert target.native_cpu() is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_target_of_devices_without_a_gpu(device: str) -> None:
+    assert target_of(torch.device(device)) is cpu_target()
+
+
+@pytest.mark.parametrize("optin", [True, False], ids=["opt-in", "older-torch"])
+def test_cuda_target_is_read_from_the_device(optin: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"major": 9, "minor": 0, "multi_processor_count": 132, "shared_memory_per_block": 49_152}
+    fields |= {"shared_memory_per_block_optin": 232_448} if optin else {}
+    asked: list[int] = []
+
+    def properties(index: int) -> types.SimpleNamespace:
+        asked.append(index)
+        return types.SimpleNamespace(**fields)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    cuda_target.cache_clear()
+    try:
+        found = target_of(torch.device("cuda", 1))
+        assert found == Target("cuda", "", 90, 132, 232_448 if optin else 49_152)
+        assert target_of(torch.device("cuda", 1)) is found
+        assert asked == [1]
+    finally:
+        cuda_target.cache_clear()
+
+
+def test_description_names_what_is_here() -> None:
+    line = target.describe()
+    assert line.startswith(f"{platform.machine()} {cpu_target().isa}, extension ")
+    assert line.endswith("not built") == (not cpu_target().native)
+
+
+def test_operators_ask_the_same_target() -> None:
+    assert ops.cpu_target is cpu_target
