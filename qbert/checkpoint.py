@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,8 +27,8 @@ from qbert.qtensor import TensorSpec, plain_specs
 from qbert.recipe import Recipe
 from qbert.validate import check_finite, check_plain_tensors, check_spec
 
-FORMAT_VERSION = 1
-METHOD = "qbert"
+FORMAT_VERSION: Final = 1
+METHOD: Final = "qbert"
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 _MAX_JSON_BYTES = 16 * 2**20  # a configuration is a few hundred kilobytes at most; more is an attack or a mistake
 
@@ -200,10 +200,11 @@ def check_files(files: Iterable[str | Path], record: Record, expected: Mapping[s
         found = tensors[name]
         anchor = TensorSpec(found.dtype, spec.shape) if _is_plain_float(name, spec, found, quantized) else spec
         check_spec(name, anchor, found.dtype, tuple(found.shape))
-    for name, spec in record.modules.items():
-        if spec.kind != "tied_linear":
-            names = plain_specs(spec.resolved_scheme, spec.shape, spec.outliers)
-            check_plain_tensors(spec.resolved_scheme, spec.shape, {n: tensors[f"{name}.{n}"] for n in names}, f"{name}.")
+    for name, module in record.modules.items():
+        if module.kind != "tied_linear":
+            scheme, shape = module.resolved_scheme, module.shape
+            parts = {part: tensors[f"{name}.{part}"] for part in plain_specs(scheme, shape, module.outliers)}
+            check_plain_tensors(scheme, shape, parts, f"{name}.")
     for name, tensor in tensors.items():
         if name not in quantized and tensor.is_floating_point():
             check_finite(name, tensor)

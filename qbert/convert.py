@@ -194,7 +194,7 @@ def _finish(model: nn.Module, recipe: Recipe | None, reasons: dict[str, str]) ->
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Embedding]]:
     for name, module in model.named_modules():
         if type(module) in _ROLES:  # a subclass may read its weight in ways of its own
-            yield name, module  # type: ignore[misc]
+            yield name, module
 
 
 def _directly_read(model: nn.Module) -> dict[nn.Module, str]:
@@ -286,7 +286,7 @@ def _float_module(module: Quantized, weights: dict[nn.Module, nn.Parameter]) -> 
         return embedding
     linear = nn.Linear(k, n, bias=module.bias is not None, device="meta")
     linear.weight = weights[module.owner if isinstance(module, QTiedLinear) else module]
-    linear.bias = module.bias
+    linear.register_parameter("bias", module.bias)
     return linear
 
 
@@ -315,7 +315,7 @@ def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> N
             setattr(replacement, hooks, getattr(module, hooks))
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children gives a module that stands twice only once
-            if child in replacements:
+            if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
 
 

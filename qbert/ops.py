@@ -369,9 +369,13 @@ def _cpu_embed_layer_norm_quantize(
     _check_same_shape("ids", ids, "token_type_ids", token_type_ids)
     for which, table in ((ids, words[0]), (position_ids, positions), (token_type_ids, token_types)):
         _check_ids(which, table.shape[0])
-    return reference.embed_layer_norm_quantize(
-        ids, position_ids, token_type_ids, words, scheme, layout, positions, token_types, gamma, beta, eps
-    )
+    k = positions.shape[1]
+    if SCHEMES[scheme].has_dictionary:  # the reference would unpack the whole table
+        qdata, codebook, rowptr, col, delta = words
+        rows = _cpu_gobo_embedding(ids, qdata, codebook, rowptr, col, delta, torch.float32, k, layout)
+    else:
+        rows = reference.lookup_rows(ids, words, scheme, layout, k)
+    return reference.norm_of_rows(rows, position_ids, token_type_ids, positions, token_types, gamma, beta, eps)
 
 
 # ---- CUDA: Triton kernels -------------------------------------------------------------------------------------------

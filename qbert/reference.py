@@ -189,8 +189,15 @@ def embed_layer_norm_quantize(
         words, scheme, layout: the word table's tensors in the order of `plain_specs`, its scheme and its layout.
         positions, token_types: (p, k) and (types, k) float tables: small, so they stay float.
     """
-    k = positions.shape[1]
-    rows = lookup_rows(ids, words, scheme, layout, k)
+    rows = lookup_rows(ids, words, scheme, layout, positions.shape[1])
+    return norm_of_rows(rows, position_ids, token_type_ids, positions, token_types, gamma, beta, eps)
+
+
+def norm_of_rows(
+    rows: Tensor, position_ids: Tensor, token_type_ids: Tensor, positions: Tensor, token_types: Tensor, gamma: Tensor,
+    beta: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The rest of `embed_layer_norm_quantize`, from looked-up word rows (t, k) float32."""
     total = rows + token_types[token_type_ids].to(torch.float32) + positions[position_ids].to(torch.float32)
     normed = _layer_norm(total, gamma, beta, eps)
     return normed.to(positions.dtype), *quantize_per_token(normed)

@@ -143,6 +143,18 @@ def test_bias_of_another_type_than_the_result(operation: str, bias_dtype: torch.
     assert_matches_reference(operation, arguments, _operator(operation)(*arguments))
 
 
+@DTYPES
+def test_quantize_per_token_of_every_kind_of_token(dtype: torch.dtype) -> None:
+    """Bad tokens, zeros, denormals and the largest values, beside each other."""
+    x = testing.random_activations(12, 67, dtype=dtype)
+    largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    for row, value in enumerate((math.nan, math.inf, -math.inf, largest, -largest, smallest, smallest / 8)):
+        x[row, 5] = value
+    x[6:10] *= torch.tensor([[1e-38], [0.0], [-0.0], [1e-44]], dtype=dtype)
+    for rows in (x, x[3:], x[:3], x[1:2], x[6:10]):
+        assert_matches_reference("quantize_per_token", (rows,), torch.ops.qbert.quantize_per_token(rows))
+
+
 @pytest.mark.parametrize("operation", [*TOKEN_OPERATIONS, *LINEARS])
 def test_strided_activations(operation: str) -> None:
     arguments = random_arguments(operation, 5, 17, 64)

@@ -186,22 +186,16 @@ def _snap_to_int8(centroids: Tensor) -> tuple[Tensor, Tensor]:
 def _exact_deltas(outliers: Tensor, codes: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and float32 deltas (outliers,) such that decoded[code] + delta, rounded to float32, is the outlier itself.
 
-    The rounded difference nearly always does; where the last bit is off, one of its two neighbours does, because the
-    difference is finer than the outlier as long as the centroid lies on the same side of zero. Where it does not, another
-    centroid is taken.
+    The difference from the nearest centroid is finer than the outlier as long as that lies on the same side of zero, and
+    then it does. Where it does not, no other difference from that centroid would: another centroid is taken.
     """
     codes, delta = codes.clone(), outliers - decoded[codes]
-    for candidate in (None, *range(decoded.numel())):
+    for candidate in range(decoded.numel()):
         wrong = (decoded[codes] + delta != outliers).nonzero().flatten()
         if wrong.numel() == 0:
             return codes, delta
-        if candidate is not None:
-            codes[wrong] = candidate
-            delta[wrong] = outliers[wrong] - decoded[candidate]
-        for direction in (torch.inf, -torch.inf):
-            neighbour = delta[wrong].nextafter(torch.tensor(direction))
-            hit = decoded[codes[wrong]] + neighbour == outliers[wrong]
-            delta[wrong[hit]] = neighbour[hit]
+        codes[wrong] = candidate
+        delta[wrong] = outliers[wrong] - decoded[candidate]
     wrong = (decoded[codes] + delta != outliers).nonzero().flatten()
     if wrong.numel():  # an outlier near zero, say, while every centroid is far from it
         raise QBertError(

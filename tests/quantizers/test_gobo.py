@@ -19,7 +19,7 @@ from qbert.errors import QBertError
 from qbert.formats import SCHEMES
 from qbert.layout import Layout, unpack_codes
 from qbert.qtensor import QuantizedTensor
-from qbert.quantizers import quantize
+from qbert.quantizers import gobo, quantize
 from qbert.quantizers.gobo import learn_dictionary
 from qbert.reference import dequantize, outlier_positions
 from qbert.testing import random_weight, sqnr_db
@@ -147,6 +147,15 @@ def test_dictionary_is_the_slow_one(draw: Callable[..., Float64], bits: int) -> 
     assert learned.l1 == pytest.approx(l1, rel=1e-10)
 
 
+def test_a_weight_as_near_to_two_centroids_belongs_to_the_lower() -> None:
+    """Pairs (0, 1), (1, 2), ... start with centroids 0.5, 1.5, ...: all but the ends lie in the middle of two."""
+    values = np.repeat(np.arange(9), 2)[1:-1] / 64
+    learned = learn_dictionary(values.astype(np.float32), 3)
+    centroids, updates, l1 = _slow_gobo(values, 3)
+    np.testing.assert_allclose(learned.centroids, centroids, rtol=1e-12)
+    assert (learned.iterations, learned.l1) == (updates, pytest.approx(l1))
+
+
 @DISTRIBUTION
 @pytest.mark.parametrize("name", ["gobo3", "gobo4"])
 def test_codes_are_the_nearest_centroid(draw: Callable[..., Float64], name: str) -> None:
@@ -166,10 +175,8 @@ def test_weights_in_the_middle_of_two_centroids_take_the_lower(seed: int) -> Non
     centroids = torch.from_numpy(learned.centroids).to(torch.float32)
     middle = ((centroids[1:].to(torch.float64) + centroids[:-1].to(torch.float64)) / 2).to(torch.float32)
     near = torch.stack([middle, middle.nextafter(torch.tensor(1.0)), middle.nextafter(torch.tensor(-1.0))])
-    from qbert.quantizers.gobo import _nearest
-
     distance = (near.to(torch.float64)[:, :, None] - centroids.to(torch.float64)).abs()
-    assert torch.equal(_nearest(near, centroids), distance.argmin(dim=2))
+    assert torch.equal(gobo._nearest(near, centroids), distance.argmin(dim=2))
 
 
 def test_the_paper_s_cut_depends_on_the_deviation() -> None:
@@ -210,6 +217,15 @@ def test_outliers_of_any_magnitude_come_back_bit_for_bit(name: str) -> None:
     mask = _is_outlier(held)
     assert int(mask.sum()) > 50
     assert _same_bits(dequantize(held)[mask], w[mask])
+
+
+def test_an_outlier_that_its_centroid_cannot_give_back_takes_another() -> None:
+    """-0.07 - 0.02 is coarser than 0.02: adding it to 0.02 misses -0.07 by its last bit. From -0.01 it is exact."""
+    outlier, decoded = torch.tensor([-0.07]), torch.tensor([-0.01, 0.02])
+    assert float(decoded[1] + (outlier - decoded[1])) != float(outlier)
+    codes, delta = gobo._exact_deltas(outlier, torch.tensor([1]), decoded)
+    assert codes.tolist() == [0]
+    assert _same_bits(decoded[codes] + delta, outlier)
 
 
 @pytest.mark.parametrize(("name", "float_name"), [("gobo3a8", "gobo3"), ("gobo4a8", "gobo4")])
