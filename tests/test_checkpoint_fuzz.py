@@ -300,10 +300,12 @@ def _deterministic(examples: int) -> settings:
 
 @pytest.fixture(autouse=True, scope="module")
 def _quiet() -> Any:
-    verbosity = transformers.logging.get_verbosity()
+    verbosity, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)  # such tensors cost more to share out than to compute with
     yield
+    torch.set_num_threads(threads)
     transformers.logging.set_verbosity(verbosity)
     transformers.logging.enable_progress_bar()
 
@@ -344,7 +346,7 @@ def test_a_spoiled_checkpoint_is_refused_or_the_same(recipe: str, edit: str) -> 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_spoiled_checkpoint_is_refused_or_the_same_at_length(recipe: str, edit: str) -> None:
-    _fuzz(recipe, edit, examples=400)
+    _fuzz(recipe, edit, examples=150)
 
 
 def _forge(recipe: str, draw: Callable[..., Any]) -> Files:
@@ -387,16 +389,17 @@ def _fuzz_forged(recipe: str, examples: int) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_forged_checkpoint_is_refused_or_runs(recipe: str) -> None:
-    _fuzz_forged(recipe, examples=60)
+    _fuzz_forged(recipe, examples=40)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_forged_checkpoint_is_refused_or_runs_at_length(recipe: str) -> None:
-    _fuzz_forged(recipe, examples=2000)
+    _fuzz_forged(recipe, examples=800)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_spoiled_model_configuration_raises_nothing_else_at_length(recipe: str) -> None:
     """The rest of the configuration is the user's to edit: another answer is allowed, another exception is not."""
@@ -404,7 +407,7 @@ def test_a_spoiled_model_configuration_raises_nothing_else_at_length(recipe: str
     def wanted(path: Path_, value: Any) -> bool:
         return path[0] != "quantization_config"
 
-    @_deterministic(600)
+    @_deterministic(300)
     @given(st.data())
     def run(data: st.DataObject) -> None:
         config, weights = _original(recipe)

@@ -1,8 +1,8 @@
 """The promises of docs/architecture.md, held to on a real model: MiniLM with w8a8 linears and w8 embeddings.
 
 "A result does not depend on the batch it came in" is up to qbert for what it computes, and to torch for what is left
-between: LayerNorm and GELU take rows or elements, but attention's two products and its softmax take whole sequences,
-and for short ones torch picks another order of additions (see `_unsteady`). Where it does, the test of torch's attention
+between: LayerNorm and GELU take rows or elements, but attention's two products and its softmax take whole
+sequences, and for short ones torch picks another order of additions (see `_unsteady`). Where it does, the test of torch's attention
 is skipped and says which operation it was; the test with an attention of fixed shapes never is.
 """
 
