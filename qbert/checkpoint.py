@@ -267,5 +267,7 @@ def require_folder(folder: str | Path) -> Path:
     """
     path = Path(folder)
     if not path.is_dir():
-        raise QBertError(f"no folder {str(folder)!r}; allowed: a checkpoint folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise QBertError(
+            f"no folder {str(folder)!r}; allowed: a checkpoint folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
     return path

@@ -36,11 +36,15 @@ out, err = Console(width=_PIPED_WIDTH), Console(stderr=True)
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="local folder, hub id, or alias (minilm, mpnet)")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 Tasks = Annotated[list[str] | None, typer.Option("--task", help="task by name; may be repeated")]
-Data = Annotated[Path | None, typer.Option("--data", help="your own labelled texts, .tsv or .jsonl with text and label")]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="your own labelled texts, .tsv or .jsonl with text and label")
+]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="write a picture (.png, .svg, .pdf)")]
 Linear = Annotated[str, typer.Option("--scheme", help="scheme of the linears, or none; see `qbert formats`")]
 Embedding = Annotated[str | None, typer.Option("--embedding", help="scheme of the embeddings")]
-Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="pattern of modules that stay float; may be repeated")]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", help="pattern of modules that stay float; may be repeated")
+]
 Override = Annotated[list[str] | None, typer.Option("--override", help="PATTERN=SCHEME; may be repeated")]
 
 
@@ -70,7 +74,9 @@ def quantize(
 
 
 @app.command()
-def inspect(folder: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoint folder")], as_json: Json = False) -> None:
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoint folder")], as_json: Json = False
+) -> None:
     """What stands in a checkpoint, module by module, and the kernel that would run here."""
     from qbert.workflow import inspect_checkpoint
 
@@ -78,7 +84,9 @@ def inspect(folder: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoi
     _emit(report, as_json)
     if as_json:
         return
-    table = Table(title=f"{folder}" + (f", quantized from {report.source}" if report.source else ""), title_justify="left")
+    table = Table(
+        title=f"{folder}" + (f", quantized from {report.source}" if report.source else ""), title_justify="left"
+    )
     for header in ("module", "scheme", "shape", "layout", "bits", "KiB", "outliers", "kernel"):
         right = header in ("bits", "KiB", "outliers")
         table.add_column(header, justify="right" if right else "left", overflow="fold")
@@ -137,7 +145,9 @@ def evaluate_command(
     A quantized checkpoint is compared with the model it was made from, if that is at hand. An encoder without a head gets a
     logistic-regression probe on the original's embeddings; a fine-tuned classifier uses its own head.
     """
-    results = [_evaluate_one(model, each, against, scheme, embedding, fine_tune, as_json) for each in _tasks(task, data)]
+    results = [
+        _evaluate_one(model, each, against, scheme, embedding, fine_tune, as_json) for each in _tasks(task, data)
+    ]
     if as_json:
         out.print_json(data=[result.model_dump(mode="json") for result in results])
     else:
@@ -165,7 +175,9 @@ def analyze(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="a float model or a quantized checkpoint")],
     batch: Annotated[int, typer.Option("--batch", help="sequences")] = 8,
     seq: Annotated[int, typer.Option("--seq", help="tokens of each sequence")] = 128,
-    target: Annotated[str, typer.Option("--target", help="machine of the predicted times: here, h100, a100 ...")] = "here",
+    target: Annotated[
+        str, typer.Option("--target", help="machine of the predicted times: here, h100, a100 ...")
+    ] = "here",
     dtype: Annotated[str | None, typer.Option("--dtype", help="float precision of the prediction")] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="time the model here")] = True,
     plot: PlotFile = None,
@@ -221,7 +233,9 @@ def compare(
 def formats(as_json: Json = False) -> None:
     """The schemes that --scheme and --embedding take, and the number formats they are made of."""
     if as_json:
-        out.print_json(data={"schemes": [_scheme_row(name) for name in SCHEMES], "formats": [_format_row(n) for n in FORMATS]})
+        out.print_json(
+            data={"schemes": [_scheme_row(name) for name in SCHEMES], "formats": [_format_row(n) for n in FORMATS]}
+        )
         return
     for title, rows in (("schemes", map(_scheme_row, SCHEMES)), ("element formats", map(_format_row, FORMATS))):
         listed = list(rows)
@@ -243,7 +257,13 @@ def main() -> None:
 
 
 def _evaluate_one(
-    model: str, task: Any, against: str | None, scheme: str | None, embedding: str | None, fine_tune: bool, as_json: bool
+    model: str,
+    task: Any,
+    against: str | None,
+    scheme: str | None,
+    embedding: str | None,
+    fine_tune: bool,
+    as_json: bool,
 ) -> Any:
     from qbert import checkpoint, workflow
     from qbert.convert import quantize_
@@ -314,7 +334,13 @@ def _tasks(names: list[str] | None, data: Path | None) -> list[Any]:
 def _scheme_row(name: str) -> dict[str, Any]:
     scheme = SCHEMES[name]
     roles = ", ".join(sorted(role.value for role in scheme.roles))
-    return {"scheme": name, "for": roles, "weight": scheme.weight.name, "group": scheme.group_size, "summary": scheme.summary}
+    return {
+        "scheme": name,
+        "for": roles,
+        "weight": scheme.weight.name,
+        "group": scheme.group_size,
+        "summary": scheme.summary,
+    }
 
 
 def _format_row(name: str) -> dict[str, Any]:
@@ -333,7 +359,13 @@ def _emit(report: BaseModel, as_json: bool) -> None:
 @contextmanager
 def _progress(title: str, quiet: bool) -> Iterator[Any]:
     """A progress bar on stderr while something long runs; yields what to call with (done, total, name)."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as bar:
         shown = bar.add_task(title, total=None)
 

@@ -143,7 +143,17 @@ def to_table(comparison: ComparisonTable) -> Table:
         f"torch {comparison.torch_version}",
         title_justify="left",
     )
-    for header in ("scheme", "bits", "file MB", "% fp32", "quantize s", "forward ms", "speed-up", "cos mean", "cos min"):
+    for header in (
+        "scheme",
+        "bits",
+        "file MB",
+        "% fp32",
+        "quantize s",
+        "forward ms",
+        "speed-up",
+        "cos mean",
+        "cos min",
+    ):
         table.add_column(header, justify="left" if header == "scheme" else "right")
     for result in comparison.rows[0].results:
         table.add_column(f"{result.task}\n{result.metric}, n={result.n}", justify="right")
@@ -172,7 +182,12 @@ def plot(comparison: ComparisonTable, path: str | Path) -> None:
     lines = math.ceil((1 + len(original.results)) / columns)
     figure = Figure(figsize=(5.2 * columns + 2.2, 3.8 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    _draw(axes[0], schemes, [(row.cosine_mean, row.cosine_mean, row.cosine_mean) for row in schemes], "mean cosine to float32")
+    _draw(
+        axes[0],
+        schemes,
+        [(row.cosine_mean, row.cosine_mean, row.cosine_mean) for row in schemes],
+        "mean cosine to float32",
+    )
     for axis, result in zip(axes[1:], original.results, strict=False):
         index = original.results.index(result)
         values = [_with_interval(row.results[index]) for row in schemes]
@@ -202,7 +217,9 @@ def _with_interval(result: EvalResult) -> tuple[float, float, float]:
 def _draw(axis: Any, rows: Sequence[Row], values: Sequence[tuple[float, float, float]], label: str) -> None:
     """One panel: (value, low, high) of each row over its bits."""
     for row, (value, low, high) in zip(rows, values, strict=True):
-        colour, marker = next((style for prefix, style in _FAMILIES.items() if row.name.startswith(prefix)), ("0.5", "x"))
+        colour, marker = next(
+            (style for prefix, style in _FAMILIES.items() if row.name.startswith(prefix)), ("0.5", "x")
+        )
         axis.errorbar(
             row.bits_per_weight,
             value,

@@ -133,7 +133,9 @@ def install_(model: nn.Module, specs: Mapping[str, ModuleSpec], recipe: Recipe) 
         if spec.tied_to is None:
             installed[name] = replacements[module] = _empty_module(module, spec)
         elif spec.tied_to not in installed or installed[spec.tied_to].shape != spec.shape:
-            raise CheckpointError(f"modules.{name}.tied_to", "must name a quantized module of the same shape", spec.tied_to)
+            raise CheckpointError(
+                f"modules.{name}.tied_to", "must name a quantized module of the same shape", spec.tied_to
+            )
         else:
             replacements[module] = QTiedLinear(installed[spec.tied_to], spec.tied_to, _bias(module))
     reasons = {}
@@ -259,7 +261,9 @@ def _check_overrides_match(recipe: Recipe, names: list[str]) -> None:
     for pattern in recipe.overrides:
         if not any(matches(name, pattern) for name in names):
             some = ", ".join(names[:3]) or "none"
-            raise QBertError(f"override {pattern!r} matches no linear or embedding; the model has {len(names)}: {some}, ...")
+            raise QBertError(
+                f"override {pattern!r} matches no linear or embedding; the model has {len(names)}: {some}, ..."
+            )
 
 
 def _quantized_module(entry: PlanEntry) -> QLinear | QEmbedding:

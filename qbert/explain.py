@@ -84,7 +84,11 @@ def explain(model: nn.Module) -> Explanation:
 def _quantized_row(name: str, module: QuantizedModule | QTiedLinear) -> Row:
     tied = isinstance(module, QTiedLinear)
     weight = module.owner.quantized if isinstance(module, QTiedLinear) else module.quantized
-    reason = f"tied to {module.owner_name}; {module.kernel.reason}" if isinstance(module, QTiedLinear) else module.kernel.reason
+    reason = (
+        f"tied to {module.owner_name}; {module.kernel.reason}"
+        if isinstance(module, QTiedLinear)
+        else module.kernel.reason
+    )
     return Row(
         name=name,
         scheme=module.scheme.name,

@@ -119,7 +119,9 @@ def _expand(codes: Tensor, tensors: dict[str, Tensor], scheme: Scheme) -> Tensor
     """Codes (n, k) to the int8 operand (n, k) of the integer product."""
     if scheme.has_dictionary:
         return tensors["codebook"][codes.to(torch.int32)]
-    scales = tensors["group_scale"].to(torch.int8).repeat_interleave(codes.shape[1] // tensors["group_scale"].shape[1], 1)
+    scales = (
+        tensors["group_scale"].to(torch.int8).repeat_interleave(codes.shape[1] // tensors["group_scale"].shape[1], 1)
+    )
     return codes * scales  # |code| * scale <= 127 by W4A8_GROUP_SCALE_MAX
 
 
@@ -127,5 +129,7 @@ def _contract(operand: Tensor, tensors: dict[str, Tensor], scheme: Scheme) -> Te
     """Inverse of `_expand`. Equal centroids share their lowest index (the quantizer uses no other), so it is unique."""
     if scheme.has_dictionary:
         return torch.searchsorted(tensors["codebook"].to(torch.int32), operand.to(torch.int32)).to(torch.uint8)
-    scales = tensors["group_scale"].to(torch.int8).repeat_interleave(operand.shape[1] // tensors["group_scale"].shape[1], 1)
+    scales = (
+        tensors["group_scale"].to(torch.int8).repeat_interleave(operand.shape[1] // tensors["group_scale"].shape[1], 1)
+    )
     return torch.div(operand, scales, rounding_mode="trunc")

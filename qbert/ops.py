@@ -68,7 +68,9 @@ SCHEMAS: dict[str, str] = {
 
 
 def _check_quantized(q: Tensor, s: Tensor) -> None:
-    torch._check(q.dtype == torch.int8 and q.dim() == 2, lambda: f"q must be (t, k) int8, got {q.dtype} {tuple(q.shape)}")
+    torch._check(
+        q.dtype == torch.int8 and q.dim() == 2, lambda: f"q must be (t, k) int8, got {q.dtype} {tuple(q.shape)}"
+    )
     torch._check(
         s.dtype == torch.float32 and s.dim() == 1 and s.shape[0] == q.shape[0],
         lambda: f"s must be ({q.shape[0]},) float32, one scale a token, got {s.dtype} {tuple(s.shape)}",
@@ -424,7 +426,9 @@ def _logged_once(operation: str, implementation: Callable[..., Any]) -> Callable
 
     @functools.cache
     def warn() -> None:
-        log.warning("qbert::%s runs as the plain-torch reference on CUDA in this version: exact, but not fast", operation)
+        log.warning(
+            "qbert::%s runs as the plain-torch reference on CUDA in this version: exact, but not fast", operation
+        )
 
     @functools.wraps(implementation)
     def logged(*args: Any) -> Any:

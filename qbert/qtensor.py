@@ -115,4 +115,6 @@ class QuantizedTensor:
         if layout is self.layout:
             return self
         plain = _layout.to_plain(self.tensors, self.scheme, self.layout)
-        return QuantizedTensor(self.scheme, self.shape, layout, _layout.from_plain(plain, self.scheme, self.shape[1], layout))
+        return QuantizedTensor(
+            self.scheme, self.shape, layout, _layout.from_plain(plain, self.scheme, self.shape[1], layout)
+        )

@@ -254,7 +254,9 @@ def dequantize(weight: QuantizedTensor) -> Tensor:
     if scheme.has_dictionary and scheme.activation is None:
         return dequantize_dictionary(**tensors, k=k, layout=layout)
     if scheme.has_dictionary:
-        weight_float = expand_dictionary(tensors["qdata"], tensors["codebook"], k, layout).to(torch.float32) * tensors["scale"]
+        weight_float = (
+            expand_dictionary(tensors["qdata"], tensors["codebook"], k, layout).to(torch.float32) * tensors["scale"]
+        )
         rows, columns = outlier_positions(tensors["outlier_rowptr"], tensors["outlier_col"])
         weight_float[rows, columns] += tensors["outlier_delta"]
         return weight_float

@@ -97,7 +97,9 @@ def _check_spare_bits(prefix: str, qdata: Tensor, bits: int, k: int) -> None:
     used = k * bits % 8
     if bits != 8 and used:
         last = qdata[:, -1]
-        _require(prefix + "qdata", f"the {8 - used} spare bits of a row must be 0", last, (last.to(torch.int32) >> used) == 0)
+        _require(
+            prefix + "qdata", f"the {8 - used} spare bits of a row must be 0", last, (last.to(torch.int32) >> used) == 0
+        )
 
 
 def _check_outliers(prefix: str, tensors: dict[str, Tensor], k: int) -> None:

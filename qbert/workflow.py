@@ -23,7 +23,13 @@ from qbert.reference import dequantize
 from qbert.zoo import resolve_model
 
 # What sentence-transformers keeps beside a model: how to pool and normalize. Copied so that a quantized folder stays one.
-_SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling", "2_Normalize")
+_SENTENCE_FILES = (
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling",
+    "2_Normalize",
+)
 _FLOAT32_BYTES = 4
 
 
@@ -103,7 +109,9 @@ def load_float(source: str) -> nn.Module:
                     return model.eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise QBertError(f"cannot load {source!r}: {' '.join(str(error).split())[:200]}") from None
-    raise QBertError(f"{source!r} lacks {len(missing)} tensors of its model, {missing[0]!r} for one; they would be random")
+    raise QBertError(
+        f"{source!r} lacks {len(missing)} tensors of its model, {missing[0]!r} for one; they would be random"
+    )
 
 
 def _load_complete(model_class: Any, path: str) -> tuple[nn.Module, list[str]]:

@@ -28,7 +28,11 @@ class Done:
 def run(*arguments, check=True):
     """The command line in this process: a process of its own would spend seconds importing torch, every time."""
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
-    with mock.patch.object(sys, "argv", ["qbert", *map(str, arguments)]), redirect_stdout(stdout), redirect_stderr(stderr):
+    with (
+        mock.patch.object(sys, "argv", ["qbert", *map(str, arguments)]),
+        redirect_stdout(stdout),
+        redirect_stderr(stderr),
+    ):
         try:
             cli.main()
         except SystemExit as exit_:
@@ -44,7 +48,9 @@ def tiny(tmp_path_factory):
     """A float BERT of two small layers, saved as transformers does."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+    config = BertConfig(
+        vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
+    )
     BertModel(config).save_pretrained(folder)
     return folder
 
@@ -53,7 +59,9 @@ def tiny(tmp_path_factory):
 def quantized(tiny, tmp_path_factory):
     """The same, quantized by the command."""
     folder = tmp_path_factory.mktemp("out") / "tiny-gobo3"
-    report = json.loads(run("quantize", tiny, "--scheme", "gobo3", "--embedding", "gobo4", "-o", folder, "--json").stdout)
+    report = json.loads(
+        run("quantize", tiny, "--scheme", "gobo3", "--embedding", "gobo4", "-o", folder, "--json").stdout
+    )
     return folder, report
 
 

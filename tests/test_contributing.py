@@ -19,13 +19,19 @@ def python_blocks(file: str) -> list[tuple[str, str]]:
     return blocks
 
 
-@pytest.mark.parametrize(("heading", "code"), python_blocks("CONTRIBUTING.md"), ids=lambda text: text.split("\n")[0][:40])
+@pytest.mark.parametrize(
+    ("heading", "code"), python_blocks("CONTRIBUTING.md"), ids=lambda text: text.split("\n")[0][:40]
+)
 def test_walk_runs_as_it_stands(heading, code):
     exec(compile(code, f"CONTRIBUTING.md: {heading}", "exec"), {})
 
 
 def test_every_walk_is_there():
-    assert [heading for heading, _ in python_blocks("CONTRIBUTING.md")] == ["Add a format", "Add a quantizer", "Add a kernel"]
+    assert [heading for heading, _ in python_blocks("CONTRIBUTING.md")] == [
+        "Add a format",
+        "Add a quantizer",
+        "Add a kernel",
+    ]
 
 
 def test_readme_python_runs_as_it_stands(tmp_path, monkeypatch):

@@ -24,7 +24,9 @@ def documented_layers() -> dict[str, int]:
 
 
 LAYERS = documented_layers()
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py" and "kernels" not in path.parts)
+MODULES = sorted(
+    path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py" and "kernels" not in path.parts
+)
 
 
 def unit_of(path: Path) -> str:

@@ -364,17 +364,13 @@ def test_int4_wants_the_k_of_its_groups(k: int) -> None:
     [([5], 2, 8), ([1, 7, 3], 3, 16), ([4, 0, 2, 0], 1, 32), ([1, 1, 1], 2, 3), ([0], 2, 8)],
     ids=["one", "three", "empty-ones", "single-tokens", "no-token"],
 )
-def test_attention_is_sdpa_of_every_sequence(
-    lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype
-) -> None:
+def test_attention_is_sdpa_of_every_sequence(lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype) -> None:
     t = sum(lengths)
     generator = torch.Generator().manual_seed(t)
     qkv = torch.randint(-127, 128, (t, 3 * heads * head_dim), generator=generator).to(torch.int8)
     scales, softmax_scale = torch.tensor([0.05, 0.04, 0.03]), 0.3
     bounds = [0, *np.cumsum(lengths).tolist()]
-    out = reference.attention_int8(
-        qkv, scales, torch.tensor(bounds, dtype=torch.int32), heads, softmax_scale, dtype
-    )
+    out = reference.attention_int8(qkv, scales, torch.tensor(bounds, dtype=torch.int32), heads, softmax_scale, dtype)
     assert (out.dtype, out.shape) == (dtype, (t, heads * head_dim))
     query, key, value = (
         (part.view(t, heads, head_dim).to(torch.float64) * float(scale)).transpose(0, 1)

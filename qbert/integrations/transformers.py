@@ -259,7 +259,9 @@ def _architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
     name = names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else None
     found = getattr(transformers, name, None) if name and name.isidentifier() else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise CheckpointError(f"{checkpoint.CONFIG_FILE}: architectures", "must name one model class of transformers", names)
+        raise CheckpointError(
+            f"{checkpoint.CONFIG_FILE}: architectures", "must name one model class of transformers", names
+        )
     return found
 
 

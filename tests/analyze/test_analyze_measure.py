@@ -60,7 +60,8 @@ def test_hooks_go_and_errors_leave_no_trace() -> None:
         model(torch.zeros(3))
     assert tracker.current is None
     for module in model.modules():
-        assert not module._forward_hooks and not module._forward_pre_hooks
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
 
 
 def test_current_component() -> None:

@@ -64,7 +64,9 @@ def test_model_is_left_as_it_was(model: BertModel) -> None:
     model.train()
     model.encoder.layer[0].eval()
     analyze(model, batch=1, seq=4, target="h100", repeats=1)
-    assert model.training and not model.encoder.layer[0].training and model.encoder.layer[1].training
+    assert model.training
+    assert not model.encoder.layer[0].training
+    assert model.encoder.layer[1].training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -144,7 +146,7 @@ def test_bad_models_are_named() -> None:
         analyze("bert", batch=1, seq=1)  # type: ignore[arg-type]
     with pytest.raises(QBertError, match=r"model Linear has no config.vocab_size"):
         analyze(nn.Linear(2, 2), batch=1, seq=1)
-    with pytest.raises(QBertError, match="torch.float64 parameters; allowed: torch.float32"):
+    with pytest.raises(QBertError, match=r"torch.float64 parameters; allowed: torch.float32"):
         analyze(BertModel(BertConfig(**TINY)).double(), batch=1, seq=1)
     with torch.device("meta"):
         empty = BertModel(BertConfig(**TINY))

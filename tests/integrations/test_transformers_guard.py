@@ -91,7 +91,7 @@ def test_transformers_without_qbert_refuses_our_checkpoints(folders: dict[str, P
 import sys
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 answer = {{}}
-for name, folder in {({name: str(folder) for name, folder in folders.items()})!r}.items():
+for name, folder in { ({name: str(folder) for name, folder in folders.items()})!r}.items():
     for loader in (AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification):
         try:
             loader.from_pretrained(folder)
