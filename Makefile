@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# One thread a worker: torch's threads spin while they wait, and two teams on the same cores slow each other tenfold.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
 .PHONY: demo test test-slow lint setup clean help
 
@@ -22,10 +24,10 @@ demo: $(READY)
 	$(BIN)/qbert compare minilm --task trec --task amazon --task lee --plot build/demo.png
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

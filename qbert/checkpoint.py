@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -37,7 +37,8 @@ class Record(BaseModel):
     """What a checkpoint's configuration says about its quantization.
 
     Attributes:
-        linear, embedding, exclude, overrides, keep_float: the recipe (see `qbert.Recipe`).
+        linear, embedding, exclude, overrides, keep_float: the recipe (see `qbert.Recipe`); the overrides are pairs, because
+            their order decides and transformers sorts the keys of the objects that it writes.
         modules: qualified name -> what stands there.
         source: the model that was quantized, as the user named it, for reports.
         digest: of this record and of all tensors (see `digest`); None until they are written.
@@ -50,7 +51,7 @@ class Record(BaseModel):
     linear: str | None
     embedding: str | None
     exclude: list[str] = []
-    overrides: dict[str, str | None] = {}
+    overrides: list[Annotated[tuple[str, str | None], Field(strict=False)]] = []
     keep_float: list[str] = list(KEEP_FLOAT)
     modules: dict[str, ModuleSpec] = Field(min_length=1)
     source: str | None = None
@@ -64,10 +65,9 @@ class Record(BaseModel):
     @classmethod
     def of(cls, model: nn.Module, recipe: Recipe, source: str | None = None) -> Record:
         """The record of a quantized model."""
+        fields = {**recipe.to_dict(), "overrides": list(recipe.overrides.items())}
         modules = collect_specs(model)
-        return cls(
-            quant_method=METHOD, format_version=FORMAT_VERSION, **recipe.to_dict(), modules=modules, source=source
-        )
+        return cls(quant_method=METHOD, format_version=FORMAT_VERSION, **fields, modules=modules, source=source)
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Record:
@@ -86,7 +86,7 @@ class Record(BaseModel):
     @property
     def recipe(self) -> Recipe:
         """The recipe as an object."""
-        return Recipe(self.linear, self.embedding, tuple(self.exclude), self.overrides, tuple(self.keep_float))
+        return Recipe(self.linear, self.embedding, tuple(self.exclude), dict(self.overrides), tuple(self.keep_float))
 
     def canonical(self) -> str:
         """What the digest covers: the recipe and the modules, in one spelling."""

@@ -259,15 +259,22 @@ def _cpu_gobo(
 
 
 def _cpu_add_outliers(y: Tensor, q: Tensor, rowptr: Tensor, col: Tensor, delta: Tensor) -> Tensor:
-    """y (t, n) float32 plus (t, k) int8 times sparse rows (n, k) transposed, each sum in the order of the columns."""
+    """y (t, n) float32 plus (t, k) int8 times sparse rows (n, k) transposed.
+
+    In float64 a float32 times an int8 is exact, and so is the sum of a row's few of them: the order in which MKL adds,
+    which depends on the batch and on the threads, does not matter. In float32 it would show in the last bit.
+    """
     if delta.numel() == 0 or q.shape[0] == 0:
         return y
     size = (y.shape[1], q.shape[1])
+    wide = q.to(torch.float64)
     if not torch.backends.mkl.is_available():
-        return y + q.to(torch.float32) @ reference.dense_outliers(rowptr, col, delta, *size).t()
+        dense = reference.dense_outliers(rowptr, col, delta, *size)
+        return y.add_((wide @ dense.to(torch.float64).t()).to(torch.float32))
     _silence_sparse_csr_warning()
-    rows = torch.sparse_csr_tensor(rowptr, col.to(torch.int32), delta, size, check_invariants=False)
-    return torch.addmm(y, q.to(torch.float32), rows.t())
+    rows = torch.sparse_csr_tensor(rowptr, col.to(torch.int32), delta.to(torch.float64), size, check_invariants=False)
+    correction = torch.addmm(torch.zeros(y.shape, dtype=torch.float64), wide, rows.t())
+    return y.add_(correction.to(torch.float32))
 
 
 @functools.cache

@@ -213,7 +213,13 @@ def test_a_checkpoints_own_recipe_wins_over_the_arguments(saved: Path) -> None:
 
 
 def test_configs_refuse_what_recipes_refuse() -> None:
-    for arguments in ({"linear": "w9"}, {"exclude": "pooler"}, {"keep_float": "cls"}, {"bits": 8}):
+    for arguments in (
+        {"linear": "w9"},
+        {"exclude": "pooler"},
+        {"keep_float": "cls"},
+        {"bits": 8},
+        {"overrides": {"x": "w9"}},
+    ):
         with pytest.raises(QBertError):
             QBertConfig(**arguments)
 
@@ -369,6 +375,7 @@ def test_a_file_holds_what_the_report_says_and_little_more(saved: Path) -> None:
 def test_the_record_says_what_stands_there(saved: Path) -> None:
     record, config = check(saved)
     assert record.recipe.to_dict() == MIXED.to_dict()
+    assert list(record.recipe.overrides) == list(MIXED.overrides)  # their order decides
     assert record.modules == collect_specs(qbert.load(saved))
     assert record.modules[VALUE].outliers > 0
     assert config.architectures == ["BertModel"]
@@ -742,8 +749,11 @@ RECORD_RULES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "linear_unknown": (_record(linear="w9a9"), "unknown scheme 'w9a9'"),
     "linear_number": (_record(linear=8), ""),
     "embedding_of_linears": (_record(embedding="w8a8"), "not for embeddings: 'w8a8'"),
-    "override_unknown": (_record(overrides={"query": "w9"}), "override 'query': unknown scheme 'w9'"),
-    "override_role": (_record(overrides={"pooler": "w8"}), ""),
+    "override_unknown": (_record(overrides=[["query", "w9"]]), "override 'query': unknown scheme 'w9'"),
+    "override_role": (_record(overrides=[["LayerNorm", "w8a8"], ["pooler", "w8"]]), ""),
+    "overrides_mapped": (_record(overrides={"query": "w8a8"}), "quantization_config.overrides"),
+    "override_triple": (_record(overrides=[["query", "w8a8", 1]]), "quantization_config.overrides.0"),
+    "override_number": (_record(overrides=[["query", 8]]), "quantization_config.overrides.0"),
     "exclude_text": (_record(exclude="pooler"), ""),
     "modules_missing": (_drop("modules"), "quantization_config.modules"),
     "modules_empty": (_record(modules={}), "quantization_config.modules"),

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import BertConfig, BertModel
 
 from qbert import cli
@@ -30,6 +31,7 @@ def run(*arguments, check=True):
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with (
         mock.patch.object(sys, "argv", ["qbert", *map(str, arguments)]),
+        mock.patch.object(cli, "out", Console(width=160)),
         redirect_stdout(stdout),
         redirect_stderr(stderr),
     ):

@@ -16,7 +16,7 @@ from qbert.errors import QBertError
 from qbert.formats import DEFAULT_GROUP_SIZE, FORMATS, GROUP_SIZES, NF4, SCHEMES, TIED_LINEAR_SCHEME, Kind, Role
 
 FLOAT_NAMES = ["float8_e4m3fn", "float8_e5m2", "float6_e2m3fn", "float6_e3m2fn", "float4_e2m1fn"]
-PAIRS_OF_ROLE_AND_SCHEME = [(role, name) for name, scheme in SCHEMES.items() for role in scheme.roles]
+PAIRS_OF_ROLE_AND_SCHEME = [(role, name) for name, scheme in SCHEMES.items() for role in sorted(scheme.roles, key=str)]
 
 
 def _bits(values: object) -> np.ndarray:

@@ -1,9 +1,9 @@
 """The promises of docs/architecture.md, held to on a real model: MiniLM with w8a8 linears and w8 embeddings.
 
 "A result does not depend on the batch it came in" is up to qbert for what it computes, and to torch for what is left
-between: LayerNorm and GELU take rows or elements, but attention's two products and its softmax take whole
-sequences, and for short ones torch picks another order of additions (see `_unsteady`). Where it does, the test of torch's attention
-is skipped and says which operation it was; the test with an attention of fixed shapes never is.
+between: LayerNorm and GELU take rows or elements, but attention's two products and its softmax take whole sequences,
+and for short ones torch adds in another order (see `_unsteady`). Where it does, the test of torch's attention is skipped
+and says which operation it was; the test with an attention of fixed shapes never is.
 """
 
 from __future__ import annotations
@@ -202,12 +202,13 @@ def test_a_token_gives_the_same_bits_among_any_others(float_model: PreTrainedMod
     together = module(x)
     for start, stop in ((0, 1), (5, 7), (3, 67), (129, 130), (1, 130)):
         assert torch.equal(module(x[start:stop]), together[start:stop])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
     try:
-        assert torch.equal(module(x), together)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(module(x), together), f"{threads} threads, against {before}"
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 # ---- NaN is never made a plausible number ---------------------------------------------------------------------------

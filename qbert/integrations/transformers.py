@@ -49,7 +49,7 @@ class QBertConfig(QuantizationConfigMixin):
         linear: str | None = "w8a8",
         embedding: str | None = None,
         exclude: Sequence[str] = (),
-        overrides: Mapping[str, str | None] | None = None,
+        overrides: Mapping[str, str | None] | Sequence[tuple[str, str | None]] = (),
         keep_float: Sequence[str] = KEEP_FLOAT,
         modules: Mapping[str, Any] | None = None,
         source: str | None = None,
@@ -60,10 +60,17 @@ class QBertConfig(QuantizationConfigMixin):
         unknown = rest.keys() - {"quant_method", "format_version"}
         if unknown:
             raise QBertError(f"QBertConfig has no argument {sorted(unknown)[0]!r}; allowed: those of qbert.Recipe")
-        self.recipe = Recipe(linear, embedding, exclude, dict(overrides or {}), keep_float)
+        self.recipe = Recipe(linear, embedding, exclude, dict(overrides), keep_float)
         self.record: Record | None = None
         if modules is not None:
-            fields = {**self.recipe.to_dict(), "modules": modules, "source": source, "digest": digest}
+            pairs = list(self.recipe.overrides.items())
+            fields = {
+                **self.recipe.to_dict(),
+                "overrides": pairs,
+                "modules": modules,
+                "source": source,
+                "digest": digest,
+            }
             self.record = Record.parse({**fields, "quant_method": METHOD, **rest})
 
     @classmethod
