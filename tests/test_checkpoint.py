@@ -841,9 +841,11 @@ MODEL_RULES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("rule", MODEL_RULES)
-def test_a_configuration_that_does_not_fit_is_refused(folder: Path, rule: str) -> None:
+def test_a_configuration_that_does_not_fit_is_refused(folder: Path, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     edit, words = MODEL_RULES[rule]
     _edit_config(folder, edit)
+    if "plausible number" in words:  # building anything from it would fill this machine's memory
+        monkeypatch.setattr(transformers.AutoConfig, "for_model", lambda *_, **__: pytest.fail("it was built"))
     with pytest.raises(CheckpointError) as caught:
         qbert.load(folder)
     assert words in str(caught.value)

@@ -454,8 +454,10 @@ def _spoiled(value: float) -> nn.Module:
 def test_a_weight_that_is_not_finite_leaves_the_model_untouched(value: float, recipe: Recipe | str) -> None:
     model = _spoiled(value)
     before, modules = _snapshot(model), list(model.modules())
+    started: list[str] = []
     with pytest.raises(QBertError, match=r"pooler\.dense: weight has 1 NaN or infinite values"):
-        quantize_(model, recipe)
+        quantize_(model, recipe, progress=lambda done, total, name: started.append(name))
+    assert started == []  # every weight is looked at before the first is worked on
     _assert_untouched(model, before, modules)
     assert not hasattr(model.config, "quantization_config")
 

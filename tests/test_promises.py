@@ -2,8 +2,8 @@
 
 "A result does not depend on the batch it came in" is up to qbert for what it computes, and to torch for what is left
 between: LayerNorm and GELU take rows or elements, but attention's two products and its softmax take whole sequences,
-and for short ones torch adds in another order (see `_unsteady`). Where it does, the test of torch's attention is skipped
-and says which operation it was; the test with an attention of fixed shapes never is.
+and for short ones torch adds in another order (see `_unsteady`). Where it does, the test of torch's attention is
+skipped and says which operation it was; the test with an attention of fixed shapes never is.
 """
 
 from __future__ import annotations

@@ -60,18 +60,15 @@ class QBertConfig(QuantizationConfigMixin):
         unknown = rest.keys() - {"quant_method", "format_version"}
         if unknown:
             raise QBertError(f"QBertConfig has no argument {sorted(unknown)[0]!r}; allowed: those of qbert.Recipe")
-        self.recipe = Recipe(linear, embedding, exclude, dict(overrides), keep_float)
         self.record: Record | None = None
-        if modules is not None:
-            pairs = list(self.recipe.overrides.items())
-            fields = {
-                **self.recipe.to_dict(),
-                "overrides": pairs,
-                "modules": modules,
-                "source": source,
-                "digest": digest,
-            }
-            self.record = Record.parse({**fields, "quant_method": METHOD, **rest})
+        if modules is None:
+            self.recipe = Recipe(linear, embedding, exclude, dict(overrides), keep_float)
+            return
+        fields: dict[str, Any] = {"linear": linear, "embedding": embedding, "modules": modules, "source": source}
+        for name, value in (("exclude", exclude), ("overrides", overrides), ("keep_float", keep_float)):
+            fields[name] = list(value) if isinstance(value, tuple) else value  # a default; files hold lists
+        self.record = Record.parse({"quant_method": METHOD, "digest": digest, **fields, **rest})
+        self.recipe = self.record.recipe
 
     @classmethod
     def of_record(cls, record: Record) -> QBertConfig:
