@@ -21,7 +21,7 @@ $(READY): requirements.txt pyproject.toml setup.py .ci/setup $(wildcard csrc/*/*
 	.ci/setup $(VENV)
 
 demo: $(READY)
-	$(BIN)/qbert compare minilm --task trec --task amazon --task lee --plot build/demo.png
+	$(BIN)/qbert compare minilm --task trec --task lee --plot build/demo.png
 
 test: lint
 	$(PYTEST) -m "not slow"
