@@ -57,11 +57,14 @@ def measure(model_name: str, linear: str, embedding: str | None) -> dict[str, An
     seconds = time.perf_counter() - start
     explanation = explain(model)
     weights = sum(row.shape[0] * row.shape[1] for row in explanation.quantized)
+    stored = sum(row.stored_bytes for row in explanation.quantized)
+    floats = sum(parameter.numel() for parameter in model.parameters())  # norms, biases, what the recipe leaves
     return {
         "model": model_name,
         "scheme": linear if embedding is None else f"{linear}+{embedding}",
         "million_weights": weights / 1e6,
         "bits_per_weight": explanation.bits_per_weight,
+        "percent_of_float32": 100 * (stored + 4 * floats) / (4 * (weights + floats)),
         "seconds": seconds,
         "peak_mib_over_model": peak_mib() - before,
     }
@@ -84,11 +87,12 @@ def main(
         print(json.dumps({"device": device_description(torch.device("cpu")), "torch": torch.__version__, "rows": rows}))
         return
     table = Table(title=f"quantizing on {device_description(torch.device('cpu'))}, torch {torch.__version__}")
-    for header in ("model", "scheme", "million weights", "bits", "seconds", "peak MiB over the model"):
+    for header in ("model", "scheme", "million weights", "bits", "% fp32", "seconds", "peak MiB over the model"):
         table.add_column(header, justify="left" if header in ("model", "scheme") else "right")
     for each in rows:
-        figures = (each["million_weights"], each["bits_per_weight"], each["seconds"], each["peak_mib_over_model"])
-        formats = ("{:.1f}", "{:.3f}", "{:.2f}", "{:.0f}")
+        names = ("million_weights", "bits_per_weight", "percent_of_float32", "seconds", "peak_mib_over_model")
+        figures = [each[name] for name in names]
+        formats = ("{:.1f}", "{:.3f}", "{:.1f}", "{:.2f}", "{:.0f}")
         table.add_row(each["model"], each["scheme"], *(f.format(v) for f, v in zip(formats, figures, strict=True)))
     Console().print(table)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import platform
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +75,3 @@ def target_of(device: Any) -> Target:
     if device.type == "cuda":
         return cuda_target(device.index or 0)
     return cpu_target()
-
-
-def describe() -> str:
-    """One line for reports: processor, instruction set, extension."""
-    cpu = cpu_target()
-    return f"{platform.machine()} {cpu.isa}, extension {'built' if cpu.native else 'not built'}"

@@ -158,11 +158,5 @@ def test_cuda_target_is_read_from_the_device(optin: bool, monkeypatch: pytest.Mo
         cuda_target.cache_clear()
 
 
-def test_description_names_what_is_here() -> None:
-    line = target.describe()
-    assert line.startswith(f"{platform.machine()} {cpu_target().isa}, extension ")
-    assert line.endswith("not built") == (not cpu_target().native)
-
-
 def test_operators_ask_the_same_target() -> None:
     assert ops.cpu_target is cpu_target

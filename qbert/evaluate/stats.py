@@ -37,15 +37,6 @@ def bootstrap_mean(values: Any, *, n_resamples: int = N_RESAMPLES, seed: int = 0
     return percentile_interval(np.concatenate(means))
 
 
-def paired_bootstrap(a: Any, b: Any, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> Interval:
-    """Bootstrap 95% interval of mean(a) - mean(b), where a[i] and b[i] come from the same text.
-
-    Pairs are drawn together (Efron and Tibshirani 1993, section 8.3), so what the two share cancels.
-    """
-    first, second = _vectors(a, b)
-    return bootstrap_mean(first - second, n_resamples=n_resamples, seed=seed)
-
-
 def wilson(successes: int, n: int) -> Interval:
     """Wilson's score 95% interval of a proportion (Wilson 1927): sound at 0 and n, where a bootstrap has no width."""
     if not 0 <= successes <= n or n < 1:

@@ -121,15 +121,6 @@ def test_bootstrap_mean_of_a_normal_sample() -> None:
     assert stats.bootstrap_mean(values, seed=1) != (low, high)
 
 
-def test_paired_bootstrap_uses_the_pairs() -> None:
-    a = np.random.default_rng(2).normal(size=300)
-    low, high = stats.paired_bootstrap(a + 0.5, a)
-    assert low == pytest.approx(0.5)
-    assert high == pytest.approx(0.5)
-    with pytest.raises(QBertError):
-        stats.paired_bootstrap([1, 2], [1])
-
-
 def _similarities(seed: int, noise: float) -> np.ndarray:
     generator = np.random.default_rng(0)
     base = generator.normal(size=(30, 30))
