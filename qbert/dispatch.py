@@ -26,8 +26,8 @@ _INTEGER_PRODUCTS = (
 )  # fmt: skip
 _FLOAT_PRODUCTS = ("w8a16_linear", "w4a16_linear", "gobo_a16_linear")
 _ROW_OPERATIONS = (
-    "quantize_per_token", "w8_embedding", "w4_embedding", "gobo_embedding", "attention_int8", "add_layer_norm_quantize",
-    "embed_layer_norm_quantize",
+    "quantize_per_token", "w8_embedding", "w4_embedding", "gobo_embedding", "attention_int8", "attention_int8_requant",
+    "add_layer_norm_quantize", "embed_layer_norm_quantize",
 )  # fmt: skip
 OPERATIONS = _INTEGER_PRODUCTS + _FLOAT_PRODUCTS + _ROW_OPERATIONS
 
@@ -36,12 +36,23 @@ TORCH_FLOAT32_CHUNKS = "torch float32 in exact chunks"
 TORCH_EXPAND_LINEAR = "torch expand + linear"
 TORCH_ROWS = "torch"
 REFERENCE = "reference"
+# Layouts that the native kernels read, by operation; operations that are not here read tensors as they are.
+_PANELS = frozenset({Layout.INT8_PANELS, Layout.INT4_PANELS, Layout.INT3_PANELS})
+NATIVE_LAYOUTS: dict[str, frozenset[Layout]] = {
+    **dict.fromkeys(("w8a8_linear", "w8a8_linear_requant"), frozenset({Layout.INT8_PANELS, Layout.PLAIN})),
+    **dict.fromkeys(("w4a8_linear", "w4a8_linear_requant"), frozenset({Layout.INT4_PANELS, Layout.INT8_EXPANDED})),
+    **dict.fromkeys(("gobo_linear", "gobo_linear_requant", *_FLOAT_PRODUCTS), _PANELS),
+    **dict.fromkeys(("w8_embedding", "w4_embedding", "gobo_embedding", "embed_layer_norm_quantize"), frozenset({Layout.PLAIN})),
+}
 # Operations with a Triton kernel (kernels/<operation>.py).
 TRITON_OPERATIONS = ("quantize_per_token",)
 
 
-def select_kernel(operation: str, target: Target) -> KernelChoice:
+def select_kernel(operation: str, target: Target, layout: Layout | None = None) -> KernelChoice:
     """The kernel that runs `operation` on `target`.
+
+    Args:
+        layout: of the weight; by default one that the best kernel reads.
 
     Raises:
         KeyError: an operation that is not in `OPERATIONS` (a mistake in qbert, not in its input).
@@ -52,6 +63,9 @@ def select_kernel(operation: str, target: Target) -> KernelChoice:
         return KernelChoice(f"triton {operation}", "one pass over memory")
     if target.device != "cpu":
         return KernelChoice(REFERENCE, f"no {target.device} kernel for {operation} in this version; exact but slow")
+    readable = NATIVE_LAYOUTS.get(operation)
+    if target.native and (layout is None or readable is None or layout in readable):
+        return KernelChoice(f"native {target.isa}", "compiled kernel for this CPU")
     if operation in _INTEGER_PRODUCTS:
         if target.int_mm_exact:
             return KernelChoice(TORCH_INT_MM, "torch's int8 product is exact on this CPU")
@@ -75,8 +89,12 @@ def embedding_operation(scheme: Scheme) -> str:
 
 def select_layout(scheme: Scheme, role: Role, target: Target) -> Layout:
     """The layout that the kernel for a weight of that scheme reads on `target`."""
-    if role is Role.EMBEDDING or scheme.weight_bits == 8 or target.device != "cpu":
-        return Layout.PLAIN  # a look-up unpacks the rows it needs; an int8 row is its own operand
+    if role is Role.EMBEDDING or target.device != "cpu":
+        return Layout.PLAIN  # a look-up unpacks the rows it needs
+    if target.native:
+        return {8: Layout.INT8_PANELS, 4: Layout.INT4_PANELS, 3: Layout.INT3_PANELS}[scheme.weight_bits]
+    if scheme.weight_bits == 8:
+        return Layout.PLAIN  # an int8 row is its own operand
     if scheme.activation is not None:
         return Layout.INT8_EXPANDED  # torch multiplies int8 matrices only: expand once, at load
     return Layout.BYTES  # unpacking bits in torch costs more than the product; a byte a code is the compromise

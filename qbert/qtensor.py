@@ -114,7 +114,7 @@ class QuantizedTensor:
         """The same matrix in another layout; itself where it is in that layout already."""
         if layout is self.layout:
             return self
-        plain = _layout.to_plain(self.tensors, self.scheme, self.layout)
+        plain = _layout.to_plain(self.tensors, self.scheme, self.shape, self.layout)
         return QuantizedTensor(
-            self.scheme, self.shape, layout, _layout.from_plain(plain, self.scheme, self.shape[1], layout)
+            self.scheme, self.shape, layout, _layout.from_plain(plain, self.scheme, self.shape, layout)
         )

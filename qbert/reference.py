@@ -1,7 +1,7 @@
 """L4. What every kernel must compute: one plain-torch function per operation of the instruction set.
 
 Integer sums are exact (float64 holds every int8 dot product below 2**53). The float epilogue of an integer product is float32
-in the order written here; sums of floats (weight-only products, outliers, attention) are float64 and rounded once, so that a
+in the order written here; sums of floats (weight-only products, outliers, softmax) are float64 and rounded once, so that a
 kernel's error can be told from the reference's. Slow on purpose: read it, compare with it, do not run a model on it.
 
 Shapes: t tokens, n output channels, k input channels. Weights come in any layout of their scheme.
@@ -9,18 +9,26 @@ Shapes: t tokens, n output channels, k input channels. Weights come in any layou
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from qbert import layout as _layout
 from qbert.errors import QBertError
-from qbert.formats import DICT3, DICT4, INT4, INT8, SCHEMES, Format, Kind
-from qbert.layout import Layout
+from qbert.formats import DICT3, DICT4, INT4, INT8, SCHEMES, Format
+from qbert.layout import Layout, look_up, read_codes
 from qbert.qtensor import QuantizedTensor
 
 # A row whose largest magnitude is below this gets this row's scale: its codes are 0 and its scale stays a normal float32.
 MIN_ABSMAX = 2.0**-100
 ACTIVATIONS = ("none", "gelu")
+# Largest 8-bit code of an attention probability: unsigned, so that the largest of a row is exact.
+PROBABILITY_MAX = 255
+# In place of an embedding scheme's name: the word table stayed float.
+FLOAT_TABLE = "float"
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,19 +60,20 @@ def integer_product(q: Tensor, operand: Tensor) -> Tensor:
 
 
 def w8a8_linear(
-    q: Tensor, s: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype
-) -> Tensor:
-    """y[t, n] = activation(s[t] * scale[n] * (q @ qdata.T)[t, n] + bias[n]).
+    q: Tensor, s: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype,
+    layout: str,
+) -> Tensor:  # fmt: skip
+    """y[t, n] = activation(s[t] * scale[n] * (q @ weight.T)[t, n] + bias[n]).
 
     Args:
         q, s: (t, k) int8 and (t,) float32 from `quantize_per_token`.
-        qdata, scale: (n, k) int8 and (n,) float32.
+        qdata, scale: int8 weight (n, k) in `layout`, and (n,) float32.
         bias: (n,) float or None.
         activation: ``"none"`` or ``"gelu"`` (exact, by the error function).
         out_dtype: of y (t, n).
     """
-    y = integer_product(q, qdata).to(torch.float32) * scale * s[:, None]
-    return finish(y, bias, activation, out_dtype)
+    operand = expand_int8(qdata, scale.numel(), q.shape[1], layout)
+    return _row_scaled(q, s, operand, scale, bias, activation, out_dtype)
 
 
 def w4a8_linear(
@@ -73,7 +82,7 @@ def w4a8_linear(
 ) -> Tensor:  # fmt: skip
     """`w8a8_linear` whose int8 operand is code * group_scale: group_scale (n, k / group) uint8, `qdata` in `layout`."""
     operand = expand_int4(qdata, group_scale, q.shape[1], layout)
-    return w8a8_linear(q, s, operand, scale, bias, activation, out_dtype)
+    return _row_scaled(q, s, operand, scale, bias, activation, out_dtype)
 
 
 def gobo_linear(
@@ -84,13 +93,14 @@ def gobo_linear(
 
     Args:
         qdata: codes of the dictionary in `layout`, or the int8 operand itself.
-        codebook, scale: (2**bits,) int8 centroids, ascending, and (1,) float32 of the whole matrix.
+        codebook, scale: (2**bits,) int8 centroids, ascending, and (1,) float32 of the whole matrix; or (m, 2**bits) and (m,)
+            of m matrices of n / m rows each, stacked: row r has number r * m // n.
         outlier_rowptr, outlier_col, outlier_delta: (n + 1,), (outliers,), (outliers,): compressed sparse rows of the
             difference between the exact weight and its centroid.
     """
-    k = q.shape[1]
-    product = integer_product(q, expand_dictionary(qdata, codebook, k, layout)).to(torch.float32) * scale
-    n = product.shape[1]
+    n, k = outlier_rowptr.numel() - 1, q.shape[1]
+    operand = expand_dictionary(qdata, codebook, n, k, layout)
+    product = integer_product(q, operand).to(torch.float32) * matrix_scales(scale, n)
     delta = dense_outliers(outlier_rowptr, outlier_col, outlier_delta, n, k).to(torch.float64)
     correction = (q.to(torch.float64) @ delta.t()).to(torch.float32)
     return finish((product + correction) * s[:, None], bias, activation, out_dtype)
@@ -102,9 +112,10 @@ def requantize(y: Tensor, out_scale: float) -> Tensor:
     return codes.to(torch.int8)
 
 
-def w8a16_linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+def w8a16_linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, activation: str, layout: str) -> Tensor:
     """Float activations x (t, k), int8 weights with a scale per row; y (t, n) of x's type."""
-    return _float_linear(x, qdata.to(torch.float64) * scale.to(torch.float64)[:, None], bias, activation)
+    values = expand_int8(qdata, scale.numel(), x.shape[1], layout)
+    return _float_linear(x, values.to(torch.float64) * scale.to(torch.float64)[:, None], bias, activation)
 
 
 def w4a16_linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, activation: str, layout: str) -> Tensor:
@@ -146,24 +157,52 @@ def attention_int8(
 ) -> Tensor:
     """Self-attention of packed sequences on int8 queries, keys and values; tokens attend within their sequence only.
 
+    Both products are of integers: the probabilities are rounded to 8 bits, with a scale for each row. For query i and the
+    keys j of its sequence, W_i being the largest of w_ij = exp(score_ij - max_j score_ij) * s_value[j]:
+
+        p_ij = round(w_ij * (255 / W_i))        out_i = (sum_j p_ij * value_j) * (W_i / 255 / sum_j exp(...))
+
+    A token whose scale is NaN makes its own sequence NaN and no other: its row if the query's is, every row otherwise.
+
     Args:
         qkv: (t, 3 * num_heads * d) int8: all queries, then all keys, then all values of a token.
-        scales: (3,) float32 static scales of queries, keys and values.
+        scales: float32 scales of queries, keys and values, above 0: static (3,), or (t, 3) for each token.
         cu_seqlens: (sequences + 1,) int32, ascending from 0 to t: sequence i is tokens cu_seqlens[i] ... cu_seqlens[i + 1] - 1.
         softmax_scale: factor on the scores, usually d**-0.5.
 
     Returns:
-        (t, num_heads * d) of `out_dtype`. Scores are exact int32 sums; softmax and the product with the values are float.
+        (t, num_heads * d) of `out_dtype`.
     """
     t, width = qkv.shape[0], qkv.shape[1] // 3
-    query, key, value = qkv.view(t, 3, num_heads, width // num_heads).to(torch.float64).unbind(1)
+    query, key, value = qkv.view(t, 3, num_heads, width // num_heads).to(torch.float64).permute(1, 2, 0, 3)
+    scales = scales.expand(t, 3)
     out = torch.zeros_like(query)
-    factor = float(scales[0]) * float(scales[1]) * softmax_scale
-    for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
-        scores = torch.einsum("qhd,khd->hqk", query[start:stop], key[start:stop]) * factor
-        weights = torch.softmax(scores, dim=-1)
-        out[start:stop] = torch.einsum("hqk,khd->qhd", weights, value[start:stop]) * float(scales[2])
-    return out.reshape(t, width).to(out_dtype)
+    for start, stop in itertools.pairwise(cu_seqlens.tolist()):
+        span = slice(start, stop)
+        weights, factor = attention_weights(query[:, span] @ key[:, span].transpose(1, 2), scales[span], softmax_scale)
+        out[:, span] = weights.round() @ value[:, span] * factor
+    return out.transpose(0, 1).reshape(t, width).to(out_dtype)
+
+
+def attention_weights(products: Tensor, scales: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """The softmax of one sequence of t tokens, in the type of `products`.
+
+    Args:
+        products: (heads, t, t) float, sums of query times key.
+        scales: (t, 3) of queries, keys and values.
+
+    Returns:
+        p (heads, t, t) in 0 ... 255 before it is rounded, and the factor (heads, t, 1) on the sum of round(p) times value.
+    """
+    if products.numel() == 0:
+        return products, products.new_zeros(*products.shape[:2], 1)
+    s_query, s_key, s_value = scales.to(products.dtype).unbind(1)
+    scores = products * (s_query[:, None] * s_key * softmax_scale)
+    powers = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    weights = powers * s_value
+    largest = weights.amax(dim=-1, keepdim=True)
+    factor = largest / PROBABILITY_MAX / powers.sum(dim=-1, keepdim=True)
+    return weights * (PROBABILITY_MAX / largest), factor
 
 
 def add_layer_norm_quantize(
@@ -186,7 +225,8 @@ def embed_layer_norm_quantize(
 
     Args:
         ids, position_ids, token_type_ids: (t,) integers.
-        words, scheme, layout: the word table's tensors in the order of `plain_specs`, its scheme and its layout.
+        words, scheme, layout: the word table's tensors in the order of `plain_specs`, its scheme and its layout; or one
+            float table (rows, k) and ``"float"``.
         positions, token_types: (p, k) and (types, k) float tables: small, so they stay float.
     """
     rows = lookup_rows(ids, words, scheme, layout, positions.shape[1])
@@ -204,7 +244,9 @@ def norm_of_rows(
 
 
 def lookup_rows(ids: Tensor, words: list[Tensor], scheme: str, layout: str, k: int) -> Tensor:
-    """Float32 rows (t, k) of an embedding table of any embedding scheme."""
+    """Float32 rows (t, k) of an embedding table of any embedding scheme, or of a float one."""
+    if scheme == FLOAT_TABLE:
+        return words[0][ids].to(torch.float32)
     if SCHEMES[scheme].has_dictionary:
         qdata, codebook, rowptr, col, delta = words
         return gobo_embedding(ids, qdata, codebook, rowptr, col, delta, torch.float32, k, layout)
@@ -214,25 +256,38 @@ def lookup_rows(ids: Tensor, words: list[Tensor], scheme: str, layout: str, k: i
     return w8_embedding(ids, qdata, scale, torch.float32)
 
 
+def expand_int8(qdata: Tensor, n: int, k: int, layout: str) -> Tensor:
+    """The int8 operand (n, k) of w8a8, and the codes of w8a16."""
+    return read_codes(qdata, INT8, n, k, Layout(layout))
+
+
 def expand_int4(qdata: Tensor, group_scale: Tensor, k: int, layout: str) -> Tensor:
     """The int8 operand (n, k) of w4a8: code * group_scale."""
     if Layout(layout) is Layout.INT8_EXPANDED:
         return qdata
-    codes = _codes(qdata, INT4, k, layout)
+    codes = read_codes(qdata, INT4, group_scale.shape[0], k, Layout(layout))
     return codes * group_scale.to(torch.int8).repeat_interleave(_group_size(k, group_scale), dim=1)
 
 
-def expand_dictionary(qdata: Tensor, codebook: Tensor, k: int, layout: str) -> Tensor:
-    """The int8 operand (n, k) of gobo3a8 and gobo4a8: codebook[code]."""
+def expand_dictionary(qdata: Tensor, codebook: Tensor, n: int, k: int, layout: str) -> Tensor:
+    """codebook[code] (n, k), in gobo3a8 and gobo4a8 the int8 operand.
+
+    Args:
+        codebook: (2**bits,), or (m, 2**bits) of m stacked matrices: row r has dictionary r * m // n.
+    """
     if Layout(layout) is Layout.INT8_EXPANDED:
         return qdata
-    codes = _codes(qdata, _dictionary_format(codebook), k, layout)
-    return codebook.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
+    return look_up(codebook, read_codes(qdata, _dictionary_format(codebook), n, k, Layout(layout)))
+
+
+def matrix_scales(scale: Tensor, n: int) -> Tensor:
+    """Scales (m,) of m matrices that are stacked to n rows, as one for each row (n,)."""
+    return scale.expand(n) if scale.numel() == 1 else scale.repeat_interleave(n // scale.numel())
 
 
 def dequantize_int4(qdata: Tensor, scale: Tensor, k: int, layout: str) -> Tensor:
     """Float32 (n, k) of int4 codes with a scale per group."""
-    codes = _codes(qdata, INT4, k, layout).to(torch.float32)
+    codes = read_codes(qdata, INT4, scale.shape[0], k, Layout(layout)).to(torch.float32)
     groups = codes.view(codes.shape[0], scale.shape[1], _group_size(k, scale))
     return (groups * scale.to(torch.float32).unsqueeze(2)).view(codes.shape)
 
@@ -241,7 +296,7 @@ def dequantize_dictionary(
     qdata: Tensor, codebook: Tensor, outlier_rowptr: Tensor, outlier_col: Tensor, outlier_delta: Tensor, k: int, layout: str
 ) -> Tensor:  # fmt: skip
     """Float32 (n, k) of dictionary codes; outliers come back bit for bit."""
-    weight = expand_dictionary(qdata, codebook, k, layout)
+    weight = expand_dictionary(qdata, codebook, outlier_rowptr.numel() - 1, k, layout)
     rows, columns = outlier_positions(outlier_rowptr, outlier_col)
     weight[rows, columns] += outlier_delta
     return weight
@@ -249,14 +304,13 @@ def dequantize_dictionary(
 
 def dequantize(weight: QuantizedTensor) -> Tensor:
     """Float32 (n, k) that a quantized tensor of any scheme stands for."""
-    tensors, k, layout = weight.tensors, weight.shape[1], weight.layout.value
+    tensors, (n, k), layout = weight.tensors, weight.shape, weight.layout.value
     scheme = weight.scheme
     if scheme.has_dictionary and scheme.activation is None:
         return dequantize_dictionary(**tensors, k=k, layout=layout)
     if scheme.has_dictionary:
-        weight_float = (
-            expand_dictionary(tensors["qdata"], tensors["codebook"], k, layout).to(torch.float32) * tensors["scale"]
-        )
+        operand = expand_dictionary(tensors["qdata"], tensors["codebook"], n, k, layout)
+        weight_float = operand.to(torch.float32) * matrix_scales(tensors["scale"], n)[:, None]
         rows, columns = outlier_positions(tensors["outlier_rowptr"], tensors["outlier_col"])
         weight_float[rows, columns] += tensors["outlier_delta"]
         return weight_float
@@ -265,7 +319,7 @@ def dequantize(weight: QuantizedTensor) -> Tensor:
         return operand.to(torch.float32) * tensors["scale"][:, None]
     if scheme.weight.bits == INT4.bits:
         return dequantize_int4(tensors["qdata"], tensors["scale"], k, layout)
-    return tensors["qdata"].to(torch.float32) * tensors["scale"][:, None]
+    return expand_int8(tensors["qdata"], n, k, layout).to(torch.float32) * tensors["scale"][:, None]
 
 
 def outlier_positions(outlier_rowptr: Tensor, outlier_col: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,11 +355,11 @@ def _layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     return torch.nn.functional.layer_norm(x, x.shape[-1:], gamma.to(x.dtype), beta.to(x.dtype), eps)
 
 
-def _codes(qdata: Tensor, fmt: Format, k: int, layout: str) -> Tensor:
-    if Layout(layout) is Layout.BYTES:
-        return qdata
-    assert fmt.kind in (Kind.INTEGER, Kind.DICTIONARY)
-    return _layout.unpack_codes(qdata, fmt, k)
+def _row_scaled(
+    q: Tensor, s: Tensor, operand: Tensor, scale: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype
+) -> Tensor:
+    y = integer_product(q, operand).to(torch.float32) * scale * s[:, None]
+    return finish(y, bias, activation, out_dtype)
 
 
 def _group_size(k: int, scale: Tensor) -> int:
@@ -317,4 +371,39 @@ def _group_size(k: int, scale: Tensor) -> int:
 
 
 def _dictionary_format(codebook: Tensor) -> Format:
-    return DICT3 if codebook.numel() == DICT3.codes else DICT4
+    return DICT3 if codebook.shape[-1] == DICT3.codes else DICT4
+
+
+def requantized(operation: Callable[..., Tensor], out_scale_at: int) -> Callable[..., Tensor]:
+    """The int8-out variant of an operation: float32 out, then one static scale, at the place of `out_dtype`."""
+
+    @functools.wraps(operation)
+    def int8_out(*args: Any) -> Tensor:
+        float_args = (*args[:out_scale_at], torch.float32, *args[out_scale_at + 1 :])
+        return requantize(operation(*float_args), args[out_scale_at])
+
+    return int8_out
+
+
+# Where `*_requant` take `out_scale` and their float twins take `out_dtype`.
+OUT_SCALE_AT = {
+    "w8a8_linear_requant": 6, "w4a8_linear_requant": 7, "gobo_linear_requant": 10, "attention_int8_requant": 5,
+}  # fmt: skip
+
+# Operation -> its reference, with exactly the operator's arguments.
+REFERENCES: dict[str, Callable[..., Any]] = {
+    "quantize_per_token": quantize_per_token,
+    "w8a8_linear": w8a8_linear,
+    "w4a8_linear": w4a8_linear,
+    "gobo_linear": gobo_linear,
+    "w8a16_linear": w8a16_linear,
+    "w4a16_linear": w4a16_linear,
+    "gobo_a16_linear": gobo_a16_linear,
+    "w8_embedding": w8_embedding,
+    "w4_embedding": w4_embedding,
+    "gobo_embedding": gobo_embedding,
+    "attention_int8": attention_int8,
+    "add_layer_norm_quantize": add_layer_norm_quantize,
+    "embed_layer_norm_quantize": embed_layer_norm_quantize,
+}
+REFERENCES |= {name: requantized(REFERENCES[name.removesuffix("_requant")], at) for name, at in OUT_SCALE_AT.items()}

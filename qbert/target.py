@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,9 @@ class Target:
 
 
 def native_cpu() -> Any | None:
-    """The compiled extension `qbert._cpu`, or None where it was not built."""
+    """The compiled extension `qbert._cpu`, or None where it was not built, or where QBERT_CPU_ISA=torch does without it."""
+    if os.environ.get("QBERT_CPU_ISA") == "torch":
+        return None
     try:
         from qbert import _cpu
     except ImportError:

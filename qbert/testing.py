@@ -16,8 +16,8 @@ from torch import Tensor
 
 from qbert import reference
 from qbert.dispatch import embedding_operation, linear_operation
-from qbert.formats import INT8, SCHEMES, Role
-from qbert.layout import Layout
+from qbert.formats import INT8, SCHEMES, Role, Scheme
+from qbert.layout import Layout, from_plain
 from qbert.metrics import sqnr_db
 from qbert.ops import reference_of
 from qbert.qtensor import OUTLIER_TENSORS
@@ -32,6 +32,9 @@ __all__ = [
 EXACT_OPERATIONS = ("quantize_per_token", "w8_embedding", "w4_embedding", "gobo_embedding")
 _WEIGHT_DEVIATION = 0.04  # of encoder weights; GOBO's outlier threshold depends on it
 _EPS = 1e-12  # of BERT's LayerNorm
+# Distance from a half within which float32 may round one of attention's 8-bit probabilities to either side. Scores of
+# magnitude m have errors of a few m * 2**-24, which become 255 times as much: enough up to about 16.
+_AMBIGUOUS = 1e-3
 Arguments = tuple[Any, ...]
 
 
@@ -70,7 +73,7 @@ def random_activations(t: int, k: int, *, seed: int = 0, dtype: torch.dtype = to
 def random_arguments(
     operation: str, t: int, n: int, k: int, *, seed: int = 0, dtype: torch.dtype = torch.float32,
     layout: Layout = Layout.PLAIN, scheme: str | None = None, bias: bool = True, activation: str = "none",
-    device: torch.device | str = "cpu",
+    per_token: bool = False, matrices: int = 1, device: torch.device | str = "cpu",
 ) -> Arguments:  # fmt: skip
     """Arguments of an operation, in the order of its schema.
 
@@ -79,8 +82,11 @@ def random_arguments(
         t, n, k: tokens, output channels, input channels of a linear; tokens, table rows, width of a look-up; tokens,
             heads, head dimension of attention (packed sequences, uneven, one of them empty); else n is unused.
         dtype: of activations, biases and float results.
-        layout, scheme: of the quantized weight; by default PLAIN and the first of `schemes_of(operation)`.
+        layout, scheme: of the quantized weight; by default PLAIN and the first of `schemes_of(operation)`. The scheme
+            ``"float"`` is a float word table of `dtype`.
         bias, activation: of linears.
+        per_token: whether attention's scales are one for each token, (t, 3), or static, (3,).
+        matrices: how many matrices of n / matrices rows, each with its dictionary, a `gobo_linear`'s weight is stacked from.
         device: where the tensors are.
     """
     scheme = scheme or next(iter(schemes_of(operation)), None)
@@ -95,14 +101,20 @@ def random_arguments(
 
     def weight() -> dict[str, Tensor]:
         assert scheme is not None
+        if scheme == reference.FLOAT_TABLE:
+            return {"table": normal(n, k)}
+        if matrices > 1:
+            return _stacked_dictionaries(matrices, n, k, SCHEMES[scheme], seed + 2, layout)
         return quantize(random_weight(n, k, seed=seed + 2), SCHEMES[scheme]).to_layout(layout).tensors
 
     arguments: Arguments
     if operation == "quantize_per_token":
         arguments = (x,)
-    elif operation == "attention_int8":
+    elif operation.startswith("attention_int8"):
         qkv = torch.randint(-INT8.qmax, INT8.qmax + 1, (t, 3 * n * k), generator=generator).to(torch.int8)
         scales = torch.tensor([0.02, 0.03, 0.01])
+        if per_token:  # up to four times larger in one token than in another
+            scales = scales * 4 ** (torch.rand(t, 3, generator=generator) - 0.5)
         arguments = (qkv, scales, _uneven_cu_seqlens(t, generator), n, k**-0.5, dtype)
     elif operation == "add_layer_norm_quantize":
         arguments = (x, normal(t, k), normal(k), normal(k), _EPS)
@@ -120,15 +132,13 @@ def random_arguments(
         end: Arguments = (normal(n) if bias else None, activation)
         if "a16" not in operation:
             end = (*end, dtype)
-        if "w8" not in operation:
-            end = (*end, layout.value)
-        arguments = (*tokens, *(held[name] for name in names), *end)
-        if operation.endswith("_requant"):
-            at = _argument_names(operation).index("out_scale")
-            y = evaluate(operation, (*arguments[:at], 1.0, *arguments[at + 1 :]), torch.float64)
-            # The largest values lie beyond the largest code, so that clamping is part of the problem.
-            out_scale = 1.25 * float(y.abs().max()) / INT8.qmax / 2 if y.numel() else 1.0
-            arguments = (*arguments[:at], out_scale, *arguments[at + 1 :])
+        arguments = (*tokens, *(held[name] for name in names), *end, layout.value)
+    if operation in reference.OUT_SCALE_AT:
+        at = reference.OUT_SCALE_AT[operation]
+        y = evaluate(operation, (*arguments[:at], 1.0, *arguments[at + 1 :]), torch.float64)
+        # The largest values lie beyond the largest code, so that clamping is part of the problem.
+        out_scale = 1.25 * float(y.abs().max()) / INT8.qmax / 2 if y.numel() else 1.0
+        arguments = (*arguments[:at], out_scale, *arguments[at + 1 :])
     return to_device(arguments, device)
 
 
@@ -146,13 +156,14 @@ def to_device(arguments: Sequence[Any], device: torch.device | str) -> Arguments
 def evaluate(operation: str, arguments: Sequence[Any], dtype: torch.dtype) -> Tensor:
     """The float result of an operation as torch computes it with dequantized tensors of `dtype` throughout.
 
-    With float64 this is the truth that errors are measured from; with another type it is "the same arithmetic done by
-    torch in that type", whose own error says what can be asked of a kernel. What an operation does to its float result
-    afterwards (int8 codes, scales) is left out.
+    Only attention's 8-bit probabilities are integers here, too, and the same ones in every type. With float64 this is the
+    truth that errors are measured from; with another type it is "the same arithmetic done by torch in that type", whose own
+    error says what can be asked of a kernel. What an operation does to its float result afterwards (int8 codes, scales) is
+    left out.
     """
     named = dict(zip(_argument_names(operation), to_device(arguments, "cpu"), strict=True))
-    if operation == "attention_int8":
-        return _attention(named, dtype)
+    if operation.startswith("attention_int8"):
+        return _attention(named, dtype)[0]
     if operation == "add_layer_norm_quantize":
         total = named["y"].to(dtype) + named["residual"].to(dtype)
     elif operation == "embed_layer_norm_quantize":
@@ -173,6 +184,7 @@ def assert_matches_reference(operation: str, arguments: Sequence[Any], actual: A
     `EXACT_OPERATIONS` are compared bit for bit. Floats may be off by twice the error that torch itself makes with the
     same arithmetic in the same type (see `evaluate`), measured from float64 and relative to the largest value of the
     token. A code made from such a float is right if it lies within half a step, and that error, of the exact value.
+    Attention may besides round those of its 8-bit probabilities to either side that are closest to a half.
     NaN or infinite is exactly what is so in the reference; an infinity may become NaN (torch's own GELU does that).
     """
     arguments = to_device(arguments, "cpu")
@@ -192,6 +204,7 @@ def assert_matches_reference(operation: str, arguments: Sequence[Any], actual: A
     if operation in EXACT_OPERATIONS or expected[0].numel() == 0:
         return
     exact = evaluate(operation, arguments, torch.float64)
+    room = _ambiguity(operation, arguments)
     if len(expected) == 3:  # a norm: floats, then the codes and scales of the float32 norm
         _assert_close(operation, found[0], exact, evaluate(operation, arguments, found[0].dtype))
         steps = exact.abs().amax(dim=1) / INT8.qmax
@@ -199,39 +212,50 @@ def assert_matches_reference(operation: str, arguments: Sequence[Any], actual: A
         _assert_close(f"{operation} scales", found[2][:, None], steps[:, None], steps[:, None] * (1 + inner))
         _assert_nearest_codes(operation, found[1], exact / steps[:, None], slack=2 * inner)
     elif expected[0].dtype == torch.int8:
-        out_scale = arguments[_argument_names(operation).index("out_scale")]
+        out_scale = arguments[reference.OUT_SCALE_AT[operation]]
         inner = _error(evaluate(operation, arguments, torch.float32), exact)
-        _assert_nearest_codes(operation, found[0], exact / out_scale, slack=2 * inner)
+        _assert_nearest_codes(operation, found[0], exact / out_scale, slack=2 * inner, room=room / out_scale)
     else:
-        integer = operation in ("w8a8_linear", "w4a8_linear", "gobo_linear")
+        integer = operation in ("w8a8_linear", "w4a8_linear", "gobo_linear", "attention_int8")
         inner_dtype = torch.float32 if integer else found[0].dtype  # of an integer product only the epilogue is float
-        _assert_close(operation, found[0], exact, evaluate(operation, arguments, inner_dtype).to(found[0].dtype))
+        torchs = evaluate(operation, arguments, inner_dtype).to(found[0].dtype)
+        _assert_close(operation, found[0], exact, torchs, room=room)
 
 
-def _assert_close(what: str, actual: Tensor, exact: Tensor, torchs: Tensor) -> None:
+def _ambiguity(operation: str, arguments: Sequence[Any]) -> Tensor | float:
+    """By how much each value of the result may be off because integers inside may be rounded to either side."""
+    if not operation.startswith("attention_int8"):
+        return 0.0
+    return _attention(dict(zip(_argument_names(operation), arguments, strict=True)), torch.float64)[1]
+
+
+def _assert_close(what: str, actual: Tensor, exact: Tensor, torchs: Tensor, room: Tensor | float = 0.0) -> None:
     """At most twice torch's error; a result's own rounding is always allowed, for torch may by luck be exact."""
     allowed = 2 * max(_error(torchs, exact), torch.finfo(actual.dtype).eps)
-    error = _error(actual, exact)
+    error = _error(actual, exact, room)
     assert error <= allowed, (
         f"{what}: error {error:.3g} of a token's largest value; allowed {allowed:.3g}, twice torch's own"
     )
 
 
-def _error(actual: Tensor, exact: Tensor) -> float:
-    """Largest error, relative to the largest magnitude of its row, over the rows that are finite in both."""
+def _error(actual: Tensor, exact: Tensor, room: Tensor | float = 0.0) -> float:
+    """Largest error beyond `room`, relative to the largest magnitude of its row, over the rows that are finite in both."""
     actual = actual.to(torch.float64)
     finite = (actual.isfinite() & exact.isfinite()).all(dim=1)
     size = exact[finite].abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return float(((actual[finite] - exact[finite]).abs() / size).max()) if bool(finite.any()) else 0.0
+    off = ((actual - exact).abs() - room).clamp(min=0.0)[finite]
+    return float((off / size).max()) if bool(finite.any()) else 0.0
 
 
-def _assert_nearest_codes(what: str, codes: Tensor, exact_codes: Tensor, slack: float) -> None:
-    """`slack` is relative to the largest value of the token; a token with NaN in it has codes 0."""
+def _assert_nearest_codes(
+    what: str, codes: Tensor, exact_codes: Tensor, slack: float, room: Tensor | float = 0.0
+) -> None:
+    """`slack` is relative to the largest value of the token, `room` is in steps; a token with NaN in it has codes 0."""
     nan = exact_codes.isnan()
     assert bool((codes[nan] == 0).all()), f"{what}: a NaN must become code 0"
     size = exact_codes.nan_to_num(0.0).abs().amax(dim=1, keepdim=True)
     distance = (codes.to(torch.float64) - exact_codes.clamp(-INT8.qmax, INT8.qmax)).abs()
-    wrong = (distance > 0.5 + slack * size + 1e-9) & ~nan
+    wrong = (distance > 0.5 + slack * size + room + 1e-9) & ~nan
     worst = float(distance[wrong].max()) if bool(wrong.any()) else 0.0
     assert not bool(wrong.any()), f"{what}: {int(wrong.sum())} codes are not the nearest, up to {worst:.3f} steps away"
 
@@ -246,35 +270,62 @@ def _linear(operation: str, named: dict[str, Any], dtype: torch.dtype) -> Tensor
 
 def _dequantized(operation: str, named: dict[str, Any], k: int) -> Tensor:
     """The weight of a linear, float64."""
-    qdata, layout = named["qdata"], named.get("layout", Layout.PLAIN.value)
+    qdata, layout = named["qdata"], named["layout"]
     outliers = {name: named[name] for name in OUTLIER_TENSORS if name in named}
     if operation.startswith("gobo_a16"):
         codebook = named["codebook"]
         return reference.dequantize_dictionary(qdata, codebook, **outliers, k=k, layout=layout).to(torch.float64)
     if operation.startswith("w4a16"):
         return reference.dequantize_int4(qdata, named["scale"], k, layout).to(torch.float64)
-    scale = named["scale"].to(torch.float64)[:, None]
+    scale = named["scale"].to(torch.float64)
     if operation.startswith("gobo"):
-        operand = reference.expand_dictionary(qdata, named["codebook"], k, layout).to(torch.float64)
-        return operand * scale + reference.dense_outliers(**outliers, n=operand.shape[0], k=k).to(torch.float64)
+        n = named["outlier_rowptr"].numel() - 1
+        operand = reference.expand_dictionary(qdata, named["codebook"], n, k, layout).to(torch.float64)
+        deltas = reference.dense_outliers(**outliers, n=n, k=k).to(torch.float64)
+        return operand * reference.matrix_scales(scale, n)[:, None] + deltas
     if operation.startswith("w4a8"):
-        return reference.expand_int4(qdata, named["group_scale"], k, layout).to(torch.float64) * scale
+        return reference.expand_int4(qdata, named["group_scale"], k, layout).to(torch.float64) * scale[:, None]
     if operation.startswith("w8"):
-        return qdata.to(torch.float64) * scale
+        return reference.expand_int8(qdata, scale.numel(), k, layout).to(torch.float64) * scale[:, None]
     raise KeyError(operation)
 
 
-def _attention(named: dict[str, Any], dtype: torch.dtype) -> Tensor:
+def _attention(named: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The result (t, width) with softmax and scales in `dtype`, and by how much ambiguous probabilities may move it.
+
+    Which 8-bit code a probability gets is decided in float64, so that the types differ in their own rounding alone. A code
+    `_AMBIGUOUS` or less from a half may become either neighbour: it counts as the half, and may move the sum by half of
+    its value to both sides.
+    """
     qkv, heads = named["qkv"], named["num_heads"]
     t, width = qkv.shape[0], qkv.shape[1] // 3
-    parts = qkv.view(t, 3, heads, width // heads).to(torch.float64) * named["scales"].to(torch.float64).view(1, 3, 1, 1)
-    query, key, value = parts.to(dtype).permute(1, 2, 0, 3)
-    out = torch.empty(heads, t, width // heads, dtype=dtype)
+    query, key, value = qkv.view(t, 3, heads, width // heads).to(torch.float64).permute(1, 2, 0, 3)
+    scales = named["scales"].expand(t, 3)
+    out, room = torch.empty(heads, t, width // heads, dtype=dtype), torch.zeros_like(query)
     for start, stop in itertools.pairwise(named["cu_seqlens"].tolist()):
         span = slice(start, stop)
-        weights = torch.softmax(query[:, span] @ key[:, span].transpose(1, 2) * named["softmax_scale"], dim=-1)
-        out[:, span] = weights @ value[:, span]
-    return out.transpose(0, 1).reshape(t, width)
+        products = query[:, span] @ key[:, span].transpose(1, 2)
+        exact, exact_factor = reference.attention_weights(products, scales[span], named["softmax_scale"])
+        _, factor = reference.attention_weights(products.to(dtype), scales[span], named["softmax_scale"])
+        half = exact.floor() + 0.5
+        ambiguous = (exact - half).abs() <= _AMBIGUOUS
+        codes = torch.where(ambiguous, half, exact.round())
+        out[:, span] = (codes @ value[:, span]).to(dtype) * factor
+        room[:, span] = ambiguous.to(torch.float64) @ value[:, span].abs() / 2 * exact_factor
+    return out.transpose(0, 1).reshape(t, width), room.transpose(0, 1).reshape(t, width)
+
+
+def _stacked_dictionaries(
+    matrices: int, n: int, k: int, scheme: Scheme, seed: int, layout: Layout
+) -> dict[str, Tensor]:
+    """Matrices of different magnitudes as one of n rows, as a merged query, key and value are."""
+    weights = (random_weight(n // matrices, k, seed=seed + index) * (1 + index) for index in range(matrices))
+    parts = [quantize(weight, scheme).tensors for weight in weights]
+    together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    counts = torch.cat([part["outlier_rowptr"].diff() for part in parts])
+    together["outlier_rowptr"] = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    together["codebook"] = together["codebook"].view(matrices, -1)
+    return from_plain(together, scheme, (n, k), layout)
 
 
 def _uneven_cu_seqlens(t: int, generator: torch.Generator) -> Tensor:

@@ -7,10 +7,11 @@ import itertools
 import pytest
 import torch
 
-from qbert import dispatch, ops
+from qbert import dispatch
 from qbert.dispatch import OPERATIONS, KernelChoice, embedding_operation, linear_operation, select_kernel, select_layout
 from qbert.formats import SCHEMES, TIED_LINEAR_SCHEME, Role, Scheme
 from qbert.layout import Layout, layouts_of
+from qbert.ops import cpu_torch
 from qbert.target import Target, cpu_target
 
 TARGETS = {
@@ -94,6 +95,17 @@ def test_layouts_are_legal_and_read_by_the_operation(role: Role, scheme: Scheme,
     assert takes_layout or layout is Layout.PLAIN  # an operation that is not told reads PLAIN
 
 
+@pytest.mark.parametrize("isa", ["amx_int8", "avx512_vnni", "avx_vnni", "avx2", "generic"])
+@ROLE_AND_SCHEME
+def test_the_native_kernels_run_what_they_can_read(role: Role, scheme: Scheme, isa: str) -> None:
+    """A weight in the layout that is chosen for a native target runs there; in another, torch does it, and says so."""
+    target = Target("cpu", isa, native=True)
+    operation = (linear_operation if role is Role.LINEAR else embedding_operation)(scheme)
+    assert select_kernel(operation, target, select_layout(scheme, role, target)).name == f"native {isa}"
+    if scheme.weight_bits < 8:
+        assert not select_kernel(operation, target, Layout.BYTES).name.startswith("native")
+
+
 @TARGET
 @pytest.mark.parametrize("name", list(TIED_LINEAR_SCHEME))
 def test_a_tied_linear_can_read_the_embedding_s_layout(name: str, target: Target) -> None:
@@ -118,7 +130,7 @@ def test_choosing_touches_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
             select_layout(scheme, role, target)
 
 
-def test_operators_run_what_select_kernel_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_runs_what_select_kernel_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """`qbert.explain` shows `select_kernel`; what runs must be the same."""
     calls: list[str] = []
     int_mm = torch._int_mm
@@ -131,8 +143,8 @@ def test_operators_run_what_select_kernel_says(monkeypatch: pytest.MonkeyPatch) 
     q = torch.ones(2, 8, dtype=torch.int8)
     for target in (TARGETS["cpu-plain"], TARGETS["cpu-saturates"]):
         calls.clear()
-        monkeypatch.setattr(ops, "cpu_target", lambda target=target: target)
-        torch.ops.qbert.w8a8_linear(q, torch.ones(2), q, torch.ones(2), None, "none", torch.float32)
+        monkeypatch.setattr(cpu_torch, "cpu_target", lambda target=target: target)
+        cpu_torch.CPU_TORCH["w8a8_linear"](q, torch.ones(2), q, torch.ones(2), None, "none", torch.float32, "plain")
         expected = select_kernel("w8a8_linear", target).name == dispatch.TORCH_INT_MM
         assert bool(calls) == expected
 

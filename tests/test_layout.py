@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,8 +12,8 @@ from torch import Tensor
 
 from qbert import layout as layouts
 from qbert.errors import QBertError
-from qbert.formats import DICT3, DICT4, INT2, INT3, INT4, INT8, SCHEMES, Format, Scheme
-from qbert.layout import Layout, pack_bits, packed_width, unpack_bits
+from qbert.formats import DICT3, DICT4, INT2, INT3, INT4, INT8, SCHEMES, Format, Role, Scheme
+from qbert.layout import Layout, pack_bits, packed_width, panels, unpack_bits
 from qbert.quantizers import quantize
 from qbert.testing import random_weight
 
@@ -121,28 +123,31 @@ def test_unpack_wants_exactly_the_bytes_of_its_codes(width: int) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "layout"), LAYOUTS_OF_SCHEMES)
-@pytest.mark.parametrize("shape", [(1, 128), (17, 256), (5, 129)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 128), (17, 256), (5, 129), (16, 128), (33, 384)], ids=str)
 def test_every_layout_is_a_bijection_of_plain(scheme: Scheme, layout: Layout, shape: tuple[int, int]) -> None:
     n, k = shape
     if scheme.group_size and k % scheme.group_size:
         k -= 1
     plain = quantize(random_weight(n, k, seed=n), scheme)
     tensors = {name: tensor.clone() for name, tensor in plain.tensors.items()}
-    moved = layouts.from_plain(plain.tensors, scheme, k, layout)
-    back = layouts.to_plain(moved, scheme, layout)
+    moved = layouts.from_plain(plain.tensors, scheme, (n, k), layout)
+    back = layouts.to_plain(moved, scheme, (n, k), layout)
     assert list(back) == list(moved) == list(tensors)
     for name, tensor in tensors.items():
         assert back[name].dtype == tensor.dtype, name
         assert torch.equal(back[name], tensor), name
         assert torch.equal(plain.tensors[name], tensor), f"{name} was edited in place"
         assert name == "qdata" or moved[name] is plain.tensors[name], f"{name} was copied"
+    assert moved["qdata"].shape == layouts.qdata_shape(layout, scheme.weight, n, k)
+    assert moved["qdata"].dtype == layouts.qdata_type(layout, scheme.weight)
+    assert moved["qdata"].is_contiguous()
 
 
 @pytest.mark.parametrize("name", ["w4a8", "w4a8-g32", "w4a16", "gobo3", "gobo4", "gobo3a8", "gobo4a8"])
 def test_bytes_layout_holds_the_codes(name: str) -> None:
     scheme = SCHEMES[name]
     plain = quantize(random_weight(3, 128), scheme)
-    codes = layouts.from_plain(plain.tensors, scheme, 128, Layout.BYTES)["qdata"]
+    codes = layouts.from_plain(plain.tensors, scheme, (3, 128), Layout.BYTES)["qdata"]
     stream = [int.from_bytes(bytes(row), "little") for row in plain.tensors["qdata"].tolist()]
     bits, half = scheme.weight_bits, 1 << (scheme.weight_bits - 1)
     expected = torch.tensor([[number >> (i * bits) & (2 * half - 1) for i in range(128)] for number in stream])
@@ -156,8 +161,8 @@ def test_bytes_layout_holds_the_codes(name: str) -> None:
 def test_expanded_layout_holds_the_int8_operand(name: str) -> None:
     scheme = SCHEMES[name]
     plain = quantize(random_weight(3, 128), scheme)
-    codes = layouts.from_plain(plain.tensors, scheme, 128, Layout.BYTES)["qdata"].to(torch.int64)
-    operand = layouts.from_plain(plain.tensors, scheme, 128, Layout.INT8_EXPANDED)["qdata"]
+    codes = layouts.from_plain(plain.tensors, scheme, (3, 128), Layout.BYTES)["qdata"].to(torch.int64)
+    operand = layouts.from_plain(plain.tensors, scheme, (3, 128), Layout.INT8_EXPANDED)["qdata"]
     if scheme.has_dictionary:
         expected = plain.tensors["codebook"].to(torch.int64)[codes]
     else:
@@ -177,9 +182,9 @@ def test_every_int4_code_survives_every_group_scale(group_scale: int) -> None:
         "scale": torch.ones(1),
         "group_scale": torch.full((1, 1), group_scale, dtype=torch.uint8),
     }
-    moved = layouts.from_plain(tensors, scheme, 64, Layout.INT8_EXPANDED)
+    moved = layouts.from_plain(tensors, scheme, (1, 64), Layout.INT8_EXPANDED)
     assert torch.equal(moved["qdata"].to(torch.int64), codes * group_scale)
-    assert torch.equal(layouts.to_plain(moved, scheme, Layout.INT8_EXPANDED)["qdata"], tensors["qdata"])
+    assert torch.equal(layouts.to_plain(moved, scheme, (1, 64), Layout.INT8_EXPANDED)["qdata"], tensors["qdata"])
 
 
 @pytest.mark.parametrize(
@@ -198,9 +203,9 @@ def test_expanded_dictionary_packs_again_by_the_lowest_code(codebook: list[int])
         "qdata": layouts.pack_codes(torch.tensor([canonical]), DICT3),
         "codebook": torch.tensor(codebook, dtype=torch.int8),
     }
-    moved = layouts.from_plain(tensors, scheme, 8, Layout.INT8_EXPANDED)
+    moved = layouts.from_plain(tensors, scheme, (1, 8), Layout.INT8_EXPANDED)
     assert moved["qdata"].tolist() == [codebook]
-    assert torch.equal(layouts.to_plain(moved, scheme, Layout.INT8_EXPANDED)["qdata"], tensors["qdata"])
+    assert torch.equal(layouts.to_plain(moved, scheme, (1, 8), Layout.INT8_EXPANDED)["qdata"], tensors["qdata"])
 
 
 @pytest.mark.parametrize(
@@ -208,8 +213,137 @@ def test_expanded_dictionary_packs_again_by_the_lowest_code(codebook: list[int])
 )
 def test_a_layout_that_a_scheme_has_not_is_an_error(name: str, layout: Layout) -> None:
     for move in (
-        lambda: layouts.from_plain({}, SCHEMES[name], 8, layout),
-        lambda: layouts.to_plain({}, SCHEMES[name], layout),
+        lambda: layouts.from_plain({}, SCHEMES[name], (1, 8), layout),
+        lambda: layouts.to_plain({}, SCHEMES[name], (1, 8), layout),
     ):
         with pytest.raises(QBertError, match=f"scheme {name} has no layout '{layout.value}'; allowed: plain"):
             move()
+
+
+# ---- panels ---------------------------------------------------------------------------------------------------------
+
+PACK = {8: panels.pack_int8, 4: panels.pack_int4, 3: panels.pack_int3}
+UNPACK = {8: panels.unpack_int8, 4: panels.unpack_int4, 3: panels.unpack_int3}
+BITS = pytest.mark.parametrize("bits", list(PACK))
+
+
+def _random_codes(bits: int, n: int, k: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * n + k)
+    low, high = (-128, 128) if bits == 8 else (0, 1 << bits)
+    return torch.randint(low, high, (n, k), generator=generator).to(torch.int8 if bits == 8 else torch.uint8)
+
+
+def _code_at(packed: Tensor, bits: int, row: int, column: int) -> int:
+    """The documentation as arithmetic: where the code of one output and one input channel lies."""
+    panel, byte, quad = row // 16, row % 16 * 4 + column % 4, column // 4
+    if bits == 8:
+        return int(packed[panel, quad, byte])
+    if bits == 4:
+        return int(packed[panel, quad // 2, byte]) >> (4 * (quad % 2)) & 15
+    of_row, j = packed[panel, quad // 8, :, byte].tolist(), quad % 8
+    return (of_row[j // 4] >> (2 * (j % 4)) & 3) | (of_row[2] >> j & 1) << 2
+
+
+@BITS
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 33])
+@pytest.mark.parametrize("k", [0, 1, 3, 4, 5, 31, 32, 33, 63, 64, 65, 100, 768])
+def test_panels_round_trip(bits: int, n: int, k: int) -> None:
+    codes = _random_codes(bits, n, k)
+    before = codes.clone()
+    packed = PACK[bits](codes)
+    padded = -(-k // 64) * 64
+    row = {8: (padded // 4 + 1, 64), 4: (padded // 8, 64), 3: (padded // 32, 3, 64)}[bits]
+    assert packed.shape == (-(-n // 16), *row)
+    assert packed.dtype == codes.dtype
+    assert packed.is_contiguous()
+    assert torch.equal(UNPACK[bits](packed, n, k), before)
+    assert torch.equal(codes, before)
+
+
+@st.composite
+def _panel_problem(draw: st.DrawFn) -> tuple[int, Tensor, list[int]]:
+    bits, n, k = draw(st.sampled_from(list(PACK))), draw(st.integers(1, 40)), draw(st.integers(1, 200))
+    rows = draw(st.lists(st.integers(0, n - 1), max_size=40))
+    return bits, _random_codes(bits, n, k), rows
+
+
+@settings(max_examples=100, deadline=None)
+@given(_panel_problem())
+def test_panels_hold_every_code_where_documented_and_zeros_elsewhere(problem: tuple[int, Tensor, list[int]]) -> None:
+    bits, codes, rows = problem
+    (n, k), packed = codes.shape, PACK[bits](codes)
+    last_row, last_column = packed.shape[0] * 16, -(-k // 64) * 64
+    places = {(row, column) for row in {0, n // 2, n - 1} for column in {0, k // 3, k // 2, k - 1}}
+    for row, column in places:
+        assert _code_at(packed, bits, row, column) == int(codes[row, column])
+    everything = UNPACK[bits](packed, last_row, last_column)
+    assert not everything[n:].any()
+    assert not everything[:, k:].any()
+    chosen = torch.tensor(rows, dtype=torch.int64)
+    assert torch.equal(panels.select_rows(packed, chosen), PACK[bits](codes[chosen]))
+
+
+@BITS
+def test_codes_share_no_bit_and_leave_none_unused(bits: int) -> None:
+    n, k = 32, 64
+    seen = torch.zeros(panels.panel_shape(bits, n, k), dtype=torch.int64)
+    for row, column in itertools.product(range(n), range(k)):
+        codes = torch.zeros(n, k, dtype=torch.int8 if bits == 8 else torch.uint8)
+        codes[row, column] = -1 if bits == 8 else (1 << bits) - 1
+        changed = PACK[bits](codes).to(torch.int64) & 0xFF
+        if bits == 8:
+            changed[:, -1] = 0  # the sums
+        assert sum(value.bit_count() for value in changed[changed > 0].tolist()) == bits
+        assert not (seen & changed).any()
+        seen |= changed
+    assert bool((seen[:, :-1] == 0xFF if bits == 8 else seen == 0xFF).all())
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (17, 65), (33, 768), (3, 0)])
+def test_the_last_row_of_int8_panels_holds_the_sums(n: int, k: int) -> None:
+    values = _random_codes(8, n, k)
+    values[0] = -128
+    packed = PACK[8](values)
+    stored = packed[:, -1].contiguous().numpy().view("<i4").reshape(-1).tolist()
+    assert stored[:n] == values.to(torch.int64).sum(dim=1).tolist()
+    assert not any(stored[n:])
+
+
+def test_int4_and_int3_panels_written_by_hand() -> None:
+    codes = torch.arange(64, dtype=torch.uint8)[None] % 7 + 1
+    int4 = PACK[4](codes)
+    assert int4[0, 0, :4].tolist() == [0x51, 0x62, 0x73, 0x14]  # k = 0 ... 3 low, k = 4 ... 7 high
+    assert int4[0, 1, 0].item() == 0x62  # k = 8, k = 12
+    int3 = PACK[3](codes)
+    of_k = [1, 5, 2, 6, 3, 7, 4, 1]  # codes of k = 0, 4, 8 ... 28
+    assert int3[0, 0, 0, 0].item() == 0b10_10_01_01
+    assert int3[0, 0, 1, 0].item() == 0b01_00_11_11
+    assert int3[0, 0, 2, 0].item() == sum((code >> 2) << j for j, code in enumerate(of_k))
+
+
+@pytest.mark.parametrize("name", ["w4a8", "w4a16"])
+def test_panels_of_negative_int4_codes(name: str) -> None:
+    """Two's complement nibbles, and back to signed codes."""
+    scheme = SCHEMES[name]
+    codes = torch.arange(-8, 8, dtype=torch.int8).repeat(4)[None]
+    tensors = {"qdata": layouts.pack_codes(codes, INT4)}
+    moved = layouts.from_plain(tensors, scheme, (1, 64), Layout.INT4_PANELS)["qdata"]
+    assert moved[0, 0, :4].tolist() == [0xC8, 0xD9, 0xEA, 0xFB]
+    assert torch.equal(layouts.read_codes(moved, INT4, 1, 64, Layout.INT4_PANELS), codes)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda scheme: scheme.name)
+def test_linears_have_the_panels_of_their_bits(scheme: Scheme) -> None:
+    expected = {8: Layout.INT8_PANELS, 4: Layout.INT4_PANELS, 3: Layout.INT3_PANELS}[scheme.weight_bits]
+    found = set(layouts.layouts_of(scheme)) & set(layouts.PANEL_LAYOUTS)
+    assert found == ({expected} if Role.LINEAR in scheme.roles else set())
+
+
+@pytest.mark.parametrize(("scheme", "layout"), LAYOUTS_OF_SCHEMES)
+def test_rows_can_be_taken_out_of_every_layout(scheme: Scheme, layout: Layout) -> None:
+    weight = quantize(random_weight(20, 128), scheme).to_layout(layout)
+    rows = torch.tensor([19, 0, 7, 7, 16])
+    fmt = INT8 if layout is Layout.INT8_EXPANDED else scheme.weight
+    whole = layouts.read_codes(weight.tensors["qdata"], fmt, 20, 128, layout)
+    taken = layouts.select_rows(weight.tensors["qdata"], rows, layout)
+    assert torch.equal(layouts.read_codes(taken, fmt, 5, 128, layout), whole[rows])

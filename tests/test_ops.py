@@ -16,7 +16,8 @@ from torch import Tensor
 from qbert import dispatch, ops, reference, testing
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES
-from qbert.layout import Layout, layouts_of
+from qbert.layout import PANEL_LAYOUTS, Layout, from_plain, layouts_of, panels
+from qbert.ops import cpu_torch
 from qbert.target import Target
 from qbert.testing import assert_matches_reference, random_arguments, schemes_of
 
@@ -28,12 +29,21 @@ FLOAT_LINEARS = ["w8a16_linear", "w4a16_linear", "gobo_a16_linear"]
 LINEARS = INTEGER_LINEARS + REQUANT_LINEARS + FLOAT_LINEARS
 TOKEN_OPERATIONS = ["quantize_per_token", "add_layer_norm_quantize"]
 EMBEDDINGS = ["w8_embedding", "w4_embedding", "gobo_embedding"]
+ATTENTIONS = ["attention_int8", "attention_int8_requant"]
 # (t, n, k): no token, one of everything, odd ones, more than one tile. Int4 takes the next k that its groups divide.
 SIZES = [(0, 3, 17), (1, 1, 1), (3, 17, 1023), (17, 3, 64), (33, 20, 100)]
 
 
+# What the dispatcher runs, and torch's implementation, which runs where there is no extension.
+IMPLEMENTATION = pytest.mark.parametrize("implementation", ["operator", "torch"])
+
+
 def _operator(operation: str) -> Any:
     return getattr(torch.ops.qbert, operation)
+
+
+def _implementation(name: str, operation: str) -> Callable[..., Any]:
+    return _operator(operation) if name == "operator" else cpu_torch.CPU_TORCH[operation]
 
 
 def _fit(scheme: str | None, k: int) -> int:
@@ -98,8 +108,9 @@ def test_every_scheme_has_an_operation() -> None:
 
 
 def test_float_sums_of_1024_products_are_exact() -> None:
-    """The limit that `_cpu_integer_product` relies on, from the limits of the formats."""
-    assert ops._EXACT_FLOAT32_TERMS * 128 * 128 <= 2**24
+    """The limits that `cpu_torch` relies on, from the limits of the formats."""
+    assert cpu_torch.EXACT_FLOAT32_TERMS * 128 * 128 <= 2**24
+    assert cpu_torch.EXACT_PROBABILITY_TERMS * reference.PROBABILITY_MAX * 128 <= 2**24
     assert ops.MAX_K * 127 * 127 < 2**31 <= (ops.MAX_K + 1) * 127 * 127
 
 
@@ -109,17 +120,21 @@ def test_float_sums_of_1024_products_are_exact() -> None:
 @DTYPES
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @OPERATIONS
-def test_matches_reference(operation: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+@IMPLEMENTATION
+def test_matches_reference(implementation: str, operation: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:
     t, n, k = size
     scheme = next(iter(schemes_of(operation)), None)
     arguments = random_arguments(operation, t, n, _fit(scheme, k), seed=t, dtype=dtype)
-    assert_matches_reference(operation, arguments, _operator(operation)(*arguments))
+    assert_matches_reference(operation, arguments, _implementation(implementation, operation)(*arguments))
 
 
 @pytest.mark.parametrize(("operation", "scheme", "layout"), list(_schemes_and_layouts()))
-def test_matches_reference_in_every_layout(operation: str, scheme: str | None, layout: Layout) -> None:
+@IMPLEMENTATION
+def test_matches_reference_in_every_layout(
+    implementation: str, operation: str, scheme: str | None, layout: Layout
+) -> None:
     arguments = random_arguments(operation, 5, 17, _fit(scheme, 72), scheme=scheme, layout=layout)
-    assert_matches_reference(operation, arguments, _operator(operation)(*arguments))
+    assert_matches_reference(operation, arguments, _implementation(implementation, operation)(*arguments))
 
 
 @DTYPES
@@ -166,7 +181,7 @@ def test_strided_activations(operation: str) -> None:
             _assert_same_bits(_operator(operation)(*strided), _operator(operation)(*arguments))
 
 
-@pytest.mark.parametrize("operation", [*LINEARS, *TOKEN_OPERATIONS, "attention_int8"])
+@pytest.mark.parametrize("operation", [*LINEARS, *TOKEN_OPERATIONS, *ATTENTIONS])
 def test_arguments_are_left_as_they_are(operation: str) -> None:
     arguments = random_arguments(operation, 5, 17, 64)
     before = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
@@ -206,7 +221,7 @@ def _unit_scales(operation: str, q: Tensor, operand: Tensor) -> tuple[Any, ...]:
     s, nothing = torch.ones(t), torch.zeros(0)
     end = (None, "none", torch.float32)
     if operation == "w8a8_linear":
-        return (q, s, operand, torch.ones(n), *end)
+        return (q, s, operand, torch.ones(n), *end, "plain")
     if operation == "w4a8_linear":
         unused = torch.ones(n, 1, dtype=torch.uint8)
         return (q, s, operand, unused, torch.ones(n), *end, "int8_expanded")
@@ -223,10 +238,10 @@ def _exact_sums(q: Tensor, operand: Tensor) -> Tensor:
 def integer_product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways a CPU multiplies int8 matrices; the one for CPUs without VNNI must not touch `_int_mm`."""
     if request.param == "int_mm":
-        if not ops.cpu_target().int_mm_exact:
+        if not cpu_torch.cpu_target().int_mm_exact:
             pytest.skip("torch._int_mm saturates on this CPU")
         return request.param
-    monkeypatch.setattr(ops, "cpu_target", lambda: Target("cpu", int_mm_exact=False))
+    monkeypatch.setattr(cpu_torch, "cpu_target", lambda: Target("cpu", int_mm_exact=False))
 
     def refuse(*_: Any) -> Tensor:
         raise AssertionError("torch._int_mm was called where it saturates")
@@ -248,39 +263,159 @@ def test_int8_product_is_exact(size: tuple[int, int, int], values: str, integer_
     else:
         q, w = (torch.full((rows, k), int(values), dtype=torch.int8) for rows in (t, n))
         q[1:2], w[1:2] = -127, -127
-    product = ops._cpu_integer_product(q, w)
+    product = cpu_torch.integer_product(q, w)
     assert product.dtype == torch.float32
     assert torch.equal(product, _exact_sums(q, w).to(torch.float32))
 
 
 @pytest.mark.parametrize("k", [17, 1023, 2304])
 @pytest.mark.parametrize("operation", INTEGER_LINEARS)
-def test_integer_linears_sum_exactly(operation: str, k: int, integer_product: str) -> None:
+@IMPLEMENTATION
+def test_integer_linears_sum_exactly(implementation: str, operation: str, k: int, integer_product: str) -> None:
     """With unit scales a linear is its int32 sums, rounded to float32 once."""
     generator = torch.Generator().manual_seed(k)
     q, operand = ((torch.randint(2, (rows, k), generator=generator) * 254 - 127).to(torch.int8) for rows in (3, 17))
     q[0], operand[0] = 127, 127
-    y = _operator(operation)(*_unit_scales(operation, q, operand))
+    y = _implementation(implementation, operation)(*_unit_scales(operation, q, operand))
     assert torch.equal(y, _exact_sums(q, operand).to(torch.float32))
 
 
 @pytest.mark.parametrize("operation", INTEGER_LINEARS + REQUANT_LINEARS)
 def test_float32_chunks_give_the_bits_of_int_mm(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = random_arguments(operation, 17, 19, 1152, activation="gelu")
-    monkeypatch.setattr(ops, "cpu_target", lambda: Target("cpu", int_mm_exact=False))
-    chunks = _operator(operation)(*arguments)
+    by_torch = cpu_torch.CPU_TORCH[operation]
+    monkeypatch.setattr(cpu_torch, "cpu_target", lambda: Target("cpu", int_mm_exact=False))
+    chunks = by_torch(*arguments)
     monkeypatch.undo()
-    if not ops.cpu_target().int_mm_exact:
+    if not cpu_torch.cpu_target().int_mm_exact:
         pytest.skip("torch._int_mm saturates on this CPU")
-    _assert_same_bits(chunks, _operator(operation)(*arguments))
+    _assert_same_bits(chunks, by_torch(*arguments))
 
 
-@pytest.mark.parametrize("layout", list(Layout), ids=lambda layout: layout.value)
-@pytest.mark.parametrize("operation", ["w4a8_linear", "gobo_linear", "w4a8_linear_requant", "gobo_linear_requant"])
-def test_layout_does_not_change_a_bit(operation: str, layout: Layout) -> None:
-    plain = random_arguments(operation, 5, 17, 192, layout=Layout.PLAIN)
-    moved = random_arguments(operation, 5, 17, 192, layout=layout)
-    _assert_same_bits(_operator(operation)(*moved), _operator(operation)(*plain))
+@pytest.mark.parametrize(
+    ("operation", "scheme", "layout"),
+    [each for each in _schemes_and_layouts() if each.values[0] in INTEGER_LINEARS + REQUANT_LINEARS],
+)
+def test_layout_does_not_change_a_bit(operation: str, scheme: str, layout: Layout) -> None:
+    """Of torch's implementation; sizes that leave the last panel and block of columns open, where the groups allow it."""
+    k, by_torch = _fit(scheme, 165), cpu_torch.CPU_TORCH[operation]
+    plain = random_arguments(operation, 5, 37, k, scheme=scheme)
+    moved = random_arguments(operation, 5, 37, k, scheme=scheme, layout=layout)
+    _assert_same_bits(by_torch(*moved), by_torch(*plain))
+
+
+@pytest.mark.parametrize("operation", ["gobo_linear", "gobo_linear_requant"])
+@pytest.mark.parametrize("scheme", ["gobo3a8", "gobo4a8"])
+@pytest.mark.parametrize("rows", [1, 5, 16])
+def test_stacked_dictionaries_give_the_bits_of_separate_products(operation: str, scheme: str, rows: int) -> None:
+    """A merged query, key and value: three dictionaries and scales, rows that a panel of 16 shares or not."""
+    for layout in layouts_of(SCHEMES[scheme]):
+        arguments = random_arguments(operation, 5, 3 * rows, 100, scheme=scheme, layout=layout, matrices=3)
+        y = _operator(operation)(*arguments)
+        assert_matches_reference(operation, arguments, y)
+        plain = random_arguments(operation, 5, 3 * rows, 100, scheme=scheme, matrices=3)
+        for part, y_part in enumerate(y.split(rows, dim=1)):
+            alone = _one_of_stacked(operation, plain, part, rows)
+            held = {name: _argument(operation, alone, name) for name in ("qdata", "codebook")}
+            moved = from_plain(held, SCHEMES[scheme], (rows, 100), layout)
+            _assert_same_bits(_operator(operation)(*_replace(operation, alone, layout=layout.value, **moved)), y_part)
+
+
+def _one_of_stacked(operation: str, arguments: tuple[Any, ...], part: int, rows: int) -> tuple[Any, ...]:
+    span = slice(part * rows, (part + 1) * rows)
+    held = {name: _argument(operation, arguments, name) for name in ("qdata", "bias", "codebook", "scale")}
+    rowptr = _argument(operation, arguments, "outlier_rowptr")[part * rows : (part + 1) * rows + 1]
+    outliers = {
+        name: _argument(operation, arguments, name)[int(rowptr[0]) : int(rowptr[-1])]
+        for name in ("outlier_col", "outlier_delta")
+    }
+    return _replace(
+        operation, arguments, qdata=held["qdata"][span], bias=held["bias"][span], codebook=held["codebook"][part],
+        scale=held["scale"][part : part + 1], outlier_rowptr=rowptr - rowptr[0], **outliers,
+    )  # fmt: skip
+
+
+def test_native_code_runs_first_and_torch_where_it_declines(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = random_arguments("w8a8_linear", 3, 5, 64)
+    monkeypatch.setitem(ops.NATIVE, "w8a8_linear", lambda *_: "native")
+    assert ops._cpu("w8a8_linear")(*arguments) == "native"
+    monkeypatch.setitem(ops.NATIVE, "w8a8_linear", lambda *_: NotImplemented)
+    _assert_same_bits(ops._cpu("w8a8_linear")(*arguments), _operator("w8a8_linear")(*arguments))
+
+
+# ---- attention and look-ups of their own ----------------------------------------------------------------------------
+
+
+PER_TOKEN = pytest.mark.parametrize("per_token", [False, True], ids=["static", "per-token"])
+
+
+@DTYPES
+@PER_TOKEN
+@pytest.mark.parametrize("operation", ATTENTIONS)
+@pytest.mark.parametrize("size", [(0, 2, 8), (1, 1, 1), (65, 3, 33), (200, 2, 64)], ids=str)
+@IMPLEMENTATION
+def test_attention(
+    implementation: str, operation: str, size: tuple[int, int, int], per_token: bool, dtype: torch.dtype
+) -> None:
+    arguments = random_arguments(operation, *size, per_token=per_token, dtype=dtype)
+    assert_matches_reference(operation, arguments, _implementation(implementation, operation)(*arguments))
+
+
+@pytest.mark.parametrize("operation", ATTENTIONS)
+@pytest.mark.parametrize("bounds", [[0, 5], [0, 0, 5, 5], [0, 2, 2, 2, 5], [0, 0, 0, 5], [0, 1, 2, 3, 4, 5]], ids=str)
+def test_attention_with_empty_sequences(operation: str, bounds: list[int]) -> None:
+    arguments = random_arguments(operation, 5, 2, 8, per_token=True)
+    arguments = _replace(operation, arguments, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    assert_matches_reference(operation, arguments, _operator(operation)(*arguments))
+
+
+@pytest.mark.parametrize(("t", "head_dim"), [(600, 8), (1100, 4), (3, 1100)], ids=str)
+def test_attention_of_sums_that_float32_does_not_hold(t: int, head_dim: int) -> None:
+    """Equal keys: all probabilities are 255, and odd sums of them times 127 pass 2**24."""
+    qkv = torch.full((t, 3 * head_dim), 127, dtype=torch.int8)
+    qkv[0, 2 * head_dim] = 126
+    arguments = (qkv, torch.ones(3), torch.tensor([0, t], dtype=torch.int32), 1, 1e-6, torch.float32)
+    out = torch.ops.qbert.attention_int8(*arguments)
+    exact = torch.tensor([(127 * t - 1) / t, *[127.0] * (head_dim - 1)], dtype=torch.float64)
+    assert float((out - exact).abs().max()) <= 3 * 127 * 2**-24
+    assert_matches_reference("attention_int8", arguments, out)
+
+
+@pytest.mark.parametrize("column", [0, 1, 2], ids=["query", "key", "value"])
+@pytest.mark.parametrize("operation", ATTENTIONS)
+def test_a_bad_token_stays_in_its_sequence(operation: str, column: int) -> None:
+    """A query's scale spoils its own row, a key's or a value's every row of the sequence; int8 results are code 0 there."""
+    arguments = random_arguments(operation, 12, 2, 8, per_token=True)
+    arguments = _replace(operation, arguments, cu_seqlens=torch.tensor([0, 3, 7, 7, 12], dtype=torch.int32))
+    clean = _operator(operation)(*arguments)
+    scales = arguments[1].clone()
+    scales[4, column] = math.nan
+    arguments = _replace(operation, arguments, scales=scales)
+    out = _operator(operation)(*arguments)
+    assert_matches_reference(operation, arguments, out)
+    bad = torch.zeros(12, dtype=torch.bool)
+    bad[slice(4, 5) if column == 0 else slice(3, 7)] = True
+    assert torch.equal(out[~bad], clean[~bad])
+    assert not out[bad].any() if operation.endswith("_requant") else bool(out[bad].isnan().all())
+
+
+def test_attention_requant_is_attention_with_a_static_scale() -> None:
+    arguments = random_arguments("attention_int8_requant", 20, 2, 16, per_token=True)
+    floats = torch.ops.qbert.attention_int8(*arguments[:-1], torch.float32)
+    _assert_same_bits(torch.ops.qbert.attention_int8_requant(*arguments), reference.requantize(floats, arguments[-1]))
+
+
+@pytest.mark.parametrize("dtype", ops.FLOAT_DTYPES, ids=str)
+def test_fused_look_up_of_a_float_table(dtype: torch.dtype) -> None:
+    """A word table that was not quantized gives the norm of the plain sum."""
+    operation = "embed_layer_norm_quantize"
+    arguments = random_arguments(operation, 9, 17, 48, dtype=dtype, scheme="float")
+    result = _operator(operation)(*arguments)
+    assert_matches_reference(operation, arguments, result)
+    ids, position_ids, token_type_ids, (words,), _, _, positions, types, gamma, beta, eps = arguments
+    total = words[ids].float() + types[token_type_ids].float() + positions[position_ids].float()
+    expected = torch.nn.functional.layer_norm(total, (48,), gamma.float(), beta.float(), eps)
+    _assert_same_bits(result[1:], torch.ops.qbert.quantize_per_token(expected))
 
 
 # ---- a result does not depend on the batch it came in ---------------------------------------------------------------
@@ -314,19 +449,24 @@ def test_a_looked_up_row_alone_is_the_row_in_a_batch(operation: str) -> None:
 
 
 @DTYPES
+@PER_TOKEN
+@pytest.mark.parametrize("operation", ATTENTIONS)
 @pytest.mark.parametrize(("heads", "head_dim"), [(2, 32), (3, 64), (1, 5)])
-def test_a_sequence_alone_is_the_sequence_in_a_pack(heads: int, head_dim: int, dtype: torch.dtype) -> None:
+def test_a_sequence_alone_is_the_sequence_in_a_pack(
+    operation: str, heads: int, head_dim: int, per_token: bool, dtype: torch.dtype
+) -> None:
     lengths = [7, 1, 33, 0, 12]
-    arguments = random_arguments("attention_int8", sum(lengths), heads, head_dim, dtype=dtype)
+    arguments = random_arguments(operation, sum(lengths), heads, head_dim, dtype=dtype, per_token=per_token)
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    arguments = _replace("attention_int8", arguments, cu_seqlens=bounds)
-    packed = _operator("attention_int8")(*arguments)
+    arguments = _replace(operation, arguments, cu_seqlens=bounds)
+    packed = _operator(operation)(*arguments)
     for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         alone = _replace(
-            "attention_int8", arguments, qkv=arguments[0][start:stop].clone(),
+            operation, arguments, qkv=arguments[0][start:stop].clone(),
+            scales=arguments[1][start:stop] if per_token else arguments[1],
             cu_seqlens=torch.tensor([0, stop - start], dtype=torch.int32),
         )  # fmt: skip
-        _assert_same_bits(_operator("attention_int8")(*alone), packed[start:stop])
+        _assert_same_bits(_operator(operation)(*alone), packed[start:stop])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
@@ -371,6 +511,33 @@ def test_fake_tells_type_shape_and_strides(operation: str) -> None:
             assert (got.dtype, got.shape, got.stride()) == (want.dtype, want.shape, want.stride())
 
 
+@pytest.mark.parametrize("operation", LINEARS)
+def test_opcheck_of_panels(operation: str) -> None:
+    """Rows are not visible in panels; fakes and traces must find them elsewhere."""
+    layout = layouts_of(SCHEMES[schemes_of(operation)[0]])[-1]
+    assert layout in PANEL_LAYOUTS
+    torch.library.opcheck(_operator(operation).default, random_arguments(operation, 3, 5, 64, layout=layout))
+
+
+@pytest.mark.parametrize(("operation", "scheme", "layout"), list(_schemes_and_layouts()))
+def test_fake_tells_type_and_shape_in_every_layout(operation: str, scheme: str | None, layout: Layout) -> None:
+    arguments = random_arguments(operation, 3, 21, _fit(scheme, 72), scheme=scheme, layout=layout)
+    real = _results(_operator(operation)(*arguments))
+    fake = _results(_operator(operation)(*testing.to_device(arguments, "meta")))
+    assert [(each.dtype, each.shape) for each in fake] == [(each.dtype, each.shape) for each in real]
+
+
+@pytest.mark.parametrize("operation", ATTENTIONS)
+def test_opcheck_of_attention_with_a_scale_for_each_token(operation: str) -> None:
+    torch.library.opcheck(_operator(operation).default, random_arguments(operation, 6, 2, 8, per_token=True))
+
+
+def test_opcheck_of_stacked_dictionaries_and_of_a_float_table() -> None:
+    torch.library.opcheck(_operator("gobo_linear").default, random_arguments("gobo_linear", 3, 6, 64, matrices=3))
+    table = random_arguments("embed_layer_norm_quantize", 3, 6, 64, scheme="float")
+    torch.library.opcheck(_operator("embed_layer_norm_quantize").default, table)
+
+
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
@@ -401,7 +568,7 @@ def test_exports(operation: str) -> None:
 def _layer(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """What a W8A8 layer runs, with float operations around it for a compiler to fuse."""
     q, s = torch.ops.qbert.quantize_per_token(x * 2)
-    return torch.ops.qbert.w8a8_linear(q, s, qdata, scale, bias, "gelu", x.dtype) + 1
+    return torch.ops.qbert.w8a8_linear(q, s, qdata, scale, bias, "gelu", x.dtype, "plain") + 1
 
 
 def _layer_arguments(t: int) -> tuple[Tensor, ...]:
@@ -455,11 +622,28 @@ def test_cuda_says_once_that_it_runs_the_reference(caplog: pytest.LogCaptureFixt
         ("w4a16_linear", {"x": torch.zeros(2, 3, 64)}, r"activations must be \(t, k\), got \(2, 3, 64\)"),
         ("attention_int8", {"qkv": torch.zeros(3, 960)}, r"qkv must be \(t, 3 \* 5 \* head_dim\) int8, got .*960"),
         ("attention_int8", {"num_heads": 7}, r"qkv must be \(t, 3 \* 7 \* head_dim\) int8"),
-        ("attention_int8", {"scales": torch.ones(1)}, r"scales must be \(3,\) float32, got torch.float32 \(1,\)"),
+        ("attention_int8_requant", {"num_heads": 0}, "num_heads is 0; allowed: 1 or more"),
+        ("attention_int8_requant", {"scales": torch.ones(2, 3)}, r"scales must be .* got torch.float32 \(2, 3\)"),
+        ("attention_int8", {"scales": torch.ones(3, 3).double()}, r"scales must be .* got torch.float64 \(3, 3\)"),
+        ("w8a8_linear", {"qdata": torch.zeros(5, 60, dtype=torch.int8)}, r"must be \(5, 64\) torch.int8, got .* \(5, 60\)"),
+        ("w4a8_linear", {"qdata": torch.zeros(5, 32, dtype=torch.int8)}, r"must be \(5, 32\) torch.uint8, got torch.int8"),
+        ("w4a8_linear", {"group_scale": torch.ones(5, 3, dtype=torch.uint8)}, r"group_scale must be \(5, groups\)"),
+        ("w4a16_linear", {"scale": torch.ones(5, 1)}, r"scale must be \(5, groups\) torch.bfloat16 .* got torch.float32"),
+        ("gobo_linear", {"codebook": torch.zeros(7, dtype=torch.int8)}, r"codebook must be \(8,\) or \(16,\) torch.int8"),
+        ("gobo_linear", {"codebook": torch.zeros(8)}, r"codebook must be .* torch.int8, or several of them, got torch.f"),
+        ("gobo_linear", {"scale": torch.ones(5)}, r"scale must be \(1,\) torch.float32, got torch.float32 \(5,\)"),
+        ("gobo_linear", {"outlier_rowptr": torch.zeros(5).int()}, r"outlier_rowptr must be \(6,\) torch.int32, got"),
+        ("gobo_linear", {"outlier_col": torch.zeros(2).long()}, r"outlier_col must be \(outliers,\) int16 or int32, got"),
+        ("gobo_a16_linear", {"outlier_delta": torch.zeros(99)}, r"outlier_delta must be \(\d,\) torch.float32, got"),
+        ("gobo_a16_linear", {"codebook": torch.zeros(2, 8)}, r"codebook must be \(8,\) or \(16,\) torch.float32, got"),
+        ("attention_int8", {"scales": torch.ones(1)}, r"scales must be \(3,\) or \(3, 3\) float32, got torch.float32 \(1,\)"),
         ("attention_int8", {"cu_seqlens": torch.tensor([0, 3])}, r"cu_seqlens must be \(sequences \+ 1,\) int32"),
         ("add_layer_norm_quantize", {"y": torch.zeros(1, 64)}, r"y is \(1, 64\), residual is \(3, 64\)"),
         ("embed_layer_norm_quantize", {"position_ids": torch.zeros(1).long()}, r"ids is \(3,\), position_ids is"),
         ("embed_layer_norm_quantize", {"token_type_ids": torch.zeros(5).long()}, r"ids is \(3,\), token_type_ids is"),
+        ("embed_layer_norm_quantize", {"token_types": torch.zeros(2, 1)}, r"token_types must be \(types, 64\)"),
+        ("embed_layer_norm_quantize", {"gamma": torch.ones(1)}, r"gamma must be \(64,\), got \(1,\)"),
+        ("add_layer_norm_quantize", {"beta": torch.ones(1)}, r"beta must be \(64,\), got \(1,\)"),
     ],
 )  # fmt: skip
 def test_wrong_tensors_are_an_error(operation: str, changes: dict[str, Any], message: str, fake: bool) -> None:
@@ -472,18 +656,20 @@ def test_wrong_tensors_are_an_error(operation: str, changes: dict[str, Any], mes
 @pytest.mark.parametrize(
     ("operation", "layouts"),
     [
-        ("w8a8_linear", ["plain"]),
-        ("w8a16_linear", ["plain"]),
-        ("w4a8_linear", ["plain", "bytes", "int8_expanded"]),
-        ("w4a16_linear", ["plain", "bytes"]),
-        ("gobo_linear", ["plain", "bytes", "int8_expanded"]),
-        ("gobo_a16_linear", ["plain", "bytes"]),
+        ("w8a8_linear", ["plain", "int8_panels"]),
+        ("w8a16_linear", ["plain", "int8_panels"]),
+        ("w4a8_linear", ["plain", "bytes", "int8_expanded", "int4_panels"]),
+        ("w4a16_linear", ["plain", "bytes", "int4_panels"]),
+        ("gobo_linear", ["plain", "bytes", "int8_expanded", "int3_panels"]),
+        ("gobo_a16_linear", ["plain", "bytes", "int3_panels"]),
     ],
 )
 @pytest.mark.parametrize("k", [32, 120, 136, 256])
 def test_activations_of_another_width_are_an_error(operation: str, layouts: list[str], k: int) -> None:
-    """Packed codes must not be read as more or fewer columns than they hold."""
+    """Packed codes must not be read as more or fewer columns than they hold; panels hold them in whole blocks of 64."""
     for layout in layouts:
+        if layout.endswith("_panels") and panels.padded_k(k) == 128:
+            continue
         arguments = random_arguments(operation, 3, 5, 128, layout=Layout(layout))
         tokens = {"x": torch.ones(3, k)} if "a16" in operation else {"q": torch.ones(3, k, dtype=torch.int8)}
         with pytest.raises((RuntimeError, QBertError)):
@@ -498,6 +684,46 @@ def test_one_value_is_not_broadcast_to_all_channels(operation: str, name: str) -
     arguments = random_arguments(operation, 3, 5, 64)
     with pytest.raises(RuntimeError, match=rf"{name} must be \(5,\), got \(1,\)"):
         _operator(operation)(*_replace(operation, arguments, **{name: torch.ones(1)}))
+
+
+@pytest.mark.parametrize(
+    ("operation", "layout", "allowed"),
+    [
+        ("w8a8_linear", "bytes", "plain, int8_panels"),
+        ("w8a8_linear_requant", "int4_panels", "plain, int8_panels"),
+        ("w8a16_linear", "PLAIN", "plain, int8_panels"),
+        ("w4a8_linear", "int8_panels", "plain, bytes, int8_expanded, int4_panels"),
+        ("w4a16_linear", "int8_expanded", "plain, bytes, int4_panels"),
+        ("gobo_linear", "int4_panels", "plain, bytes, int8_expanded, int3_panels"),
+        ("gobo_a16_linear", "", "plain, bytes, int3_panels"),
+        ("gobo_embedding", "int8_expanded", "plain, bytes, int3_panels"),
+        ("w4_embedding", "int4_panels", "plain, bytes"),
+        ("embed_layer_norm_quantize", "int8_panels", "plain, bytes, int3_panels"),
+    ],
+)
+def test_a_layout_that_an_operation_does_not_read_is_an_error(operation: str, layout: str, allowed: str) -> None:
+    arguments = _replace(operation, random_arguments(operation, 3, 5, 64), layout=layout)
+    for each in (arguments, testing.to_device(arguments, "meta")):
+        if operation.endswith("_embedding") and each is not arguments:
+            continue  # a look-up's fake knows the shape without looking at the table
+        with pytest.raises(QBertError, match=rf"no layout {layout!r}.*; allowed: {allowed}$"):
+            _operator(operation)(*each)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scheme": "w8a8"}, "scheme is not for embeddings: 'w8a8'; allowed for embeddings: gobo3"),
+        ({"scheme": "w2"}, "unknown scheme 'w2'"),
+        ({"scheme": "gobo3"}, "an embedding table of scheme gobo3 is 5 tensors, got 2"),
+        ({"scheme": "float"}, "an embedding table of scheme float is 1 tensors, got 2"),
+    ],
+)
+def test_a_table_that_is_not_of_its_scheme_is_an_error(changes: dict[str, Any], message: str) -> None:
+    arguments = random_arguments("embed_layer_norm_quantize", 3, 5, 64, scheme="w8")
+    arguments = _replace("embed_layer_norm_quantize", arguments, **changes)
+    with pytest.raises(QBertError, match=message):
+        torch.ops.qbert.embed_layer_norm_quantize(*arguments)
 
 
 @pytest.mark.parametrize("operation", [*INTEGER_LINEARS, "attention_int8"])
@@ -576,6 +802,7 @@ def _add(amount: float) -> Callable[[Tensor], None]:
         ("w8a8_linear", 0, 1e-3, "twice torch's own"),
         ("gobo_a16_linear", 0, 1e-3, "twice torch's own"),
         ("attention_int8", 0, 1e-4, "twice torch's own"),
+        ("attention_int8_requant", 0, 2, "codes are not the nearest"),
         ("w4a8_linear_requant", 0, 2, "codes are not the nearest"),
         ("add_layer_norm_quantize", 0, 1e-4, "twice torch's own"),
         ("add_layer_norm_quantize", 1, 2, "codes are not the nearest"),
@@ -590,6 +817,26 @@ def test_the_judge_sees_one_wrong_value(operation: str, index: int, amount: floa
     assert_matches_reference(operation, arguments, result)
     with pytest.raises(AssertionError, match=message):
         assert_matches_reference(operation, arguments, _spoiled(result, index, _add(amount)))
+
+
+def _attention_with_an_ambiguous_probability() -> tuple[Any, ...]:
+    """Two keys of the same score whose values' scales make the second probability 127.5, so float32 may take 127 or 128."""
+    qkv = torch.tensor([[1, 0, 3, 5, 100, 60], [1, 0, 3, 5, -50, 70]], dtype=torch.int8)
+    scales = torch.tensor([[0.1, 0.1, 0.5], [0.1, 0.1, 0.25]])
+    return (qkv, scales, torch.tensor([0, 2], dtype=torch.int32), 1, 0.5, torch.float32)
+
+
+@pytest.mark.parametrize("code", [126, 127, 128, 129])
+def test_the_judge_takes_either_neighbour_of_an_ambiguous_probability_and_no_other(code: int) -> None:
+    arguments = _attention_with_an_ambiguous_probability()
+    value = arguments[0][:, 4:].to(torch.float32)
+    out = (255 * value[0] + code * value[1]) * (0.5 / 255 / 2)
+    actual = out.expand(2, 2)
+    if code in (127, 128):
+        assert_matches_reference("attention_int8", arguments, actual)
+    else:
+        with pytest.raises(AssertionError, match="twice torch's own"):
+            assert_matches_reference("attention_int8", arguments, actual)
 
 
 @OPERATIONS

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from qbert.formats import SCHEMES, Scheme
-from qbert.layout import Layout, layouts_of
+from qbert.layout import Layout, layouts_of, qdata_shape
 from qbert.qtensor import QuantizedTensor, column_dtype, plain_specs
 from qbert.quantizers import quantize
 from qbert.testing import random_weight
@@ -113,7 +115,7 @@ def test_stored_bytes_do_not_depend_on_the_layout(scheme: Scheme) -> None:
         assert moved.layout is layout
         assert moved.stored_bytes == plain.nbytes
         assert moved.bits_per_weight == plain.bits_per_weight
-        codes_bytes = 6 * 256 if layout is not Layout.PLAIN else plain.tensors["qdata"].numel()
+        codes_bytes = math.prod(qdata_shape(layout, scheme.weight, 6, 256))
         assert moved.nbytes == plain.nbytes - plain.tensors["qdata"].numel() + codes_bytes
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from qbert import reference
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES, TIED_LINEAR_SCHEME
-from qbert.layout import Layout, layouts_of
+from qbert.layout import Layout, from_plain, layouts_of
+from qbert.metrics import sqnr_db
 from qbert.qtensor import QuantizedTensor
 from qbert.quantizers import quantize
 from qbert.testing import random_activations, random_weight
@@ -191,7 +192,7 @@ FLOAT_SCHEMES = ["w8a16", "w4a16", "w4a16-g128", "gobo3", "gobo4"]
 
 def _integer_linear(name: str, q: Tensor, s: Tensor, tensors: dict[str, Tensor], layout: Layout, *end: Any) -> Tensor:
     if name == "w8a8":
-        return reference.w8a8_linear(q, s, tensors["qdata"], tensors["scale"], *end)
+        return reference.w8a8_linear(q, s, tensors["qdata"], tensors["scale"], *end, layout.value)
     if name.startswith("w4a8"):
         scales = tensors["group_scale"], tensors["scale"]
         return reference.w4a8_linear(q, s, tensors["qdata"], *scales, *end, layout.value)
@@ -202,7 +203,7 @@ def _integer_linear(name: str, q: Tensor, s: Tensor, tensors: dict[str, Tensor],
 
 def _float_linear(name: str, x: Tensor, tensors: dict[str, Tensor], layout: Layout, *end: Any) -> Tensor:
     if name == "w8a16":
-        return reference.w8a16_linear(x, tensors["qdata"], tensors["scale"], *end)
+        return reference.w8a16_linear(x, tensors["qdata"], tensors["scale"], *end, layout.value)
     if name.startswith("w4a16"):
         return reference.w4a16_linear(x, tensors["qdata"], tensors["scale"], *end, layout.value)
     outliers = tensors["outlier_rowptr"], tensors["outlier_col"], tensors["outlier_delta"]
@@ -262,6 +263,39 @@ def test_a_nan_token_stays_in_its_row(name: str, activation: str) -> None:
     y = _integer_linear(name, q, s, tensors, Layout.PLAIN, _bias(7), activation, torch.float32)
     assert bool(y[1].isnan().all())
     assert torch.equal(y[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("name", ["gobo3a8", "gobo4a8"])
+@pytest.mark.parametrize("rows", [1, 7, 16])
+def test_stacked_dictionaries_are_separate_products(name: str, rows: int) -> None:
+    """Three matrices with a dictionary and a scale each, as a merged query, key and value are: the same bits."""
+    k, scheme = 100, SCHEMES[name]
+    parts = [quantize(random_weight(rows, k, seed=seed) * (seed + 1), scheme) for seed in range(3)]
+    q, s = reference.quantize_per_token(random_activations(5, k))
+    counts = [part.outliers for part in parts]
+    stacked = {key: torch.cat([part.tensors[key] for part in parts]) for key in parts[0].tensors}
+    starts = [0, *itertools.accumulate(counts)]
+    rowptrs = [part.tensors["outlier_rowptr"] + start for part, start in zip(parts, starts, strict=False)]
+    stacked["outlier_rowptr"] = torch.cat([rowptrs[0], rowptrs[1][1:], rowptrs[2][1:]])
+    stacked["codebook"] = stacked["codebook"].view(3, -1)
+    bias = _bias(3 * rows)
+    expected = torch.cat(
+        [
+            _integer_linear(name, q, s, part.tensors, Layout.PLAIN, b, "gelu", torch.float32)
+            for part, b in zip(parts, bias.split(rows), strict=True)
+        ],
+        dim=1,
+    )
+    plain = stacked["qdata"]
+    for layout in layouts_of(scheme):
+        stacked["qdata"] = from_plain({**stacked, "qdata": plain}, scheme, (3 * rows, k), layout)["qdata"]
+        assert torch.equal(_integer_linear(name, q, s, stacked, layout, bias, "gelu", torch.float32), expected), layout
+
+
+def test_rows_that_dictionaries_do_not_share_evenly_are_an_error() -> None:
+    codes, codebook = torch.zeros(7, 3, dtype=torch.uint8), torch.zeros(3, 8, dtype=torch.int8)
+    with pytest.raises(QBertError, match="7 rows are not 3 matrices of as many rows each"):
+        reference.expand_dictionary(codes, codebook, 7, 3, "bytes")
 
 
 def test_unknown_activation_is_an_error() -> None:
@@ -358,32 +392,111 @@ def test_int4_wants_the_k_of_its_groups(k: int) -> None:
 # ---- attention and norms --------------------------------------------------------------------------------------------
 
 
-@DTYPES
-@pytest.mark.parametrize(
-    ("lengths", "heads", "head_dim"),
-    [([5], 2, 8), ([1, 7, 3], 3, 16), ([4, 0, 2, 0], 1, 32), ([1, 1, 1], 2, 3), ([0], 2, 8)],
-    ids=["one", "three", "empty-ones", "single-tokens", "no-token"],
-)
-def test_attention_is_sdpa_of_every_sequence(lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype) -> None:
+def _attention_of_one_head(products: Float64, scales: Float64, value: Float64, softmax_scale: float) -> Float64:
+    """(tokens, d) of one sequence and head, row by row as documented; products (tokens, tokens), scales (tokens, 3)."""
+    rows = []
+    for token, product in enumerate(products):
+        scores = product * scales[token, 0] * scales[:, 1] * softmax_scale
+        powers = np.exp(scores - scores.max())
+        weights = powers * scales[:, 2]
+        codes = np.rint(weights * (255 / weights.max()))
+        assert codes.max() == 255
+        rows.append(codes @ value * (weights.max() / 255 / powers.sum()))
+    return np.array(rows).reshape(-1, value.shape[1])
+
+
+def _attention_problem(lengths: list[int], heads: int, head_dim: int, per_token: bool) -> tuple[Tensor, Tensor, Tensor]:
     t = sum(lengths)
     generator = torch.Generator().manual_seed(t)
     qkv = torch.randint(-127, 128, (t, 3 * heads * head_dim), generator=generator).to(torch.int8)
-    scales, softmax_scale = torch.tensor([0.05, 0.04, 0.03]), 0.3
-    bounds = [0, *np.cumsum(lengths).tolist()]
-    out = reference.attention_int8(qkv, scales, torch.tensor(bounds, dtype=torch.int32), heads, softmax_scale, dtype)
-    assert (out.dtype, out.shape) == (dtype, (t, heads * head_dim))
-    query, key, value = (
-        (part.view(t, heads, head_dim).to(torch.float64) * float(scale)).transpose(0, 1)
-        for part, scale in zip(qkv.chunk(3, dim=1), scales, strict=True)
-    )
-    for start, stop in itertools.pairwise(bounds):
-        span = slice(start, stop)
-        heads_first = torch.nn.functional.scaled_dot_product_attention(
-            query[:, span], key[:, span], value[:, span], scale=softmax_scale
-        )
-        expected = _wide(heads_first.transpose(0, 1).reshape(stop - start, heads * head_dim))
-        # Float64 throughout: all that can be seen is the rounding to the result's type.
-        assert (np.abs(_wide(out[span]) - expected) <= _rounding(expected, dtype) + 1e-12).all()
+    scales = torch.tensor([0.05, 0.04, 0.03])
+    if per_token:
+        scales = scales * (torch.rand(t, 3, generator=generator) + 0.1)
+    return qkv, scales, torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
+
+
+LENGTHS = pytest.mark.parametrize(
+    ("lengths", "heads", "head_dim"),
+    [([5], 2, 8), ([1, 7, 3], 3, 16), ([4, 0, 2, 0], 1, 32), ([1, 1, 1], 2, 3), ([0], 2, 8), ([0, 0, 40], 1, 64)],
+    ids=["one", "three", "empty-ones", "single-tokens", "no-token", "long"],
+)
+PER_TOKEN = pytest.mark.parametrize("per_token", [False, True], ids=["static", "per-token"])
+
+
+@DTYPES
+@PER_TOKEN
+@LENGTHS
+def test_attention_is_its_definition_for_every_row(
+    lengths: list[int], heads: int, head_dim: int, per_token: bool, dtype: torch.dtype
+) -> None:
+    qkv, scales, bounds = _attention_problem(lengths, heads, head_dim, per_token)
+    out = reference.attention_int8(qkv, scales, bounds, heads, 0.3, dtype)
+    t, width = sum(lengths), heads * head_dim
+    assert (out.dtype, out.shape) == (dtype, (t, width))
+    query, key, value = _wide(qkv).reshape(t, 3, heads, head_dim).transpose(1, 2, 0, 3)
+    for start, stop in itertools.pairwise(bounds.tolist()):
+        for head in range(heads):
+            products = query[head, start:stop] @ key[head, start:stop].T
+            held = np.broadcast_to(_wide(scales), (t, 3))[start:stop]
+            expected = _attention_of_one_head(products, held, value[head, start:stop], 0.3)
+            found = _wide(out[start:stop, head * head_dim : (head + 1) * head_dim])
+            # Float64 throughout: all that can be seen is the rounding to the result's type.
+            assert (np.abs(found - expected) <= _rounding(expected, dtype) + 1e-12).all()
+
+
+def _float64_attention(parts: Tensor, softmax_scale: float) -> Float64:
+    """Torch's own attention of one sequence; parts (tokens, 3, heads, d) float."""
+    query, key, value = parts.to(torch.float64).permute(1, 2, 0, 3)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=softmax_scale)
+    return _wide(out.transpose(0, 1).flatten(1))
+
+
+@PER_TOKEN
+def test_8_bit_probabilities_are_within_half_a_step_of_softmax(per_token: bool) -> None:
+    """A row's step is its largest weight / 255, so the result is off by half of that for each value at most."""
+    heads, head_dim, t = 2, 16, 33
+    qkv, scales, bounds = _attention_problem([t], heads, head_dim, per_token)
+    out = reference.attention_int8(qkv, scales, bounds, heads, 0.02, torch.float64)
+    parts = qkv.view(t, 3, heads, head_dim) * scales.expand(t, 3)[:, :, None, None].to(torch.float64)
+    difference = np.abs(_wide(out) - _float64_attention(parts, 0.02))
+    largest = _wide(parts[:, 2].abs().sum(dim=0).flatten())  # a row's weights, over their sum, are at most 1
+    assert (difference <= 0.5 / 255 * largest * _wide(scales[..., 2].max() / scales[..., 2].min())).all()
+
+
+def test_8_bit_probabilities_cost_less_than_8_bit_queries_keys_and_values() -> None:
+    """128 tokens of normal queries, keys and values: 43 dB of signal to the probabilities' noise, 38 dB to the codes'."""
+    t, heads, head_dim = 128, 4, 64
+    x = torch.randn(t, 3, heads * head_dim, generator=torch.Generator().manual_seed(0))
+    codes, scales = reference.quantize_per_token(x.view(3 * t, -1))
+    bounds = torch.tensor([0, t], dtype=torch.int32)
+    out = reference.attention_int8(codes.view(t, -1), scales.view(t, 3), bounds, heads, 0.125, torch.float64)
+    dequantized = (codes.to(torch.float64) * scales[:, None]).view(t, 3, heads, head_dim)
+    by_softmax = torch.from_numpy(_float64_attention(dequantized, 0.125))
+    by_floats = torch.from_numpy(_float64_attention(x.view(t, 3, heads, head_dim), 0.125))
+    assert sqnr_db(by_softmax, out) > 42 > sqnr_db(by_floats, by_softmax)
+
+
+def test_attention_with_static_scales_is_attention_with_the_same_ones_for_every_token() -> None:
+    qkv, scales, bounds = _attention_problem([5, 9], 2, 8, per_token=False)
+    static = reference.attention_int8(qkv, scales, bounds, 2, 0.3, torch.float32)
+    assert torch.equal(static, reference.attention_int8(qkv, scales.repeat(14, 1), bounds, 2, 0.3, torch.float32))
+
+
+@pytest.mark.parametrize("column", [0, 1, 2], ids=["query", "key", "value"])
+def test_a_nan_scale_stays_in_its_sequence(column: int) -> None:
+    """A query's is seen in its own row alone; a key's or a value's in every row that attends to it."""
+    qkv, scales, bounds = _attention_problem([3, 4, 0, 2], 2, 8, per_token=True)
+    clean = reference.attention_int8(qkv, scales, bounds, 2, 0.3, torch.float32)
+    scales[4, column] = math.nan
+    out = reference.attention_int8(qkv, scales, bounds, 2, 0.3, torch.float32)
+    bad = torch.zeros(9, dtype=torch.bool)
+    bad[slice(4, 5) if column == 0 else slice(3, 7)] = True
+    assert bool(out[bad].isnan().all())
+    assert torch.equal(out[~bad], clean[~bad])
+    codes = reference.REFERENCES["attention_int8_requant"](qkv, scales, bounds, 2, 0.3, 0.01)
+    assert codes.dtype == torch.int8
+    assert not codes[bad].any()
+    assert torch.equal(codes, reference.requantize(out, 0.01))
 
 
 def _numpy_layer_norm(x: Float64, gamma: Tensor, beta: Tensor, eps: float) -> Float64:

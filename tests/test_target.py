@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from qbert import dispatch, ops, target
+from qbert import dispatch, target
+from qbert.ops import cpu_torch
 from qbert.target import Target, cpu_target, cuda_target, target_of
 from qbert.testing import random_arguments
 
@@ -159,4 +160,4 @@ def test_cuda_target_is_read_from_the_device(optin: bool, monkeypatch: pytest.Mo
 
 
 def test_operators_ask_the_same_target() -> None:
-    assert ops.cpu_target is cpu_target
+    assert cpu_torch.cpu_target is cpu_target

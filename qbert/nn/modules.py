@@ -50,7 +50,7 @@ class QuantizedModule(nn.Module):
     @property
     def kernel(self) -> KernelChoice:
         """What runs `operation` on the module's device, and why."""
-        return select_kernel(self.operation, target_of(self.get_buffer("qdata").device))
+        return select_kernel(self.operation, target_of(self.get_buffer("qdata").device), self.layout)
 
     def weight_nbytes(self) -> int:
         """Bytes of the weight as it lies in memory."""
@@ -192,7 +192,7 @@ class QTiedLinear(nn.Module):
     @property
     def kernel(self) -> KernelChoice:
         """What runs the operator on the owner's device, and why."""
-        return select_kernel(self.operation, target_of(self.owner.get_buffer("qdata").device))
+        return select_kernel(self.operation, target_of(self.owner.get_buffer("qdata").device), self.owner.layout)
 
     def weight_nbytes(self) -> int:
         """0: the owner counts the bytes."""
@@ -216,7 +216,7 @@ def _linear(x: Tensor, held: QuantizedModule, operation: str, bias: Tensor | Non
 
 def _w8a8(x: Tensor, m: Any, bias: Tensor | None) -> Tensor:
     q, s = _Q.quantize_per_token(x)
-    return _Q.w8a8_linear(q, s, m.qdata, m.scale, bias, "none", x.dtype)
+    return _Q.w8a8_linear(q, s, m.qdata, m.scale, bias, "none", x.dtype, m.layout.value)
 
 
 def _w4a8(x: Tensor, m: Any, bias: Tensor | None) -> Tensor:
@@ -231,7 +231,7 @@ def _gobo_a8(x: Tensor, m: Any, bias: Tensor | None) -> Tensor:
 
 
 def _w8a16(x: Tensor, m: Any, bias: Tensor | None) -> Tensor:
-    return _Q.w8a16_linear(x, m.qdata, m.scale, bias, "none")
+    return _Q.w8a16_linear(x, m.qdata, m.scale, bias, "none", m.layout.value)
 
 
 def _w4a16(x: Tensor, m: Any, bias: Tensor | None) -> Tensor:

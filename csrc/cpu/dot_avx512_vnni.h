@@ -1,0 +1,161 @@
+// Integer products with AVX-512 VNNI: vpdpbusd adds four products of an unsigned and a signed byte to each of 16 int32 lanes.
+//
+// Activations are the unsigned operand: signed codes are stored plus 128, and 128 times the sum of a channel's weights, which
+// every panel carries in its last row, is where the accumulator starts from below. All of it is exact modulo 2^32.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace qbert {
+namespace QBERT_ISA {
+
+constexpr int kStripsPerDot = 1;
+constexpr int kQuadMultiple = 1;    // rows of a panel are padded to a multiple of this for `dot`
+constexpr int kRowsPerPass = 6;     // 6 tokens x 4 panels: 24 accumulators, 4 weights, 1 activation of the 32 registers
+
+// Strip: for each four input channels, 16 tokens times 4 bytes.
+QBERT_INLINE int64_t strip_bytes_of(int64_t quads) { return quads * 64; }
+
+template <class Code>
+QBERT_INLINE void pack_strip_of(const Code* q, int64_t rows, int64_t k, int64_t stride, int64_t quads, uint8_t flip, void* strip) {
+    uint32_t* out = static_cast<uint32_t*>(strip);
+    const uint32_t flips = flip * 0x01010101u;
+    const __m512i zero = _mm512_set1_epi32(static_cast<int>(flips));
+    const int64_t whole = k / 4;
+    const __m512i offsets = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                               _mm512_set1_epi32(static_cast<int>(stride)));
+    if (rows == 16 && stride < (int64_t{1} << 26)) {
+        for (int64_t r = 0; r < whole; ++r) {
+            const __m512i v = _mm512_i32gather_epi32(offsets, reinterpret_cast<const int*>(q + 4 * r), 1);
+            _mm512_storeu_si512(out + 16 * r, _mm512_xor_si512(v, zero));
+        }
+    } else {
+        for (int64_t r = 0; r < whole; ++r) {
+            _mm512_storeu_si512(out + 16 * r, zero);
+            for (int64_t i = 0; i < rows; ++i) {
+                uint32_t word;
+                memcpy(&word, q + i * stride + 4 * r, 4);
+                out[16 * r + i] = word ^ flips;
+            }
+        }
+    }
+    for (int64_t r = whole; r < quads; ++r) {
+        _mm512_storeu_si512(out + 16 * r, zero);
+        for (int64_t i = 0; 4 * r < k && i < rows; ++i) {
+            uint32_t word = 0;
+            memcpy(&word, q + i * stride + 4 * r, k - 4 * r);
+            out[16 * r + i] = word ^ flips;
+        }
+    }
+}
+
+QBERT_INLINE void pack_codes(const int8_t* q, int64_t rows, int64_t k, int64_t stride, int64_t quads, void* strip) {
+    pack_strip_of(q, rows, k, stride, quads, 0x80, strip);
+}
+
+QBERT_INLINE void pack_bytes(const uint8_t* p, int64_t rows, int64_t k, int64_t stride, int64_t quads, void* strip) {
+    pack_strip_of(p, rows, k, stride, quads, 0, strip);
+}
+
+#define QBERT_WITHIN(c) {(c), 0, 0, 0, 4 + (c), 0, 0, 0, 8 + (c), 0, 0, 0, 12 + (c), 0, 0, 0}
+#define QBERT_WITHIN4(c) {QBERT_WITHIN(c), QBERT_WITHIN(c), QBERT_WITHIN(c), QBERT_WITHIN(c)}
+alignas(64) static const uint8_t kByteOfWord[4][4][16] = {QBERT_WITHIN4(0), QBERT_WITHIN4(1), QBERT_WITHIN4(2), QBERT_WITHIN4(3)};
+#undef QBERT_WITHIN4
+#undef QBERT_WITHIN
+
+// The codes of input channel c for the 16 tokens of a strip from pack_codes, as floats: a shuffle puts the byte u into the
+// mantissa of 2^23, whose bits then mean 2^23 + u, and u is the code plus 128.
+QBERT_INLINE f32x16 column_of(const void* strip, uint64_t c) {
+    const __m512i words = _mm512_loadu_si512(static_cast<const uint8_t*>(strip) + c / 4 * 64);
+    const __m512i byte = _mm512_load_si512(kByteOfWord[c % 4]);
+    const __m512i bits = _mm512_mask_shuffle_epi8(_mm512_set1_epi32(0x4b000000), 0x1111111111111111ull, words, byte);
+    return (f32x16)bits - 8388736.0f;
+}
+
+// By assembly: GCC 12 copies the sum before each intrinsic that overwrites it, at the price of a fifth of the speed.
+QBERT_INLINE void add_products(__m512i& sum, __m512i bytes, __m512i codes) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(codes));
+}
+
+// All loops over registers are unrolled: a sum that is indexed by a variable would live in memory.
+template <int kRows, int kPanels, bool kUnsigned>
+QBERT_NOINLINE void dot_pass(const uint8_t* strip, const int8_t* panels, int64_t panel_stride, int64_t quads, int64_t sums_row, int32_t* acc) {
+    __m512i sum[kRows][kPanels];
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) {
+        __m512i start = _mm512_setzero_si512();
+        if (!kUnsigned) start = (__m512i)(i32x16{} - (load_as<i32x16>(panels + p * panel_stride + sums_row * 64) << 7));
+#pragma GCC unroll 6
+        for (int i = 0; i < kRows; ++i) sum[i][p] = start;
+    }
+    for (int64_t r = 0; r < quads; ++r) {
+        __m512i w[kPanels];
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) w[p] = _mm512_loadu_si512(panels + p * panel_stride + r * 64);
+#pragma GCC unroll 6
+        for (int i = 0; i < kRows; ++i) {
+            int32_t word;
+            memcpy(&word, strip + r * 64 + 4 * i, 4);
+            const __m512i a = _mm512_set1_epi32(word);
+#pragma GCC unroll 4
+            for (int p = 0; p < kPanels; ++p) add_products(sum[i][p], a, w[p]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) _mm512_storeu_si512(acc + i * 64 + p * 16, sum[i][p]);
+    }
+}
+
+template <int kPanels, bool kUnsigned>
+QBERT_INLINE void dot_rows(const uint8_t* strip, int64_t rows, const int8_t* panels, int64_t panel_stride, int64_t quads, int64_t sums_row, int32_t* acc) {
+    int64_t passes = (rows + kRowsPerPass - 1) / kRowsPerPass;
+    while (rows > 0) {
+        const int64_t now = (rows + passes - 1) / passes;  // 16 is 6 + 5 + 5, each with enough independent sums
+        switch (now) {
+            case 1: dot_pass<1, kPanels, kUnsigned>(strip, panels, panel_stride, quads, sums_row, acc); break;
+            case 2: dot_pass<2, kPanels, kUnsigned>(strip, panels, panel_stride, quads, sums_row, acc); break;
+            case 3: dot_pass<3, kPanels, kUnsigned>(strip, panels, panel_stride, quads, sums_row, acc); break;
+            case 4: dot_pass<4, kPanels, kUnsigned>(strip, panels, panel_stride, quads, sums_row, acc); break;
+            case 5: dot_pass<5, kPanels, kUnsigned>(strip, panels, panel_stride, quads, sums_row, acc); break;
+            default: dot_pass<6, kPanels, kUnsigned>(strip, panels, panel_stride, quads, sums_row, acc); break;
+        }
+        strip += 4 * now;
+        acc += 64 * now;
+        rows -= now;
+        --passes;
+    }
+}
+
+// acc[i * 64 + p * 16 + lane] = sum over k of token i times channel (p, lane), for i < rows <= 16 and p < panel_count <= 4.
+//
+// strips: from pack_codes (kUnsigned false) or pack_bytes (true), of `quads` rows.
+// panels: panel_stride bytes apart; row r of 64 bytes holds input channels 4 r ... 4 r + 3 of 16 lanes, row sums_row the int32
+//     sums of the lanes over all `quads` rows (read for signed codes only).
+template <bool kUnsigned>
+QBERT_INLINE void dot(const void* strips, int64_t rows, const int8_t* panels, int64_t panel_stride, int64_t panel_count, int64_t quads, int64_t sums_row, int32_t* acc) {
+    const uint8_t* strip = static_cast<const uint8_t*>(strips);
+    switch (panel_count) {
+        case 1: dot_rows<1, kUnsigned>(strip, rows, panels, panel_stride, quads, sums_row, acc); break;
+        case 2: dot_rows<2, kUnsigned>(strip, rows, panels, panel_stride, quads, sums_row, acc); break;
+        case 3: dot_rows<3, kUnsigned>(strip, rows, panels, panel_stride, quads, sums_row, acc); break;
+        default: dot_rows<4, kUnsigned>(strip, rows, panels, panel_stride, quads, sums_row, acc); break;
+    }
+}
+
+static int64_t peak_products(int64_t iterations) {
+    const __m512i a = _mm512_set1_epi8(3), w = _mm512_set1_epi8(5);
+    __m512i s0 = a, s1 = a, s2 = a, s3 = a, s4 = a, s5 = a, s6 = a, s7 = a;
+    for (int64_t it = 0; it < iterations; ++it) {
+        __asm__ volatile(
+            "vpdpbusd %8, %9, %0\n\tvpdpbusd %8, %9, %1\n\tvpdpbusd %8, %9, %2\n\tvpdpbusd %8, %9, %3\n\t"
+            "vpdpbusd %8, %9, %4\n\tvpdpbusd %8, %9, %5\n\tvpdpbusd %8, %9, %6\n\tvpdpbusd %8, %9, %7"
+            : "+v"(s0), "+v"(s1), "+v"(s2), "+v"(s3), "+v"(s4), "+v"(s5), "+v"(s6), "+v"(s7)
+            : "v"(a), "v"(w));
+    }
+    return iterations * 8 * 64;
+}
+
+}  // namespace QBERT_ISA
+}  // namespace qbert

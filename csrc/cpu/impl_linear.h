@@ -1,0 +1,155 @@
+// Integer linears: codes of 16 tokens at a time against a block of 64 output channels, which stays in the cache.
+//
+// A weight that is not int8 panels already is expanded into them once per task; the epilogue is float32 in the order of
+// qbert/reference.py and written once for all instruction sets.
+#pragma once
+
+#include "cpu/expand.h"
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+namespace qbert {
+namespace QBERT_ISA {
+
+constexpr int kDotTokens = kStripTokens * kStripsPerDot;
+
+// What the epilogue needs of a block's channels; channels beyond n are zero.
+struct BlockChannels {
+    alignas(64) float scale[kBlockChannels];
+    alignas(64) float bias[kBlockChannels];
+    int64_t first;  // output channel
+    int64_t count;
+    bool outliers;
+};
+
+QBERT_INLINE int64_t padded_quads(int64_t k) { return (k + kPanelInputs - 1) / kPanelInputs * (kPanelInputs / 4); }
+QBERT_INLINE int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+static int64_t strip_bytes(int64_t k) { return strip_bytes_of(padded_quads(k)); }
+
+static void pack_strip(const int8_t* q, int64_t rows, int64_t k, void* strip) { pack_codes(q, rows, k, k, padded_quads(k), strip); }
+
+static int64_t linear_scratch_bytes(const LinearArgs& args) {
+    const int64_t panels = args.format == WeightFormat::int8_panels ? 0 : kBlockPanels * (padded_quads(args.k) + 1) * 64;
+    const int64_t corrections = args.outlier_rowptr == nullptr ? 0 : kDotTokens * kBlockChannels * static_cast<int64_t>(sizeof(float));
+    return panels + corrections;
+}
+
+static BlockChannels channels_of(const LinearArgs& args, int64_t block) {
+    BlockChannels c;
+    c.first = block * kBlockChannels;
+    c.count = args.n - c.first < kBlockChannels ? args.n - c.first : kBlockChannels;
+    const bool per_matrix = args.format == WeightFormat::dict4_panels || args.format == WeightFormat::dict3_panels;
+    for (int64_t i = 0; i < kBlockChannels; ++i) {
+        const int64_t channel = c.first + i;
+        const bool inside = i < c.count;
+        c.scale[i] = !inside ? 0.0f : args.scale[per_matrix ? channel * args.matrices / args.n : channel];
+        c.bias[i] = inside && args.bias != nullptr ? args.bias[channel] : 0.0f;
+    }
+    c.outliers = args.outlier_rowptr != nullptr && args.outlier_rowptr[c.first] != args.outlier_rowptr[c.first + c.count];
+    return c;
+}
+
+// Lanes of two registers in which those that differ in one bit of their number have changed places.
+#define QBERT_SWAP(step, l) (((l) & (step)) ? (l) - (step) + 16 : (l))
+#define QBERT_SWAP4(step, l) QBERT_SWAP(step, l), QBERT_SWAP(step, (l) + 1), QBERT_SWAP(step, (l) + 2), QBERT_SWAP(step, (l) + 3)
+#define QBERT_SWAPS(step) {QBERT_SWAP4(step, 0), QBERT_SWAP4(step, 4), QBERT_SWAP4(step, 8), QBERT_SWAP4(step, 12)}
+alignas(64) static const int32_t kSwappedLanes[4][16] = {QBERT_SWAPS(1), QBERT_SWAPS(2), QBERT_SWAPS(4), QBERT_SWAPS(8)};
+#undef QBERT_SWAPS
+#undef QBERT_SWAP4
+#undef QBERT_SWAP
+
+// 16 x 16 floats, in place: for each bit, rows that differ in it swap the lanes that differ in it.
+QBERT_INLINE void transpose(f32x16* row) {
+#pragma GCC unroll 4
+    for (int bit = 0; bit < 4; ++bit) {
+        const int step = 1 << bit;
+        const i32x16 low = load(kSwappedLanes[bit]), high = low + step;
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+            if (i & step) continue;
+            const f32x16 a = row[i], b = row[i + step];
+            row[i] = __builtin_shuffle(a, b, low);
+            row[i + step] = __builtin_shuffle(a, b, high);
+        }
+    }
+}
+
+QBERT_INLINE uint64_t outlier_column(const LinearArgs& args, int64_t entry) {
+    return args.outlier_col_wide ? static_cast<const uint32_t*>(args.outlier_col)[entry]
+                                 : static_cast<const uint16_t*>(args.outlier_col)[entry];
+}
+
+// corrections[token * 64 + channel]: sum of code times outlier delta, float32, in the order of the columns.
+static void correct_strip(const LinearArgs& args, const BlockChannels& c, const void* strip, float* corrections) {
+    for (int64_t panel = 0; panel < kBlockPanels; ++panel) {
+        f32x16 row[16];
+        for (int64_t lane = 0; lane < kPanelLanes; ++lane) {
+            f32x16 sum{};
+            const int64_t i = panel * kPanelLanes + lane;
+            if (i < c.count) {
+                const int64_t end = args.outlier_rowptr[c.first + i + 1];
+                for (int64_t entry = args.outlier_rowptr[c.first + i]; entry < end; ++entry) {
+                    sum = madd(column_of(strip, outlier_column(args, entry)), broadcast(args.outlier_delta[entry]), sum);
+                }
+            }
+            row[lane] = sum;
+        }
+        transpose(row);
+        for (int token = 0; token < kStripTokens; ++token) store(corrections + token * kBlockChannels + panel * kPanelLanes, row[token]);
+    }
+}
+
+template <bool kOutliers>
+static void finish_token(const LinearArgs& args, const BlockChannels& c, int64_t token, const int32_t* acc, const float* corrections) {
+    const f32x16 s = broadcast(args.s[token]);
+    for (int64_t at = 0; at < c.count; at += kLanes) {
+        f32x16 y = to_float(load(acc + at)) * load(c.scale + at);
+        if (kOutliers) y += load(corrections + at);
+        y *= s;
+        if (args.bias != nullptr) y += load(c.bias + at);
+        if (args.activation == Activation::gelu) y = gelu(y);
+        const int64_t index = token * args.n + c.first + at, count = c.count - at;
+        if (args.requantize) {
+            store_static_codes(static_cast<int8_t*>(args.out) + index, count, y * args.inverse_out_scale);
+        } else {
+            store_floats(args.out, args.float_type, index, count, y);
+        }
+    }
+}
+
+static void linear_block(const LinearArgs& args, int64_t block, const void* strips, int64_t strip_begin, int64_t strip_end,
+                         void* scratch) {
+    const BlockChannels c = channels_of(args, block);
+    const int64_t quads = padded_quads(args.k), panel_stride = (quads + 1) * 64, strip_size = strip_bytes_of(quads);
+    const int64_t panels = (c.count + kPanelLanes - 1) / kPanelLanes;
+    int8_t* free_scratch = static_cast<int8_t*>(scratch);
+    const int8_t* weight = static_cast<const int8_t*>(args.weight) + block * kBlockPanels * panel_stride;
+    if (args.format != WeightFormat::int8_panels) {
+        expand_panels(args, block * kBlockPanels, panels, quads, free_scratch);
+        weight = free_scratch;
+        free_scratch += kBlockPanels * panel_stride;
+    }
+    float* corrections = reinterpret_cast<float*>(free_scratch);
+    alignas(64) int32_t acc[kDotTokens * kBlockChannels];
+    for (int64_t strip = strip_begin; strip < strip_end; strip += kStripsPerDot) {
+        const uint8_t* packed = static_cast<const uint8_t*>(strips) + strip * strip_size;
+        const int64_t first = strip * kStripTokens, stop = strip_end * kStripTokens < args.t ? strip_end * kStripTokens : args.t;
+        const int64_t rows = stop - first < kDotTokens ? stop - first : kDotTokens;
+        dot<false>(packed, rows, weight, panel_stride, panels, quads, quads, acc);
+        for (int64_t i = 0; c.outliers && i < rows; i += kStripTokens) {
+            correct_strip(args, c, packed + i / kStripTokens * strip_size, corrections + i * kBlockChannels);
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+            const int32_t* sums = acc + i * kBlockChannels;
+            if (c.outliers) {
+                finish_token<true>(args, c, first + i, sums, corrections + i * kBlockChannels);
+            } else {
+                finish_token<false>(args, c, first + i, sums, nullptr);
+            }
+        }
+    }
+}
+
+}  // namespace QBERT_ISA
+}  // namespace qbert

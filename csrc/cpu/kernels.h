@@ -1,0 +1,192 @@
+// What one instruction set offers: plain functions on plain pointers, one task of a parallel loop each. The drivers (linear.cpp,
+// rows.cpp, attention.cpp) cut the work into tasks, give each worker its scratch memory and call these; they do not know the
+// instruction set, and the kernels do not know of threads.
+#pragma once
+
+#include <stdint.h>
+
+namespace qbert {
+
+enum class Isa : int;  // cpu/isa.h, which the kernels may not include: it brings the standard library along
+
+constexpr int kStripTokens = 16;  // activations are packed by this many tokens
+constexpr int kPanelLanes = 16;   // weights are packed by this many output channels
+constexpr int kBlockPanels = 4;   // panels that a task of a product computes together
+constexpr int kBlockChannels = kPanelLanes * kBlockPanels;
+constexpr int kPanelInputs = 64;  // input channels of a packed weight are padded to a multiple of this
+constexpr int kWeightOnlyTokens = 64;  // tokens that a task of a weight-only product takes at most
+
+enum class FloatType : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Activation : int { none = 0, gelu = 1 };
+
+// How the weight of an integer product is stored (qbert/layout.py). All but the first two are expanded to int8 panels, a block
+// of channels at a time, into the worker's scratch, where they stay in the cache while all tokens pass.
+enum class WeightFormat : int { int8_panels = 0, int8_rows = 1, int4_panels = 2, dict4_panels = 3, dict3_panels = 4 };
+
+// y = activation(s (scale * (q . w) + outliers) + bias); all pointers row-major and dense unless a stride is given.
+struct LinearArgs {
+    int64_t t, n, k;        // tokens, output channels, input channels
+    const int8_t* q;        // (t, k) codes
+    const float* s;         // (t,) scale of each token
+    WeightFormat format;
+    const void* weight;     // codes in `format`
+    const int8_t* codebook; // (matrices, 16 or 8) of dictionary formats
+    int64_t matrices;       // stacked matrices of n / matrices rows each, each with its own codebook and scale
+    const uint8_t* group_scale;  // (n, groups) of int4
+    int64_t groups;
+    const float* scale;     // (n,), or (matrices,) of dictionary formats
+    const int32_t* outlier_rowptr;  // (n + 1,) or null
+    const void* outlier_col;        // int16 or int32
+    bool outlier_col_wide;
+    const float* outlier_delta;
+    int64_t outliers;
+    const float* bias;      // (n,) float32 or null
+    Activation activation;
+    void* out;              // (t, n)
+    bool requantize;        // to int8 with inverse_out_scale; else to float_type
+    FloatType float_type;
+    float inverse_out_scale;
+};
+
+// Weight-only product of few tokens: y = activation(x . dequantized(w) + bias).
+struct WeightOnlyArgs {
+    int64_t t, n, k;
+    const void* x;           // (t, k) with row stride x_stride elements
+    int64_t x_stride;
+    FloatType float_type;    // of x and out
+    const float* wide_x;     // the same as (t, k_padded) float32, zeros beyond k; k_padded a multiple of kPanelInputs
+    int64_t wide_stride;
+    WeightFormat format;     // int8_panels, int4_panels, dict4_panels or dict3_panels
+    const void* weight;
+    const float* codebook;   // (16 or 8,) of dictionary formats
+    const uint16_t* group_scale;  // bfloat16 (n, groups) of int4_panels; a group is a multiple of 32 channels
+    int64_t groups;          // 0 of other formats
+    const float* scale;      // (n,) of int8_panels, else null
+    const int32_t* outlier_rowptr;  // (n + 1,) of dictionary formats that have outliers, else null
+    const void* outlier_col;        // int16 or int32
+    bool outlier_col_wide;
+    const float* outlier_delta;
+    const void* bias;        // (n,) or null
+    FloatType bias_type;
+    Activation activation;
+    void* out;               // (t, n)
+};
+
+struct AttentionArgs {
+    const int8_t* qkv;          // (t, 3 * heads * head_dim)
+    const float* scales;        // (3,), or (t, 3)
+    bool scales_per_token;
+    int64_t heads, head_dim;
+    float softmax_scale;
+    void* out;                  // (t, heads * head_dim)
+    bool requantize;
+    FloatType float_type;
+    float inverse_out_scale;
+};
+
+// Rows in, rows out: one task is a range of tokens.
+constexpr int kScratchRows = 3;
+static constexpr int64_t scratch_row_floats(int64_t k) { return (k + 15) / 16 * 16; }
+
+struct QuantizeRowsArgs {
+    int64_t k;
+    const void* x;              // (t, k) with row stride x_stride elements
+    int64_t x_stride;
+    FloatType x_type;
+    int8_t* codes;              // (t, k)
+    float* scale;               // (t,)
+};
+
+struct AddNormArgs {
+    int64_t k;
+    const void* y;              // (t, k)
+    FloatType y_type;
+    const void* residual;       // (t, k)
+    FloatType residual_type;    // and of `out`
+    const float* gamma;
+    const float* beta;
+    float eps;
+    void* out;                  // (t, k)
+    int8_t* codes;
+    float* scale;
+};
+
+// A table of rows to look up (embeddings).
+enum class TableFormat : int { floats = 0, int8_rows = 1, int4_rows = 2, dict4_rows = 3, dict3_rows = 4 };
+
+struct TableArgs {
+    int64_t rows, k;
+    TableFormat format;         // low-bit rows are PLAIN bit streams that start on a byte
+    const void* data;
+    FloatType float_type;       // of `floats`
+    const void* scale;          // float32 (rows,) of int8_rows; bfloat16 (rows, groups) of int4_rows
+    int64_t groups;
+    const float* codebook;
+    const int32_t* outlier_rowptr;
+    const void* outlier_col;
+    bool outlier_col_wide;
+    const float* outlier_delta;
+};
+
+struct LookUpArgs {
+    TableArgs table;
+    const int64_t* ids;         // (t,), checked by the caller
+    void* out;                  // (t, k)
+    FloatType out_type;
+};
+
+struct EmbedNormArgs {
+    TableArgs words;
+    const int64_t* ids;             // (t,)
+    const int64_t* position_ids;    // (t,)
+    const int64_t* token_type_ids;  // (t,)
+    const void* positions;          // (p, k)
+    const void* token_types;        // (types, k)
+    FloatType positions_type;       // and of `out`
+    FloatType token_types_type;
+    const float* gamma;
+    const float* beta;
+    float eps;
+    void* out;
+    int8_t* codes;
+    float* scale;
+};
+
+struct Kernels {
+    Isa isa;
+    // Integer products. A strip is 16 tokens of q, packed as this instruction set reads them.
+    int64_t (*strip_bytes)(int64_t k);
+    void (*pack_strip)(const int8_t* q, int64_t rows, int64_t k, void* strip);
+    int64_t (*linear_scratch_bytes)(const LinearArgs& args);
+    // Output channels block * kBlockChannels ..., for strips strip_begin ... strip_end - 1 of `strips`.
+    void (*linear_block)(const LinearArgs& args, int64_t block, const void* strips, int64_t strip_begin, int64_t strip_end,
+                         void* scratch);
+    // Multiplies in registers only; returns how many products of two numbers it made.
+    int64_t (*peak_products)(int64_t iterations);
+    // Weight-only products. Tokens begin ... end - 1 of args.x to float32 rows, as args.wide_x wants them.
+    void (*weight_only_widen)(const WeightOnlyArgs& args, int64_t begin, int64_t end, float* wide);
+    int64_t (*weight_only_scratch_bytes)(const WeightOnlyArgs& args);
+    // Output channels panel_begin * kPanelLanes ... of at most kWeightOnlyTokens tokens token_begin ... token_end - 1.
+    void (*weight_only_panels)(const WeightOnlyArgs& args, int64_t panel_begin, int64_t panel_end, int64_t token_begin,
+                               int64_t token_end, void* scratch);
+    // One head of one sequence of `length` tokens that starts at token `start`.
+    int64_t (*attention_scratch_bytes)(const AttentionArgs& args, int64_t length);
+    void (*attention_head)(const AttentionArgs& args, int64_t start, int64_t length, int64_t head, void* scratch);
+    // Tokens begin ... end - 1, with kScratchRows rows of scratch_row_floats(k) floats.
+    void (*quantize_rows)(const QuantizeRowsArgs& args, int64_t begin, int64_t end, float* scratch);
+    void (*add_norm_rows)(const AddNormArgs& args, int64_t begin, int64_t end, float* scratch);
+    void (*look_up_rows)(const LookUpArgs& args, int64_t begin, int64_t end, float* scratch);
+    void (*embed_norm_rows)(const EmbedNormArgs& args, int64_t begin, int64_t end, float* scratch);
+};
+
+// The kernels of an instruction set; null where this build has none for it.
+const Kernels* kernels_generic();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx_vnni();
+const Kernels* kernels_avx512_vnni();
+const Kernels* kernels_amx_int8();
+
+// The kernels in use: those of selected_isa(), or of the next lower one that this build has.
+const Kernels& kernels();
+
+}  // namespace qbert

@@ -1,0 +1,90 @@
+#include "cpu/linear.h"
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/scratch.h"
+#include "cpu/threads.h"
+
+namespace qbert {
+namespace {
+
+constexpr int64_t kInlineProducts = 1 << 17;  // below this a second thread costs more than it brings
+constexpr int64_t kMinStripsPerTask = 8;      // a task expands its weights anew: over fewer tokens that would show
+constexpr int64_t kTasksPerThread = 8;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The packed activations belong to the caller, the expanded weights to each worker.
+thread_local Scratch packed_activations;
+thread_local Scratch worker_scratch;
+
+void pack(const Kernels& k, const LinearArgs& args, int threads, uint8_t* strips) {
+    const int64_t count = ceil_div(args.t, kStripTokens), bytes = k.strip_bytes(args.k);
+    const int64_t per_task = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(bytes, 1));
+    parallel_for(ceil_div(count, per_task), threads, [&](int64_t task, int) {
+        for (int64_t i = task * per_task; i < std::min(count, (task + 1) * per_task); ++i) {
+            const int64_t first = i * kStripTokens, rows = std::min<int64_t>(kStripTokens, args.t - first);
+            k.pack_strip(args.q + first * args.k, rows, args.k, strips + i * bytes);
+        }
+    });
+}
+
+// A column or row pointer outside the matrix would be a read out of bounds; looking at all of them costs microseconds.
+void check_outliers(const LinearArgs& args) {
+    const int32_t* rowptr = args.outlier_rowptr;
+    bool valid = rowptr[0] == 0 && rowptr[args.n] == args.outliers;
+    for (int64_t i = 0; i < args.n; ++i) valid &= rowptr[i] <= rowptr[i + 1];
+    if (!valid) throw std::invalid_argument("outlier_rowptr must ascend from 0 to the number of outliers, " + std::to_string(args.outliers));
+    const auto inside = [&](const auto* col) {
+        bool all = true;
+        for (int64_t i = 0; i < args.outliers; ++i) all &= col[i] >= 0 && col[i] < args.k;
+        return all;
+    };
+    valid = args.outlier_col_wide ? inside(static_cast<const int32_t*>(args.outlier_col)) : inside(static_cast<const int16_t*>(args.outlier_col));
+    if (!valid) throw std::invalid_argument("outlier_col must lie in 0 ... " + std::to_string(args.k - 1));
+}
+
+}  // namespace
+
+void linear(const LinearArgs& args, int threads) {
+    if (args.t == 0 || args.n == 0) return;
+    if (args.outlier_rowptr != nullptr) check_outliers(args);
+    const Kernels& k = kernels();
+    if (args.t * args.n * args.k <= kInlineProducts) threads = 1;
+    const int64_t strips = ceil_div(args.t, kStripTokens), blocks = ceil_div(args.n, kBlockChannels);
+    uint8_t* packed = static_cast<uint8_t*>(packed_activations.get(strips * k.strip_bytes(args.k)));
+    pack(k, args, threads, packed);
+
+    const int64_t wanted = threads > 1 ? ceil_div(kTasksPerThread * threads, blocks) : 1;
+    int64_t per_task = std::max(kMinStripsPerTask, ceil_div(strips, wanted));
+    per_task += per_task % 2;  // some instruction sets take strips in pairs
+    const int64_t splits = ceil_div(strips, per_task), scratch = k.linear_scratch_bytes(args);
+    parallel_for(blocks * splits, threads, [&](int64_t task, int) {
+        const int64_t block = task / splits, first = task % splits * per_task;
+        k.linear_block(args, block, packed, first, std::min(strips, first + per_task), worker_scratch.get(scratch));
+    });
+}
+
+double peak_products_per_second(int threads, double seconds) {
+    using Clock = std::chrono::steady_clock;
+    const Kernels& k = kernels();
+    std::vector<double> rate(static_cast<size_t>(std::max(threads, 1)));
+    parallel_for(static_cast<int64_t>(rate.size()), threads, [&](int64_t task, int) {
+        const auto begin = Clock::now();
+        double products = 0, elapsed = 0;
+        while (elapsed < seconds) {
+            products += static_cast<double>(k.peak_products(20000));
+            elapsed = std::chrono::duration<double>(Clock::now() - begin).count();
+        }
+        rate[static_cast<size_t>(task)] = products / elapsed;
+    });
+    double total = 0;
+    for (double each : rate) total += each;
+    return total;
+}
+
+}  // namespace qbert

@@ -1,0 +1,156 @@
+"""L2. How codes lie in memory: named layouts with a pack and an unpack, in plain torch.
+
+`Layout.PLAIN` is the only one that is ever written to a file. It is a bit stream: code i of a row occupies bits
+i*b ... i*b + b - 1 of that row, counted from the least significant bit of its first byte, and each row starts on a byte.
+So int8 is a byte a code, 4-bit codes lie low nibble first (even k in the low nibble), and eight 3-bit codes take three
+bytes. The other layouts serve kernels; each is a bijection of PLAIN, so saving a model never depends on where it ran.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import torch
+from torch import Tensor
+
+from qbert.errors import QBertError
+from qbert.formats import Format, Kind, Role, Scheme
+from qbert.layout import panels
+from qbert.layout.bits import pack_bits, pack_codes, packed_width, signed, unpack_bits, unpack_codes
+
+__all__ = [
+    "PANEL_LAYOUTS", "Layout", "from_plain", "layouts_for", "layouts_of", "look_up", "pack_bits", "pack_codes", "packed_width",
+    "qdata_shape", "qdata_type", "read_codes", "select_rows", "to_plain", "unpack_bits", "unpack_codes",
+]  # fmt: skip
+
+
+class Layout(enum.Enum):
+    """Where the bits of a weight's codes are."""
+
+    PLAIN = "plain"  # little-endian bit stream along k, rows start on a byte
+    BYTES = "bytes"  # one code a byte: int8 for integer formats, uint8 for dictionary indices
+    INT8_EXPANDED = "int8_expanded"  # the int8 operand itself: code * group_scale, or codebook[code]
+    INT8_PANELS = "int8_panels"  # 16 output channels a panel, four input channels of each a row, and their sums
+    INT4_PANELS = "int4_panels"  # the same with eight input channels a row: four low nibbles, four high ones
+    INT3_PANELS = "int3_panels"  # the same with 32 input channels in three rows: two planes of two bits, one of one
+
+
+PANEL_LAYOUTS = (Layout.INT8_PANELS, Layout.INT4_PANELS, Layout.INT3_PANELS)
+_PANELS_OF_BITS = {8: Layout.INT8_PANELS, 4: Layout.INT4_PANELS, 3: Layout.INT3_PANELS}
+
+
+def layouts_for(fmt: Format, int8_activations: bool) -> tuple[Layout, ...]:
+    """The layouts that a linear's weight codes can be in."""
+    unpacked = () if fmt.bits == 8 else (Layout.BYTES, Layout.INT8_EXPANDED) if int8_activations else (Layout.BYTES,)
+    return (Layout.PLAIN, *unpacked, _PANELS_OF_BITS[fmt.bits])
+
+
+def layouts_of(scheme: Scheme) -> tuple[Layout, ...]:
+    """The layouts that a scheme's weight can be in."""
+    layouts = layouts_for(scheme.weight, scheme.activation is not None)
+    if Role.LINEAR in scheme.roles:
+        return layouts
+    return tuple(each for each in layouts if each not in PANEL_LAYOUTS)  # look-ups read rows, not panels
+
+
+def qdata_shape(layout: Layout, fmt: Format, n: int, k: int) -> tuple[int, ...]:
+    """Shape that `qdata` of an (n, k) matrix must have."""
+    if layout is Layout.PLAIN:
+        return n, packed_width(k, fmt.bits)
+    return panels.panel_shape(fmt.bits, n, k) if layout in PANEL_LAYOUTS else (n, k)
+
+
+def qdata_type(layout: Layout, fmt: Format) -> torch.dtype:
+    """Type that `qdata` must have: int8 where a byte is a signed value, uint8 where it is an index or packed bits."""
+    holds_values = layout is Layout.INT8_EXPANDED or (layout is Layout.BYTES and fmt.kind is Kind.INTEGER)
+    return torch.int8 if holds_values or fmt.bits == 8 else torch.uint8
+
+
+def read_codes(qdata: Tensor, fmt: Format, n: int, k: int, layout: Layout) -> Tensor:
+    """Codes (n, k) of any layout that holds codes: int8 for integer formats, uint8 for dictionary indices."""
+    if layout is Layout.PLAIN:
+        return unpack_codes(qdata, fmt, k)
+    if layout is Layout.INT8_PANELS:
+        return panels.unpack_int8(qdata, n, k)
+    if layout is Layout.INT4_PANELS:
+        return signed(panels.unpack_int4(qdata, n, k), fmt)
+    return signed(panels.unpack_int3(qdata, n, k), fmt) if layout is Layout.INT3_PANELS else qdata
+
+
+def select_rows(qdata: Tensor, rows: Tensor, layout: Layout) -> Tensor:
+    """`qdata` of the matrix that consists of `rows` (m,) int64 of this one, in the same layout."""
+    return panels.select_rows(qdata, rows) if layout in PANEL_LAYOUTS else qdata[rows]
+
+
+def from_plain(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], layout: Layout) -> dict[str, Tensor]:
+    """The same (n, k) weight in another layout. Only `qdata` changes; the other tensors are passed on, not copied."""
+    _check(scheme, layout)
+    if layout is Layout.PLAIN:
+        return dict(tensors)
+    codes = unpack_codes(tensors["qdata"], scheme.weight, shape[1])
+    if layout is Layout.INT8_EXPANDED:
+        codes = _expand(codes, tensors, scheme)
+    elif layout is Layout.INT8_PANELS:
+        codes = panels.pack_int8(codes)
+    elif layout in PANEL_LAYOUTS:
+        pack = panels.pack_int4 if layout is Layout.INT4_PANELS else panels.pack_int3
+        codes = pack(codes.view(torch.uint8) & (scheme.weight.codes - 1))
+    return {**tensors, "qdata": codes}
+
+
+def to_plain(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], layout: Layout) -> dict[str, Tensor]:
+    """Inverse of `from_plain`, bit for bit."""
+    _check(scheme, layout)
+    if layout is Layout.PLAIN:
+        return dict(tensors)
+    codes = read_codes(tensors["qdata"], scheme.weight, *shape, layout)
+    if layout is Layout.INT8_EXPANDED:
+        codes = _contract(codes, tensors, scheme)
+    return {**tensors, "qdata": pack_codes(codes, scheme.weight)}
+
+
+def look_up(codebook: Tensor, codes: Tensor) -> Tensor:
+    """codebook[code] (n, k) of dictionary codes (n, k).
+
+    Args:
+        codebook: (2**b,), or (m, 2**b) of m matrices of n / m rows each, stacked: row r has dictionary r * m // n.
+    """
+    index = _by_matrix(codebook, codes).to(torch.int32)
+    starts = torch.arange(index.shape[0], dtype=torch.int32, device=codes.device) * codebook.shape[-1]
+    return codebook.reshape(-1).index_select(0, (index + starts[:, None]).view(-1)).view(codes.shape)
+
+
+def _by_matrix(codebook: Tensor, codes: Tensor) -> Tensor:
+    """(n, k) to (m, n / m * k): the codes of each dictionary."""
+    m = 1 if codebook.dim() == 1 else codebook.shape[0]
+    if codes.shape[0] % m:
+        raise QBertError(f"{codes.shape[0]} rows are not {m} matrices of as many rows each")
+    return codes.reshape(m, codes.numel() // m)
+
+
+def _check(scheme: Scheme, layout: Layout) -> None:
+    if layout not in layouts_of(scheme):
+        allowed = ", ".join(each.value for each in layouts_of(scheme))
+        raise QBertError(f"scheme {scheme.name} has no layout {layout.value!r}; allowed: {allowed}")
+
+
+def _expand(codes: Tensor, tensors: dict[str, Tensor], scheme: Scheme) -> Tensor:
+    """Codes (n, k) to the int8 operand (n, k) of the integer product."""
+    if scheme.has_dictionary:
+        return look_up(tensors["codebook"], codes)
+    scales = (
+        tensors["group_scale"].to(torch.int8).repeat_interleave(codes.shape[1] // tensors["group_scale"].shape[1], 1)
+    )
+    return codes * scales  # |code| * scale <= 127 by W4A8_GROUP_SCALE_MAX
+
+
+def _contract(operand: Tensor, tensors: dict[str, Tensor], scheme: Scheme) -> Tensor:
+    """Inverse of `_expand`. Equal centroids share their lowest index (the quantizer uses no other), so it is unique."""
+    if scheme.has_dictionary:
+        codebook = tensors["codebook"].to(torch.int32)
+        codes = torch.searchsorted(codebook.view(-1, codebook.shape[-1]), _by_matrix(codebook, operand).to(torch.int32))
+        return codes.to(torch.uint8).view(operand.shape)
+    scales = (
+        tensors["group_scale"].to(torch.int8).repeat_interleave(operand.shape[1] // tensors["group_scale"].shape[1], 1)
+    )
+    return torch.div(operand, scales, rounding_mode="trunc")
