@@ -10,6 +10,12 @@ constexpr int kStripsPerDot = 1;
 constexpr int kQuadMultiple = 1;
 constexpr int kRowsPerPass = 3;  // 3 tokens x 4 registers of half-added lanes: 12 accumulators, 1 weight, 1 activation, 1 product
 
+// What `dot` needs while it is used; here nothing. See dot_amx_int8.h.
+struct DotSession {
+    DotSession() {}
+    ~DotSession() {}
+};
+
 // Strip: for each four input channels, 16 tokens times four int16.
 QBERT_INLINE int64_t strip_bytes_of(int64_t quads) { return quads * 128; }
 

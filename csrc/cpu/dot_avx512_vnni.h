@@ -4,6 +4,7 @@
 // every panel carries in its last row, is where the accumulator starts from below. All of it is exact modulo 2^32.
 #pragma once
 
+#include "cpu/pack.h"
 #include "cpu/simd.h"
 
 namespace qbert {
@@ -13,48 +14,21 @@ constexpr int kStripsPerDot = 1;
 constexpr int kQuadMultiple = 1;    // rows of a panel are padded to a multiple of this for `dot`
 constexpr int kRowsPerPass = 6;     // 6 tokens x 4 panels: 24 accumulators, 4 weights, 1 activation of the 32 registers
 
+// What `dot` needs while it is used; here nothing. See dot_amx_int8.h.
+struct DotSession {
+    DotSession() {}
+    ~DotSession() {}
+};
+
 // Strip: for each four input channels, 16 tokens times 4 bytes.
 QBERT_INLINE int64_t strip_bytes_of(int64_t quads) { return quads * 64; }
 
-template <class Code>
-QBERT_INLINE void pack_strip_of(const Code* q, int64_t rows, int64_t k, int64_t stride, int64_t quads, uint8_t flip, void* strip) {
-    uint32_t* out = static_cast<uint32_t*>(strip);
-    const uint32_t flips = flip * 0x01010101u;
-    const __m512i zero = _mm512_set1_epi32(static_cast<int>(flips));
-    const int64_t whole = k / 4;
-    const __m512i offsets = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                               _mm512_set1_epi32(static_cast<int>(stride)));
-    if (rows == 16 && stride < (int64_t{1} << 26)) {
-        for (int64_t r = 0; r < whole; ++r) {
-            const __m512i v = _mm512_i32gather_epi32(offsets, reinterpret_cast<const int*>(q + 4 * r), 1);
-            _mm512_storeu_si512(out + 16 * r, _mm512_xor_si512(v, zero));
-        }
-    } else {
-        for (int64_t r = 0; r < whole; ++r) {
-            _mm512_storeu_si512(out + 16 * r, zero);
-            for (int64_t i = 0; i < rows; ++i) {
-                uint32_t word;
-                memcpy(&word, q + i * stride + 4 * r, 4);
-                out[16 * r + i] = word ^ flips;
-            }
-        }
-    }
-    for (int64_t r = whole; r < quads; ++r) {
-        _mm512_storeu_si512(out + 16 * r, zero);
-        for (int64_t i = 0; 4 * r < k && i < rows; ++i) {
-            uint32_t word = 0;
-            memcpy(&word, q + i * stride + 4 * r, k - 4 * r);
-            out[16 * r + i] = word ^ flips;
-        }
-    }
-}
-
 QBERT_INLINE void pack_codes(const int8_t* q, int64_t rows, int64_t k, int64_t stride, int64_t quads, void* strip) {
-    pack_strip_of(q, rows, k, stride, quads, 0x80, strip);
+    pack_words(q, rows, k, stride, quads, 0x80, strip);
 }
 
 QBERT_INLINE void pack_bytes(const uint8_t* p, int64_t rows, int64_t k, int64_t stride, int64_t quads, void* strip) {
-    pack_strip_of(p, rows, k, stride, quads, 0, strip);
+    pack_words(p, rows, k, stride, quads, 0, strip);
 }
 
 #define QBERT_WITHIN(c) {(c), 0, 0, 0, 4 + (c), 0, 0, 0, 8 + (c), 0, 0, 0, 12 + (c), 0, 0, 0}

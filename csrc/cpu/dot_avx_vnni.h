@@ -1,6 +1,7 @@
 // Integer products with AVX-VNNI: vpdpbusd on 256-bit registers. See dot_avx512_vnni.h for how signs are treated.
 #pragma once
 
+#include "cpu/pack.h"
 #include "cpu/simd.h"
 
 namespace qbert {
@@ -10,33 +11,21 @@ constexpr int kStripsPerDot = 1;
 constexpr int kQuadMultiple = 1;
 constexpr int kRowsPerPass = 3;  // 3 tokens x 2 panels of two registers: 12 accumulators and 3 activations of the 16 registers
 
+// What `dot` needs while it is used; here nothing. See dot_amx_int8.h.
+struct DotSession {
+    DotSession() {}
+    ~DotSession() {}
+};
+
 // Strip: for each four input channels, 16 tokens times 4 bytes.
 QBERT_INLINE int64_t strip_bytes_of(int64_t quads) { return quads * 64; }
 
-template <class Code>
-QBERT_INLINE void pack_strip_of(const Code* q, int64_t rows, int64_t k, int64_t stride, int64_t quads, uint8_t flip, void* strip) {
-    uint32_t* out = static_cast<uint32_t*>(strip);
-    const uint32_t flips = flip * 0x01010101u;
-    for (int64_t i = 0; i < kStripTokens; ++i) {
-        for (int64_t r = 0; r < quads; ++r) {
-            const int64_t left = i < rows ? k - 4 * r : 0;
-            uint32_t word = 0;
-            if (left >= 4) {
-                memcpy(&word, q + i * stride + 4 * r, 4);
-            } else if (left > 0) {
-                memcpy(&word, q + i * stride + 4 * r, static_cast<size_t>(left));
-            }
-            out[16 * r + i] = word ^ flips;
-        }
-    }
-}
-
 QBERT_INLINE void pack_codes(const int8_t* q, int64_t rows, int64_t k, int64_t stride, int64_t quads, void* strip) {
-    pack_strip_of(q, rows, k, stride, quads, 0x80, strip);
+    pack_words(q, rows, k, stride, quads, 0x80, strip);
 }
 
 QBERT_INLINE void pack_bytes(const uint8_t* p, int64_t rows, int64_t k, int64_t stride, int64_t quads, void* strip) {
-    pack_strip_of(p, rows, k, stride, quads, 0, strip);
+    pack_words(p, rows, k, stride, quads, 0, strip);
 }
 
 // The codes of input channel c for the 16 tokens of a strip from pack_codes, as floats.

@@ -9,6 +9,12 @@ namespace QBERT_ISA {
 constexpr int kStripsPerDot = 1;
 constexpr int kQuadMultiple = 1;
 
+// What `dot` needs while it is used; here nothing. See dot_amx_int8.h.
+struct DotSession {
+    DotSession() {}
+    ~DotSession() {}
+};
+
 // Strip: for each four input channels, 16 tokens times four int16.
 QBERT_INLINE int64_t strip_bytes_of(int64_t quads) { return quads * 128; }
 

@@ -7,9 +7,9 @@
 namespace qbert {
 namespace QBERT_ISA {
 
-typedef uint8_t u8x64 __attribute__((vector_size(64)));
-typedef int8_t i8x64 __attribute__((vector_size(64)));
-typedef uint16_t u16x32 __attribute__((vector_size(64)));
+typedef Lanes<uint8_t> u8x64;
+typedef Lanes<int8_t> i8x64;
+typedef Lanes<uint16_t> u16x32;
 
 // Sixteen int8 to look up; an index counts modulo 16, so a table of 8 stands there twice.
 struct Table {
@@ -26,13 +26,9 @@ QBERT_INLINE u8x64 look_up(Table table, u8x64 index) {
 #if defined(__AVX512VBMI__)
     return (u8x64)_mm512_maskz_permutexvar_epi8(~0ull, (__m512i)index, (__m512i)table.value);  // modulo 64
 #elif defined(__AVX2__)
-    __m256i half[2], values;
     const u8x64 low = index & 15;
-    memcpy(half, &low, sizeof half);
-    memcpy(&values, &table.value, sizeof values);
-    half[0] = _mm256_shuffle_epi8(values, half[0]);
-    half[1] = _mm256_shuffle_epi8(values, half[1]);
-    return load_as<u8x64>(half);
+    for (int i = 0; i < 2; ++i) index.part[i] = (u8x64::Register)_mm256_shuffle_epi8((__m256i)table.value.part[0], (__m256i)low.part[i]);
+    return index;
 #else
     for (int i = 0; i < 64; ++i) index[i] = table.value[index[i] & 15];
     return index;
@@ -49,15 +45,15 @@ QBERT_INLINE void sum_lanes_of_panel(int8_t* panel, int64_t quads) {
         const i32x16 words = load_as<i32x16>(panel + r * 64);
         sum += (words << 24 >> 24) + (words << 16 >> 24) + (words << 8 >> 24) + (words >> 24);
     }
-    memcpy(panel + quads * 64, &sum, sizeof sum);
+    store_as(panel + quads * 64, sum);
 }
 
 QBERT_INLINE void expand_dict4(const uint8_t* from, Table table, int64_t quads, int8_t* to) {
     for (int64_t r = 0; r < quads / 2; ++r) {
         const u8x64 codes = load_as<u8x64>(from + r * 64);
         const u8x64 low = look_up(table, codes & 15), high = look_up(table, shift_right(codes, 4) & 15);
-        memcpy(to + r * 128, &low, 64);
-        memcpy(to + r * 128 + 64, &high, 64);
+        store_as(to + r * 128, low);
+        store_as(to + r * 128 + 64, high);
     }
 }
 
@@ -69,7 +65,7 @@ QBERT_INLINE void expand_dict3(const uint8_t* from, Table table, int64_t quads, 
             const u8x64 low = load_as<u8x64>(from + r * 192 + (j / 4) * 64);
             const u8x64 bit2 = j < 2 ? (u8x64)((u16x32)top << (2 - j)) : shift_right(top, j - 2);
             const u8x64 value = look_up(table, (shift_right(low, 2 * (j % 4)) & 3) | (bit2 & 4));
-            memcpy(to + r * 512 + j * 64, &value, 64);
+            store_as(to + r * 512 + j * 64, value);
         }
     }
 }
@@ -91,8 +87,8 @@ QBERT_INLINE void expand_int4(const uint8_t* from, const uint8_t* group_scale, i
             for (int half = 0; half < 2; ++half) {
                 const u8x64 code = (half ? shift_right(codes, 4) : codes) & 15;
                 const i8x64 product = (i8x64)((u16x32)look_up(magnitude, code) * scale);
-                const i8x64 value = (i8x64)(code > 7) ? -product : product;
-                memcpy(to + r * 128 + half * 64, &value, 64);
+                const i8x64 value = select(code > 7, -product, product);
+                store_as(to + r * 128 + half * 64, value);
             }
         }
     }

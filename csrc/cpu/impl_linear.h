@@ -50,31 +50,6 @@ static BlockChannels channels_of(const LinearArgs& args, int64_t block) {
     return c;
 }
 
-// Lanes of two registers in which those that differ in one bit of their number have changed places.
-#define QBERT_SWAP(step, l) (((l) & (step)) ? (l) - (step) + 16 : (l))
-#define QBERT_SWAP4(step, l) QBERT_SWAP(step, l), QBERT_SWAP(step, (l) + 1), QBERT_SWAP(step, (l) + 2), QBERT_SWAP(step, (l) + 3)
-#define QBERT_SWAPS(step) {QBERT_SWAP4(step, 0), QBERT_SWAP4(step, 4), QBERT_SWAP4(step, 8), QBERT_SWAP4(step, 12)}
-alignas(64) static const int32_t kSwappedLanes[4][16] = {QBERT_SWAPS(1), QBERT_SWAPS(2), QBERT_SWAPS(4), QBERT_SWAPS(8)};
-#undef QBERT_SWAPS
-#undef QBERT_SWAP4
-#undef QBERT_SWAP
-
-// 16 x 16 floats, in place: for each bit, rows that differ in it swap the lanes that differ in it.
-QBERT_INLINE void transpose(f32x16* row) {
-#pragma GCC unroll 4
-    for (int bit = 0; bit < 4; ++bit) {
-        const int step = 1 << bit;
-        const i32x16 low = load(kSwappedLanes[bit]), high = low + step;
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) {
-            if (i & step) continue;
-            const f32x16 a = row[i], b = row[i + step];
-            row[i] = __builtin_shuffle(a, b, low);
-            row[i + step] = __builtin_shuffle(a, b, high);
-        }
-    }
-}
-
 QBERT_INLINE uint64_t outlier_column(const LinearArgs& args, int64_t entry) {
     return args.outlier_col_wide ? static_cast<const uint32_t*>(args.outlier_col)[entry]
                                  : static_cast<const uint16_t*>(args.outlier_col)[entry];
@@ -131,6 +106,7 @@ static void linear_block(const LinearArgs& args, int64_t block, const void* stri
         free_scratch += kBlockPanels * panel_stride;
     }
     float* corrections = reinterpret_cast<float*>(free_scratch);
+    const DotSession session;
     alignas(64) int32_t acc[kDotTokens * kBlockChannels];
     for (int64_t strip = strip_begin; strip < strip_end; strip += kStripsPerDot) {
         const uint8_t* packed = static_cast<const uint8_t*>(strips) + strip * strip_size;

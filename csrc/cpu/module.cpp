@@ -10,6 +10,8 @@
 
 namespace qbert {
 void bind_linear(pybind11::module_& module);
+void bind_rows(pybind11::module_& module);
+void bind_weight_only(pybind11::module_& module);
 }  // namespace qbert
 
 namespace {
@@ -44,4 +46,6 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("_parallel_sum", &parallel_sum, pybind11::call_guard<pybind11::gil_scoped_release>(),
                "The sum of 0 ... tasks - 1, one task a number (for tests).");
     qbert::bind_linear(module);
+    qbert::bind_rows(module);
+    qbert::bind_weight_only(module);
 }

@@ -6,130 +6,187 @@
 // keeps one copy of an inline function for the whole module, which could be the AVX-512 one).
 #pragma once
 
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "cpu/kernels.h"
-
-#define QBERT_INLINE static inline __attribute__((always_inline))
-#define QBERT_NOINLINE static __attribute__((noinline))  // inner loops of their own, so that they get all registers
+#include "cpu/lanes.h"
 
 namespace qbert {
 namespace QBERT_ISA {
 
 constexpr int kLanes = 16;
 
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef int8_t i8x16 __attribute__((vector_size(16)));
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-
 // ---- memory ----
 
 template <class Vector, class Element>
 QBERT_INLINE Vector load_as(const Element* from) {
     Vector v;
-    memcpy(&v, from, sizeof v);
+    if constexpr (IsLanes<Vector>::value) {
+        const auto* at = reinterpret_cast<const typename Vector::Anywhere*>(from);
+        for (int i = 0; i < kRegisters; ++i) v.part[i] = at[i];
+    } else {
+        memcpy(&v, from, sizeof v);
+    }
     return v;
+}
+
+template <class Element, class Vector>
+QBERT_INLINE void store_as(Element* to, Vector v) {
+    auto* at = reinterpret_cast<typename Vector::Anywhere*>(to);
+    for (int i = 0; i < kRegisters; ++i) at[i] = v.part[i];
 }
 
 QBERT_INLINE f32x16 load(const float* from) { return load_as<f32x16>(from); }
 QBERT_INLINE i32x16 load(const int32_t* from) { return load_as<i32x16>(from); }
-QBERT_INLINE void store(float* to, f32x16 v) { memcpy(to, &v, sizeof v); }
-QBERT_INLINE void store(int32_t* to, i32x16 v) { memcpy(to, &v, sizeof v); }
+QBERT_INLINE void store(float* to, f32x16 v) { store_as(to, v); }
+QBERT_INLINE void store(int32_t* to, i32x16 v) { store_as(to, v); }
 
-QBERT_INLINE f32x16 broadcast(float x) { return x - f32x16{}; }  // minus zero is nothing; plus zero is an addition, for -0
-QBERT_INLINE i32x16 broadcast(int32_t x) { return x - i32x16{}; }
+QBERT_INLINE f32x16 broadcast(float x) { return f32x16::all(x); }
+QBERT_INLINE i32x16 broadcast(int32_t x) { return i32x16::all(x); }
 
 QBERT_INLINE f32x16 to_float(i32x16 v) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    __m256i half[2];
-    __m256 out[2];
-    memcpy(half, &v, sizeof v);
-    out[0] = _mm256_cvtepi32_ps(half[0]);
-    out[1] = _mm256_cvtepi32_ps(half[1]);
-    return load_as<f32x16>(out);
-#else
-    return __builtin_convertvector(v, f32x16);
-#endif
+    f32x16 out;
+    for (int i = 0; i < kRegisters; ++i) out.part[i] = __builtin_convertvector(v.part[i], f32x16::Register);
+    return out;
 }
 
 // Sixteen int8, as int32 lanes.
 QBERT_INLINE i32x16 load_codes(const int8_t* from) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+    i32x16 v;
+#if defined(__AVX512F__)
+    v.part[0] = (i32x16::Register)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+    for (int i = 0; i < 2; ++i) {
+        v.part[i] = (i32x16::Register)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8 * i)));
+    }
+#elif defined(__SSE2__)
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    const __m256i half[2] = {_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
-    return load_as<i32x16>(half);
+    const __m128i words[2] = {_mm_unpacklo_epi8(bytes, bytes), _mm_unpackhi_epi8(bytes, bytes)};
+    for (int i = 0; i < 4; ++i) {
+        const __m128i word = words[i / 2], twice = i % 2 ? _mm_unpackhi_epi16(word, word) : _mm_unpacklo_epi16(word, word);
+        v.part[i] = (i32x16::Register)_mm_srai_epi32(twice, 24);
+    }
 #else
-    return __builtin_convertvector(load_as<i8x16>(from), i32x16);
+    int32_t lane[kLanes];
+    for (int i = 0; i < kLanes; ++i) lane[i] = from[i];
+    v = load(lane);
 #endif
+    return v;
 }
 
 // The lower 8 bits of each lane.
 QBERT_INLINE void store_codes(int8_t* to, i32x16 v) {
 #if defined(__AVX512F__)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v.part[0]));
+#elif defined(__AVX2__)
+    const i32x16 low = v & 0xff;
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)low.part[0], (__m256i)low.part[1]), 0xd8);
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+#elif defined(__SSE2__)
+    const i32x16 low = v << 24 >> 24;
+    const __m128i words[2] = {_mm_packs_epi32((__m128i)low.part[0], (__m128i)low.part[1]),
+                              _mm_packs_epi32((__m128i)low.part[2], (__m128i)low.part[3])};
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words[0], words[1]));
 #else
-    const i8x16 bytes = __builtin_convertvector(v, i8x16);
-    memcpy(to, &bytes, sizeof bytes);
+    int32_t lane[kLanes];
+    store(lane, v);
+    for (int i = 0; i < kLanes; ++i) to[i] = static_cast<int8_t>(lane[i]);
 #endif
 }
 
 // The lower 8 bits of each lane.
 QBERT_INLINE void store_bytes(uint8_t* to, i32x16 v) { store_codes(reinterpret_cast<int8_t*>(to), v); }
 
-// ---- half types ----
+// Sixteen uint16, as uint32 lanes.
+QBERT_INLINE u32x16 load_halves(const uint16_t* from) {
+    u32x16 v;
+#if defined(__AVX512F__)
+    v.part[0] = (u32x16::Register)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+    for (int i = 0; i < 2; ++i) {
+        v.part[i] = (u32x16::Register)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8 * i)));
+    }
+#elif defined(__SSE2__)
+    for (int i = 0; i < 4; ++i) {
+        const __m128i words = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 4 * i));
+        v.part[i] = (u32x16::Register)_mm_unpacklo_epi16(words, _mm_setzero_si128());
+    }
+#else
+    uint32_t lane[kLanes];
+    for (int i = 0; i < kLanes; ++i) lane[i] = from[i];
+    v = load_as<u32x16>(lane);
+#endif
+    return v;
+}
 
-QBERT_INLINE f32x16 from_bf16(u16x16 half) { return (f32x16)(__builtin_convertvector(half, u32x16) << 16); }
+// The lower 16 bits of each lane.
+QBERT_INLINE void store_halves(uint16_t* to, u32x16 v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v.part[0]));
+#elif defined(__AVX2__)
+    const u32x16 low = v & 0xffff;
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)low.part[0], (__m256i)low.part[1]), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words);
+#elif defined(__SSE2__)
+    const i32x16 low = (i32x16)v << 16 >> 16;
+    for (int i = 0; i < 2; ++i) {
+        const __m128i words = _mm_packs_epi32((__m128i)low.part[2 * i], (__m128i)low.part[2 * i + 1]);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8 * i), words);
+    }
+#else
+    uint32_t lane[kLanes];
+    store_as(lane, v);
+    for (int i = 0; i < kLanes; ++i) to[i] = static_cast<uint16_t>(lane[i]);
+#endif
+}
+
+// ---- half types, in the lower 16 bits of each lane ----
+
+QBERT_INLINE f32x16 from_bf16(u32x16 half) { return (f32x16)(half << 16); }
 
 // Nearest, ties to even; NaN stays NaN.
-QBERT_INLINE u16x16 to_bf16(f32x16 v) {
+QBERT_INLINE u32x16 to_bf16(f32x16 v) {
     const u32x16 bits = (u32x16)v;
     const u32x16 rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    const u32x16 kept = (i32x16)(v == v) ? rounded : (bits | 0x400000);
-    return __builtin_convertvector(kept >> 16, u16x16);
+    return select(v == v, rounded, bits | 0x400000) >> 16;
 }
 
 #if defined(__F16C__)
-QBERT_INLINE f32x16 from_f16(u16x16 half) {
-    __m128i in[2];
-    memcpy(in, &half, sizeof in);
-    const __m256 out[2] = {_mm256_cvtph_ps(in[0]), _mm256_cvtph_ps(in[1])};
-    return load_as<f32x16>(out);
+QBERT_INLINE f32x16 load_f16(const uint16_t* from) {
+    float lane[kLanes];
+    for (int i = 0; i < 2; ++i) {
+        _mm256_storeu_ps(lane + 8 * i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8 * i))));
+    }
+    return load(lane);
 }
 
-QBERT_INLINE u16x16 to_f16(f32x16 v) {
-    __m256 in[2];
-    memcpy(in, &v, sizeof in);
-    const __m128i out[2] = {_mm256_cvtps_ph(in[0], _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(in[1], _MM_FROUND_TO_NEAREST_INT)};
-    return load_as<u16x16>(out);
+QBERT_INLINE void store_f16(uint16_t* to, f32x16 v) {
+    float lane[kLanes];
+    store(lane, v);
+    for (int i = 0; i < 2; ++i) {
+        const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(lane + 8 * i), _MM_FROUND_TO_NEAREST_INT);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8 * i), half);
+    }
 }
 #else
-QBERT_INLINE f32x16 from_f16(u16x16 half) {
-    const u32x16 wide = __builtin_convertvector(half, u32x16);
+QBERT_INLINE f32x16 load_f16(const uint16_t* from) {
+    const u32x16 wide = load_halves(from);
     const u32x16 sign = (wide & 0x8000) << 16, magnitude = wide & 0x7fff;
     // Exponents are moved by a product, which makes subnormal halves normal floats on the way.
     const f32x16 scaled = (f32x16)(magnitude << 13) * 0x1p112f;
     const u32x16 special = (magnitude << 13) | 0x7f800000;  // infinity and NaN
-    const u32x16 quiet = magnitude > 0x7c00 ? special | 0x400000 : special;
-    return (f32x16)(sign | (magnitude >= 0x7c00 ? quiet : (u32x16)scaled));
+    const u32x16 quiet = select(magnitude > 0x7c00, special | 0x400000, special);
+    return (f32x16)(sign | select(magnitude >= 0x7c00, quiet, (u32x16)scaled));
 }
 
-QBERT_INLINE u16x16 to_f16(f32x16 v) {
+QBERT_INLINE void store_f16(uint16_t* to, f32x16 v) {
     const u32x16 bits = (u32x16)v, sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
     const u32x16 normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;  // rounds to even
     // Adding one half, whose last bit weighs 2^-24, leaves the subnormal half's bits at the bottom, rounded to even.
     const u32x16 subnormal = (u32x16)((f32x16)magnitude + 0.5f) - 0x3f000000;
-    u32x16 half = magnitude < 0x38800000 ? subnormal : normal;
-    half = magnitude >= 0x477ff000 ? u32x16{} + 0x7c00 : half;  // 65520 and above round to infinity
-    half = magnitude > 0x7f800000 ? ((magnitude >> 13) & 0x3ff) | 0x7e00 : half;
-    return __builtin_convertvector(half | sign, u16x16);
+    u32x16 half = select(magnitude < 0x38800000, subnormal, normal);
+    half = select(magnitude >= 0x477ff000, u32x16::all(0x7c00), half);  // 65520 and above round to infinity
+    half = select(magnitude > 0x7f800000, ((magnitude >> 13) & 0x3ff) | 0x7e00, half);
+    store_halves(to, half | sign);
 }
 #endif
 
@@ -139,14 +196,16 @@ QBERT_INLINE f32x16 load_floats(const void* from, FloatType type, int64_t index,
         const float* at = static_cast<const float*>(from) + index;
         if (count >= kLanes) return load(at);
         float lane[kLanes] = {};
-        memcpy(lane, at, sizeof(float) * static_cast<size_t>(count));
+        for (int64_t i = 0; i < count; ++i) lane[i] = at[i];
         return load(lane);
     }
     const uint16_t* at = static_cast<const uint16_t*>(from) + index;
     uint16_t lane[kLanes] = {};
-    memcpy(lane, at, sizeof(uint16_t) * static_cast<size_t>(count < kLanes ? count : kLanes));
-    const u16x16 half = load_as<u16x16>(lane);
-    return type == FloatType::bf16 ? from_bf16(half) : from_f16(half);
+    if (count < kLanes) {
+        for (int64_t i = 0; i < count; ++i) lane[i] = at[i];
+        at = lane;
+    }
+    return type == FloatType::bf16 ? from_bf16(load_halves(at)) : load_f16(at);
 }
 
 // The first `count` lanes, rounded to `type`, to elements index ... of `to`.
@@ -156,13 +215,16 @@ QBERT_INLINE void store_floats(void* to, FloatType type, int64_t index, int64_t 
         if (count >= kLanes) return store(at, v);
         float lane[kLanes];
         store(lane, v);
-        memcpy(at, lane, sizeof(float) * static_cast<size_t>(count));
+        for (int64_t i = 0; i < count; ++i) at[i] = lane[i];
         return;
     }
-    const u16x16 half = type == FloatType::bf16 ? to_bf16(v) : to_f16(v);
-    uint16_t lane[kLanes];
-    memcpy(lane, &half, sizeof half);
-    memcpy(static_cast<uint16_t*>(to) + index, lane, sizeof(uint16_t) * static_cast<size_t>(count < kLanes ? count : kLanes));
+    uint16_t lane[kLanes], *at = static_cast<uint16_t*>(to) + index, *whole = count >= kLanes ? at : lane;
+    if (type == FloatType::bf16) {
+        store_halves(whole, to_bf16(v));
+    } else {
+        store_f16(whole, v);
+    }
+    for (int64_t i = 0; count < kLanes && i < count; ++i) at[i] = lane[i];
 }
 
 // ---- lanes ----
@@ -170,17 +232,20 @@ QBERT_INLINE void store_floats(void* to, FloatType type, int64_t index, int64_t 
 // a * b + c, rounded once. On a CPU without the instruction the C library computes it, exactly and slowly.
 QBERT_INLINE f32x16 madd(f32x16 a, f32x16 b, f32x16 c) {
 #if defined(__AVX512F__)
-    return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-    __m256 x[2], y[2], z[2];
-    memcpy(x, &a, sizeof x);
-    memcpy(y, &b, sizeof y);
-    memcpy(z, &c, sizeof z);
-    const __m256 out[2] = {_mm256_fmadd_ps(x[0], y[0], z[0]), _mm256_fmadd_ps(x[1], y[1], z[1])};
-    return load_as<f32x16>(out);
-#else
-    for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    c.part[0] = (f32x16::Register)_mm512_fmadd_ps((__m512)a.part[0], (__m512)b.part[0], (__m512)c.part[0]);
     return c;
+#elif defined(__FMA__)
+    for (int i = 0; i < 2; ++i) {
+        c.part[i] = (f32x16::Register)_mm256_fmadd_ps((__m256)a.part[i], (__m256)b.part[i], (__m256)c.part[i]);
+    }
+    return c;
+#else
+    float x[kLanes], y[kLanes], z[kLanes];
+    store(x, a);
+    store(y, b);
+    store(z, c);
+    for (int i = 0; i < kLanes; ++i) z[i] = __builtin_fmaf(x[i], y[i], z[i]);
+    return load(z);
 #endif
 }
 
@@ -193,33 +258,96 @@ QBERT_INLINE f32x16 polynomial(const float (&c)[kCount], f32x16 x) {
     return sum;
 }
 
-QBERT_INLINE f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) { return mask ? yes : no; }
 // As `a > b ? a : b`: where one of them is NaN, b is taken.
+QBERT_INLINE f32x16 max(f32x16 a, f32x16 b) {
+    for (int i = 0; i < kRegisters; ++i) {
 #if defined(__AVX512F__)
-QBERT_INLINE f32x16 max(f32x16 a, f32x16 b) { return (f32x16)_mm512_max_ps((__m512)a, (__m512)b); }
-QBERT_INLINE f32x16 min(f32x16 a, f32x16 b) { return (f32x16)_mm512_min_ps((__m512)a, (__m512)b); }
+        a.part[i] = (f32x16::Register)_mm512_maskz_max_ps(0xffff, (__m512)a.part[i], (__m512)b.part[i]);
+#elif defined(__AVX2__)
+        a.part[i] = (f32x16::Register)_mm256_max_ps((__m256)a.part[i], (__m256)b.part[i]);
+#elif defined(__SSE2__)
+        a.part[i] = (f32x16::Register)_mm_max_ps((__m128)a.part[i], (__m128)b.part[i]);
 #else
-QBERT_INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
-QBERT_INLINE f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
+        a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
 #endif
+    }
+    return a;
+}
+// As `a < b ? a : b`.
+QBERT_INLINE f32x16 min(f32x16 a, f32x16 b) {
+    for (int i = 0; i < kRegisters; ++i) {
+#if defined(__AVX512F__)
+        a.part[i] = (f32x16::Register)_mm512_maskz_min_ps(0xffff, (__m512)a.part[i], (__m512)b.part[i]);
+#elif defined(__AVX2__)
+        a.part[i] = (f32x16::Register)_mm256_min_ps((__m256)a.part[i], (__m256)b.part[i]);
+#elif defined(__SSE2__)
+        a.part[i] = (f32x16::Register)_mm_min_ps((__m128)a.part[i], (__m128)b.part[i]);
+#else
+        a.part[i] = a.part[i] < b.part[i] ? a.part[i] : b.part[i];
+#endif
+    }
+    return a;
+}
+QBERT_INLINE i32x16 max(i32x16 a, i32x16 b) {
+    for (int i = 0; i < kRegisters; ++i) {
+#if defined(__AVX512F__)
+        a.part[i] = (i32x16::Register)_mm512_maskz_max_epi32(0xffff, (__m512i)a.part[i], (__m512i)b.part[i]);
+#elif defined(__AVX2__)
+        a.part[i] = (i32x16::Register)_mm256_max_epi32((__m256i)a.part[i], (__m256i)b.part[i]);
+#else
+        a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
+#endif
+    }
+    return a;
+}
 QBERT_INLINE f32x16 abs(f32x16 v) { return (f32x16)((i32x16)v & 0x7fffffff); }
 
-QBERT_INLINE float sum_lanes(f32x16 v) {
-    float lane[16];
-    store(lane, v);
-    for (int width = 8; width > 0; width /= 2) {
-        for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-    }
-    return lane[0];
+// Sixteen lanes to one, by a tree that adds, or takes the larger, of lanes i and i + 8, then i + 4, i + 2, i + 1.
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef int32_t i32x4 __attribute__((vector_size(16)));
+
+template <class Quarter, class Element, class Combine>
+QBERT_INLINE Element reduce_lanes(Lanes<Element> v, Combine combine) {
+    Quarter q[4];
+    memcpy(q, v.part, sizeof q);
+    Quarter four = combine(combine(q[0], q[2]), combine(q[1], q[3]));
+    four = combine(four, __builtin_shuffle(four, i32x4{2, 3, 0, 1}));
+    four = combine(four, __builtin_shuffle(four, i32x4{1, 0, 3, 2}));
+    return four[0];
 }
 
+QBERT_INLINE float sum_lanes(f32x16 v) {
+    return reduce_lanes<f32x4>(v, [](f32x4 a, f32x4 b) __attribute__((always_inline)) { return a + b; });
+}
+
+// Without NaN.
 QBERT_INLINE float max_lanes(f32x16 v) {
-    float lane[16];
-    store(lane, v);
-    for (int width = 8; width > 0; width /= 2) {
-        for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+    return reduce_lanes<f32x4>(v, [](f32x4 a, f32x4 b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+
+QBERT_INLINE int32_t max_lanes(i32x16 v) {
+    return reduce_lanes<i32x4>(v, [](i32x4 a, i32x4 b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+
+// 16 x 16 floats, in place, in blocks of 4 x 4.
+QBERT_INLINE void transpose(f32x16* row) {
+    alignas(64) float from[16][16], to[16][16];
+    for (int i = 0; i < 16; ++i) store(from[i], row[i]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 16; j += 4) {
+            f32x4 v[4];
+            for (int r = 0; r < 4; ++r) memcpy(&v[r], &from[i + r][j], sizeof v[r]);
+            const i32x4 low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
+            const f32x4 a = __builtin_shuffle(v[0], v[1], low), b = __builtin_shuffle(v[0], v[1], high);
+            const f32x4 c = __builtin_shuffle(v[2], v[3], low), d = __builtin_shuffle(v[2], v[3], high);
+            const f32x4 out[4] = {__builtin_shuffle(a, c, first), __builtin_shuffle(a, c, second),
+                                  __builtin_shuffle(b, d, first), __builtin_shuffle(b, d, second)};
+            for (int r = 0; r < 4; ++r) memcpy(&to[j + r][i], &out[r], sizeof out[r]);
+        }
     }
-    return lane[0];
+    for (int i = 0; i < 16; ++i) row[i] = load(to[i]);
 }
 
 // Nearest integer, ties to even, of values below 2^22 in magnitude: the sum has no bits left for a fraction.
@@ -236,7 +364,7 @@ QBERT_INLINE i32x16 round_to_int(f32x16 v) {
 
 // The first `count` lanes rounded to int8 codes -127 ... 127; NaN becomes 0: the residual stream, not this, carries it.
 QBERT_INLINE void store_static_codes(int8_t* to, int64_t count, f32x16 v) {
-    v = (i32x16)(v == v) ? v : f32x16{};
+    v = select(v == v, v, f32x16{});
     const i32x16 code = round_to_int(max(min(v, broadcast(127.0f)), broadcast(-127.0f)));
     if (count >= kLanes) return store_codes(to, code);
     int8_t lane[kLanes];
@@ -254,7 +382,7 @@ QBERT_INLINE f32x16 exp(f32x16 v) {
     const f32x16 r = madd(n, broadcast(2.12194440e-4f), madd(n, broadcast(-0.693359375f), v));  // ln 2 in two parts
     const f32x16 power = (f32x16)((round_to_int(scaled) + 127) << 23);
     const f32x16 result = polynomial(kExp, r) * power;
-    return v < -87.0f ? f32x16{} : result;
+    return select(v < -87.0f, f32x16{}, result);
 }
 
 constexpr float kGeluAbove[6] = {0.398942235f, 0.0338525307f, 0.00467725338f, 1.68824518e-4f, 6.35211221e-6f, 2.27495037e-8f};

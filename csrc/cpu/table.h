@@ -3,7 +3,9 @@
 // QBERT_ISA is the namespace and the member of enum Isa; its dot_<isa>.h is included before.
 #pragma once
 
+#include "cpu/impl_attention.h"
 #include "cpu/impl_linear.h"
+#include "cpu/impl_rows.h"
 
 namespace qbert {
 namespace QBERT_ISA {
@@ -16,6 +18,15 @@ static constexpr Kernels table(Isa isa) {
         linear_scratch_bytes,
         linear_block,
         peak_products,
+        nullptr,
+        nullptr,
+        nullptr,
+        attention_scratch_bytes,
+        attention_head,
+        quantize_rows,
+        add_norm_rows,
+        look_up_rows,
+        embed_norm_rows,
     };
 }
 

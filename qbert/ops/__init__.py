@@ -36,8 +36,9 @@ def _native() -> dict[str, Callable[..., Any]]:
     if native_cpu() is None:
         return {}
     from qbert.ops.cpu_native import NATIVE_LINEAR
+    from qbert.ops.cpu_native_rows import NATIVE_ROWS
 
-    return NATIVE_LINEAR
+    return {**NATIVE_LINEAR, **NATIVE_ROWS}
 
 
 NATIVE = _native()

@@ -1,0 +1,366 @@
+// Weight-only linears: float32 tokens times packed weights, for few tokens, where the bytes of the weight are what takes time.
+//
+// y = sum over blocks of (scale of the block times the sum over its 64 input channels). Both sums run in one fixed order for each
+// output, so a token's result depends neither on the tokens beside it nor on the instruction set. Up to four tokens multiply
+// each decoded vector while it is in a register; more of them find a block decoded in the cache.
+#pragma once
+
+#include "cpu/decode_panels.h"
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+namespace qbert {
+namespace QBERT_ISA {
+
+constexpr int kPrefetch = 1024;  // bytes ahead in each panel
+
+// Panels that are computed together, how many tokens multiply vectors while these are in registers, and tokens of a pass over
+// decoded vectors: as many sums as the registers hold beside weights and one token's value.
+#if defined(__AVX512F__)
+constexpr int kMaxPanels = 4, kDirectTokens = 8, kPassTokens = 6, kUnroll = 8;
+constexpr int panels_together(int64_t tokens) { return tokens >= 3 && tokens <= kDirectTokens ? 1 : kMaxPanels; }
+#elif defined(__AVX2__)
+constexpr int kMaxPanels = 2, kDirectTokens = 4, kPassTokens = 6, kUnroll = 4;
+constexpr int panels_together(int64_t tokens) { return tokens == 1 ? kMaxPanels : 1; }
+#else
+constexpr int kMaxPanels = 1, kDirectTokens = 0, kPassTokens = 2, kUnroll = 1;
+constexpr int panels_together(int64_t) { return 1; }
+#endif
+
+// Panels that are computed together, and where their parts of the scratch memory are.
+struct PanelGroup {
+    const uint8_t* weight;
+    int64_t stride;        // bytes from a panel to the next
+    int64_t block_inputs;  // channels that are summed up before they are scaled
+    int64_t blocks;
+    int64_t blocks_per_scale;
+    const float* scale;    // (k / group, panels, 16) of int4, else null
+    float* total;          // (tokens, panels, 16)
+    float* decoded;        // (64, panels, 16)
+};
+
+QBERT_INLINE int64_t weight_only_padded(int64_t k) { return (k + kPanelInputs - 1) / kPanelInputs * kPanelInputs; }
+
+static int64_t weight_only_scratch_bytes(const WeightOnlyArgs& args) {
+    const int64_t vectors = args.groups * kMaxPanels + (kWeightOnlyTokens + kPanelInputs) * kMaxPanels;
+    return vectors * kLanes * static_cast<int64_t>(sizeof(float));
+}
+
+static void weight_only_widen(const WeightOnlyArgs& args, int64_t begin, int64_t end, float* wide) {
+    const int64_t padded = weight_only_padded(args.k);
+    for (int64_t row = begin; row < end; ++row) {
+        for (int64_t at = 0; at < padded; at += kLanes) {
+            const int64_t count = args.k - at < 0 ? 0 : args.k - at;
+            store(wide + row * padded + at, load_floats(args.x, args.float_type, row * args.x_stride + at, count));
+        }
+    }
+}
+
+// ---- sums of a block ----
+
+// A column is a slice of a panel: channels whose sums share a register.
+template <int kTokens, int kPanels>
+struct Sums {
+    SliceFloat of[kTokens][kPanels * kSlices];
+};
+
+QBERT_INLINE const uint8_t* column_of_panels(const uint8_t* first, int64_t stride, int column) {
+    return first + column / kSlices * stride + column % kSlices * kRegisterBytes;
+}
+
+template <int kTokens, int kPanels>
+QBERT_INLINE void add_to_totals(const PanelGroup& g, int64_t block, const Sums<kTokens, kPanels>& sums, float* total) {
+    const float* scale = g.scale == nullptr ? nullptr : g.scale + block / g.blocks_per_scale * kPanels * kLanes;
+#pragma GCC unroll 4
+    for (int c = 0; c < kPanels * kSlices; ++c) {
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) {
+            float* at = total + t * kPanels * kLanes + c * kSliceLanes;
+            const SliceFloat sum = sums.of[t][c], before = load_slice(at);
+            store_slice(at, scale == nullptr ? before + sum : madd_slice(sum, load_slice(scale + c * kSliceLanes), before));
+        }
+    }
+}
+
+// One part of a row of each panel, decoded and multiplied at once. x: that part's first input channel of the first token.
+template <class Decoder, int kTokens, int kPanels>
+QBERT_INLINE void multiply_part(const Decoder& d, const uint8_t* row, int64_t stride, int part, const float* x, int64_t x_stride,
+                                Sums<kTokens, kPanels>& sums) {
+    constexpr int kColumns = kPanels * kSlices;
+    decltype(Decoder::load_row(row, part)) rows[kColumns];
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; ++c) rows[c] = Decoder::load_row(column_of_panels(row, stride, c), part);
+#pragma GCC unroll 8
+    for (int s = 0; s < kPartSteps; ++s) {
+        SliceFloat value[kTokens];
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) value[t] = broadcast_slice(x[t * x_stride + Decoder::kParts * s]);
+#pragma GCC unroll 4
+        for (int c = 0; c < kColumns; ++c) {
+            const SliceFloat w = Decoder::step(d, rows[c], s);
+#pragma GCC unroll 8
+            for (int t = 0; t < kTokens; ++t) sums.of[t][c] = madd_slice(w, value[t], sums.of[t][c]);
+        }
+    }
+}
+
+template <class Decoder, int kTokens, int kPanels>
+QBERT_NOINLINE void multiply_direct(const PanelGroup& g, const Decoder& decoder, const float* x, int64_t x_stride) {
+    constexpr int kRowInputs = kPartSteps * Decoder::kParts;
+    const Decoder d = decoder;
+    const uint8_t* row = g.weight;
+    for (int64_t block = 0; block < g.blocks; ++block) {
+        const int64_t left = g.weight + g.stride - row;
+        const uint8_t* ahead = row + kPrefetch + (left > kPrefetch ? 0 : (kPanels - 1) * g.stride);
+        Sums<kTokens, kPanels> sums{};
+        for (int64_t i = 0; i < g.block_inputs; i += kRowInputs) {
+            for (int p = 0; p < kPanels; ++p) {
+                for (int line = 0; line < Decoder::kRowBytes; line += 64) __builtin_prefetch(ahead + p * g.stride + line, 0, 2);
+            }
+#pragma GCC unroll 1
+            for (int part = 0; part < Decoder::kParts; ++part) multiply_part(d, row, g.stride, part, x + part, x_stride, sums);
+            x += kRowInputs;
+            row += Decoder::kRowBytes;
+            ahead += Decoder::kRowBytes;
+        }
+        add_to_totals(g, block, sums, g.total);
+    }
+}
+
+// False, with nothing done, if that many tokens had better read decoded vectors from memory.
+template <class Decoder, int kTokens, int kPanels>
+static bool multiply_directly(const PanelGroup& g, const Decoder& d, const float* x, int64_t x_stride, int64_t tokens) {
+    if constexpr (kTokens == 0) {
+        return false;
+    } else {
+        if (tokens != kTokens) return multiply_directly<Decoder, kTokens - 1, kPanels>(g, d, x, x_stride, tokens);
+        if constexpr (kPanels == 1 || kPanels == panels_together(kTokens)) {
+            multiply_direct<Decoder, kTokens, kPanels>(g, d, x, x_stride);
+            return true;
+        }
+        return false;
+    }
+}
+
+// ---- sums of a block that is decoded into memory ----
+
+// In the order in which channels are summed: step by step, part by part, row by row.
+template <class Decoder, int kPanels>
+QBERT_NOINLINE void decode_block(const PanelGroup& g, const Decoder& decoder, int64_t block) {
+    constexpr int kRowInputs = kPartSteps * Decoder::kParts;
+    const Decoder d = decoder;
+    for (int c = 0; c < kPanels * kSlices; ++c) {
+        const uint8_t* row = column_of_panels(g.weight, g.stride, c) + block * g.block_inputs / kRowInputs * Decoder::kRowBytes;
+        float* out = g.decoded + c * kSliceLanes;
+        for (int64_t i = 0; i < g.block_inputs; i += kRowInputs) {
+#pragma GCC unroll 1
+            for (int part = 0; part < Decoder::kParts; ++part) {
+                const auto codes = Decoder::load_row(row, part);
+#pragma GCC unroll 8
+                for (int s = 0; s < kPartSteps; ++s) store_slice(out + s * kPanels * kLanes, Decoder::step(d, codes, s));
+                out += kPartSteps * kPanels * kLanes;
+            }
+            row += Decoder::kRowBytes;
+        }
+    }
+}
+
+template <int kParts, int kTokens, int kPanels>
+QBERT_NOINLINE void multiply_decoded(const PanelGroup& g, int64_t block, const float* x, int64_t x_stride, float* total) {
+    Sums<kTokens, kPanels> sums{};
+    const float* w = g.decoded;
+    const float* stop = w + g.block_inputs * kPanels * kLanes;
+    while (w < stop) {
+#pragma GCC unroll 1
+        for (int part = 0; part < kParts; ++part) {
+#pragma GCC unroll kUnroll
+            for (int s = 0; s < kPartSteps; ++s) {
+#pragma GCC unroll 8
+                for (int t = 0; t < kTokens; ++t) {
+                    const SliceFloat value = broadcast_slice(x[t * x_stride + part + kParts * s]);
+#pragma GCC unroll 4
+                    for (int c = 0; c < kPanels * kSlices; ++c) {
+                        sums.of[t][c] = madd_slice(load_slice(w + c * kSliceLanes), value, sums.of[t][c]);
+                    }
+                }
+                w += kPanels * kLanes;
+            }
+        }
+        x += kParts * kPartSteps;
+    }
+    add_to_totals(g, block, sums, total);
+}
+
+template <int kParts, int kTokens, int kPanels>
+static void multiply_pass(const PanelGroup& g, int64_t block, const float* x, int64_t x_stride, float* total, int64_t tokens) {
+    if (tokens == kTokens) return multiply_decoded<kParts, kTokens, kPanels>(g, block, x, x_stride, total);
+    if constexpr (kTokens > 1) multiply_pass<kParts, kTokens - 1, kPanels>(g, block, x, x_stride, total, tokens);
+}
+
+template <int kParts, int kPanels>
+static void multiply_tokens(const PanelGroup& g, int64_t block, const float* x, int64_t x_stride, int64_t tokens) {
+    x += block * g.block_inputs;
+    float* total = g.total;
+    for (int64_t passes = (tokens + kPassTokens - 1) / kPassTokens; passes > 0; --passes) {
+        const int64_t now = (tokens + passes - 1) / passes;  // passes of equal size: each has enough independent sums
+        multiply_pass<kParts, kPassTokens, kPanels>(g, block, x, x_stride, total, now);
+        x += now * x_stride;
+        total += now * kPanels * kLanes;
+        tokens -= now;
+    }
+}
+
+// ---- scales, outliers, the end ----
+
+typedef uint16_t half8 __attribute__((vector_size(16)));
+typedef uint16_t half8_anywhere __attribute__((vector_size(16), aligned(1), may_alias));
+
+QBERT_NOINLINE half8 last_halves(const uint16_t* from, int64_t count) {
+    half8 v{};
+    for (int64_t i = 0; i < count; ++i) v[i] = from[i];
+    return v;
+}
+
+// 8 x 8 halves, in place: shuffling the rows like two halves of a deck of cards, three times.
+QBERT_INLINE void transpose_halves(half8* row) {
+#pragma GCC unroll 3
+    for (int round = 0; round < 3; ++round) {
+        half8 next[8];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            next[2 * i] = __builtin_shuffle(row[i], row[i + 4], half8{0, 8, 1, 9, 2, 10, 3, 11});
+            next[2 * i + 1] = __builtin_shuffle(row[i], row[i + 4], half8{4, 12, 5, 13, 6, 14, 7, 15});
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) row[i] = next[i];
+    }
+}
+
+// Scales of 16 output channels as a vector for each group, `stride` floats apart; those of channels beyond n are unspecified.
+static void gather_scales(const WeightOnlyArgs& args, int64_t channel, int64_t stride, float* out) {
+    constexpr int64_t kBlock = 8;
+    const uint16_t* end = args.group_scale + args.n * args.groups;
+    for (int64_t first = 0; first < args.groups; first += kBlock) {
+        alignas(64) uint16_t columns[kBlock][kLanes];
+        for (int64_t lane = 0; lane < kLanes; lane += kBlock) {
+            half8 row[kBlock];
+#pragma GCC unroll 8
+            for (int64_t i = 0; i < kBlock; ++i) {
+                const uint16_t* from = args.group_scale + (channel + lane + i) * args.groups + first;
+                row[i] = end - from >= kBlock ? *reinterpret_cast<const half8_anywhere*>(from) : last_halves(from, end - from);
+            }
+            transpose_halves(row);
+            for (int64_t i = 0; i < kBlock; ++i) memcpy(&columns[i][lane], &row[i], sizeof row[i]);
+        }
+        for (int64_t i = 0; i < kBlock && first + i < args.groups; ++i) store(out + (first + i) * stride, from_bf16(load_halves(columns[i])));
+    }
+}
+
+// First entries of the rows of 16 output channels; beyond n, the end of the last row.
+QBERT_INLINE i32x16 outlier_bounds(const WeightOnlyArgs& args, int64_t channel) {
+    int32_t bound[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+        bound[lane] = args.outlier_rowptr[channel + lane < args.n ? channel + lane : args.n];
+    }
+    return load(bound);
+}
+
+// Adds the outliers of 16 output channels, in the order of their columns: each to its own lane, without asking where rows end.
+template <int kTokens>
+QBERT_INLINE void correct(const WeightOnlyArgs& args, int64_t channel, const float* x, f32x16* y) {
+    const int64_t last = channel + kLanes < args.n ? channel + kLanes : args.n;
+    if (args.outlier_rowptr[channel] == args.outlier_rowptr[last]) return;
+    const i32x16 begin = outlier_bounds(args, channel), end = outlier_bounds(args, channel + 1);
+    f32x16 sum[kTokens] = {};
+    for (int32_t entry = begin[0]; entry < end[kLanes - 1]; ++entry) {
+        const int64_t column = args.outlier_col_wide ? static_cast<const int32_t*>(args.outlier_col)[entry]
+                                                     : static_cast<const int16_t*>(args.outlier_col)[entry];
+        const i32x16 lane = (begin <= entry) & (end > entry);
+        for (int t = 0; t < kTokens; ++t) {
+            sum[t] += select(lane, broadcast(args.outlier_delta[entry] * x[t * args.wide_stride + column]), f32x16{});
+        }
+    }
+    for (int t = 0; t < kTokens; ++t) y[t] += sum[t];
+}
+
+template <int kTokens>
+QBERT_NOINLINE void finish_tokens(const WeightOnlyArgs& args, int64_t panel, int64_t token, const float* total, int64_t panels) {
+    const int64_t channel = panel * kLanes, count = args.n - channel;
+    f32x16 y[kTokens];
+    for (int t = 0; t < kTokens; ++t) y[t] = load(total + t * panels * kLanes);
+    if (args.scale != nullptr) {
+        const f32x16 scale = load_floats(args.scale, FloatType::f32, channel, count);
+        for (int t = 0; t < kTokens; ++t) y[t] *= scale;
+    }
+    if (args.outlier_rowptr != nullptr) correct<kTokens>(args, channel, args.wide_x + token * args.wide_stride, y);
+    f32x16 bias{};
+    if (args.bias != nullptr) bias = load_floats(args.bias, args.bias_type, channel, count);
+    for (int t = 0; t < kTokens; ++t) {
+        if (args.bias != nullptr) y[t] += bias;
+        if (args.activation == Activation::gelu) y[t] = gelu(y[t]);
+        store_floats(args.out, args.float_type, (token + t) * args.n + channel, count, y[t]);
+    }
+}
+
+// ---- panels ----
+
+template <class Decoder, int kPanels>
+static void few_panels(const WeightOnlyArgs& args, const Decoder& d, PanelGroup g, int64_t panel, int64_t begin, int64_t end) {
+    const float* x = args.wide_x + begin * args.wide_stride;
+    const int64_t tokens = end - begin;
+    memset(g.total, 0, static_cast<size_t>(tokens * kPanels * kLanes) * sizeof(float));
+    if (args.format == WeightFormat::int4_panels) {
+        float* scale = g.decoded + kPanelInputs * kPanels * kLanes;
+        for (int p = 0; p < kPanels; ++p) gather_scales(args, (panel + p) * kLanes, kPanels * kLanes, scale + p * kLanes);
+        g.scale = scale;
+    }
+    if (!multiply_directly<Decoder, kDirectTokens, kPanels>(g, d, x, args.wide_stride, tokens)) {
+        for (int64_t block = 0; block < g.blocks; ++block) {
+            decode_block<Decoder, kPanels>(g, d, block);
+            multiply_tokens<Decoder::kParts, kPanels>(g, block, x, args.wide_stride, tokens);
+        }
+    }
+    for (int p = 0; p < kPanels; ++p) {
+        int64_t t = 0;
+        for (; t + 4 <= tokens; t += 4) finish_tokens<4>(args, panel + p, begin + t, g.total + (t * kPanels + p) * kLanes, kPanels);
+        for (; t < tokens; ++t) finish_tokens<1>(args, panel + p, begin + t, g.total + (t * kPanels + p) * kLanes, kPanels);
+    }
+}
+
+template <class Decoder>
+static void panels_of(const WeightOnlyArgs& args, int64_t panel, int64_t panel_end, int64_t begin, int64_t end, void* scratch) {
+    const Decoder d = Decoder::of(args);
+    const int64_t padded = weight_only_padded(args.k), group = args.groups > 0 ? args.k / args.groups : kPanelInputs;
+    PanelGroup g{};
+    g.block_inputs = group % kPanelInputs ? kPanelInputs / 2 : kPanelInputs;
+    g.blocks = (args.k + g.block_inputs - 1) / g.block_inputs;
+    g.blocks_per_scale = group / g.block_inputs;
+    g.stride = padded / (kPartSteps * Decoder::kParts) * Decoder::kRowBytes;
+    if (args.format == WeightFormat::int8_panels) g.stride += 64;  // the row of sums
+    g.total = static_cast<float*>(scratch);
+    g.decoded = g.total + kWeightOnlyTokens * kMaxPanels * kLanes;
+    const int64_t together = panels_together(end - begin);
+    while (panel < panel_end) {
+        const int64_t now = panel_end - panel < together ? 1 : together;
+        g.weight = static_cast<const uint8_t*>(args.weight) + panel * g.stride;
+        if (now > 1) {
+            few_panels<Decoder, kMaxPanels>(args, d, g, panel, begin, end);
+        } else {
+            few_panels<Decoder, 1>(args, d, g, panel, begin, end);
+        }
+        panel += now;
+    }
+}
+
+static void weight_only_panels(const WeightOnlyArgs& args, int64_t panel_begin, int64_t panel_end, int64_t token_begin,
+                               int64_t token_end, void* scratch) {
+    switch (args.format) {
+        case WeightFormat::int8_panels: return panels_of<DecodeInt8>(args, panel_begin, panel_end, token_begin, token_end, scratch);
+        case WeightFormat::int4_panels: return panels_of<DecodeInt4>(args, panel_begin, panel_end, token_begin, token_end, scratch);
+        case WeightFormat::dict4_panels: return panels_of<DecodeDict4>(args, panel_begin, panel_end, token_begin, token_end, scratch);
+        default: return panels_of<DecodeDict3>(args, panel_begin, panel_end, token_begin, token_end, scratch);
+    }
+}
+
+}  // namespace QBERT_ISA
+}  // namespace qbert
