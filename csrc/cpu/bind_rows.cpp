@@ -22,13 +22,14 @@ T* to(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-void call_quantize_rows(uintptr_t x, int64_t x_stride, int x_type, uintptr_t codes, uintptr_t scale, int64_t t, int64_t k, int threads) {
+void call_quantize_rows(uintptr_t x, int64_t x_stride, int x_type, uintptr_t codes, uintptr_t scale, int64_t t, int64_t k,
+                        int threads) {
     const QuantizeRowsArgs args{k, at<void>(x), x_stride, static_cast<FloatType>(x_type), to<int8_t>(codes), to<float>(scale)};
     quantize_rows(args, t, threads);
 }
 
-void call_add_norm_rows(uintptr_t y, int y_type, uintptr_t residual, int residual_type, uintptr_t gamma, uintptr_t beta, float eps,
-                        uintptr_t out, uintptr_t codes, uintptr_t scale, int64_t t, int64_t k, int threads) {
+void call_add_norm_rows(uintptr_t y, int y_type, uintptr_t residual, int residual_type, uintptr_t gamma, uintptr_t beta,
+                        float eps, uintptr_t out, uintptr_t codes, uintptr_t scale, int64_t t, int64_t k, int threads) {
     AddNormArgs args{};
     args.k = k;
     args.y = at<void>(y);
@@ -50,8 +51,9 @@ struct Table {
     int64_t outliers = 0;
 };
 
-Table make_table(int64_t rows, int64_t k, int format, uintptr_t data, int float_type, uintptr_t scale, int64_t groups, uintptr_t codebook,
-                 uintptr_t outlier_rowptr, uintptr_t outlier_col, bool outlier_col_wide, uintptr_t outlier_delta, int64_t outliers) {
+Table make_table(int64_t rows, int64_t k, int format, uintptr_t data, int float_type, uintptr_t scale, int64_t groups,
+                 uintptr_t codebook, uintptr_t outlier_rowptr, uintptr_t outlier_col, bool outlier_col_wide,
+                 uintptr_t outlier_delta, int64_t outliers) {
     Table table;
     table.args.rows = rows;
     table.args.k = k;
@@ -80,10 +82,10 @@ bool call_look_up_rows(const Table& table, uintptr_t ids, uintptr_t out, int out
     return true;
 }
 
-bool call_embed_norm_rows(const Table& words, uintptr_t ids, uintptr_t position_ids, uintptr_t token_type_ids, uintptr_t positions,
-                          int64_t position_rows, int positions_type, uintptr_t token_types, int64_t token_type_rows, int token_types_type,
-                          uintptr_t gamma, uintptr_t beta, float eps, uintptr_t out, uintptr_t codes, uintptr_t scale, int64_t t,
-                          int threads) {
+bool call_embed_norm_rows(const Table& words, uintptr_t ids, uintptr_t position_ids, uintptr_t token_type_ids,
+                          uintptr_t positions, int64_t position_rows, int positions_type, uintptr_t token_types,
+                          int64_t token_type_rows, int token_types_type, uintptr_t gamma, uintptr_t beta, float eps,
+                          uintptr_t out, uintptr_t codes, uintptr_t scale, int64_t t, int threads) {
     EmbedNormArgs args{};
     args.words = words.args;
     args.ids = at<int64_t>(ids);
@@ -99,15 +101,16 @@ bool call_embed_norm_rows(const Table& words, uintptr_t ids, uintptr_t position_
     args.out = to<void>(out);
     args.codes = to<int8_t>(codes);
     args.scale = to<float>(scale);
-    if (!is_inside(words, args.ids, t)) return false;
-    if (!ids_are_inside(args.position_ids, t, position_rows) || !ids_are_inside(args.token_type_ids, t, token_type_rows)) return false;
+    if (!is_inside(words, args.ids, t) || !ids_are_inside(args.position_ids, t, position_rows)) return false;
+    if (!ids_are_inside(args.token_type_ids, t, token_type_rows)) return false;
     embed_norm_rows(args, t, threads);
     return true;
 }
 
 // out_type is a FloatType, or -1 for int8 with one static scale.
 bool call_attention(uintptr_t qkv, uintptr_t scales, bool scales_per_token, uintptr_t cu_seqlens, int64_t sequences, int64_t t,
-                    int64_t heads, int64_t head_dim, float softmax_scale, uintptr_t out, int out_type, float inverse_out_scale, int threads) {
+                    int64_t heads, int64_t head_dim, float softmax_scale, uintptr_t out, int out_type, float inverse_out_scale,
+                    int threads) {
     if (!bounds_cover(at<int32_t>(cu_seqlens), sequences, t)) return false;
     AttentionArgs args{};
     args.qkv = at<int8_t>(qkv);
@@ -128,12 +131,14 @@ bool call_attention(uintptr_t qkv, uintptr_t scales, bool scales_per_token, uint
 
 void bind_rows(py::module_& m) {
     using Free = py::call_guard<py::gil_scoped_release>;
-    py::class_<Table>(m, "Table", "A table of embeddings: see TableArgs in csrc/cpu/kernels.h; pointers are integers, 0 for none.")
+    py::class_<Table>(m, "Table", "A table of embeddings: see TableArgs in csrc/cpu/kernels.h; pointers are integers, or 0.")
         .def(py::init(&make_table));
     m.def("quantize_rows", &call_quantize_rows, Free(), "See QuantizeRowsArgs in csrc/cpu/kernels.h; pointers are integers.");
     m.def("add_norm_rows", &call_add_norm_rows, Free(), "See AddNormArgs in csrc/cpu/kernels.h; pointers are integers.");
-    m.def("look_up_rows", &call_look_up_rows, Free(), "Rows of a Table; false, with nothing done, if an id or an outlier lies outside.");
-    m.def("embed_norm_rows", &call_embed_norm_rows, Free(), "See EmbedNormArgs in csrc/cpu/kernels.h; false as in look_up_rows.");
+    m.def("look_up_rows", &call_look_up_rows, Free(),
+          "Rows of a Table; false, with nothing done, if an id or an outlier lies outside.");
+    m.def("embed_norm_rows", &call_embed_norm_rows, Free(),
+          "See EmbedNormArgs in csrc/cpu/kernels.h; false, with nothing done, if an id or an outlier lies outside.");
     m.def("attention", &call_attention, Free(),
           "See AttentionArgs in csrc/cpu/kernels.h; false, with nothing done, if cu_seqlens does not ascend from 0 to t.");
     m.attr("MAX_ATTENTION_TERMS") = kMaxAttentionTerms;

@@ -15,8 +15,8 @@ const T* at(uintptr_t address) {
 
 void call_weight_only(int64_t t, int64_t n, int64_t k, uintptr_t x, int64_t x_stride, int float_type, int format, uintptr_t weight,
                       uintptr_t codebook, uintptr_t group_scale, int64_t groups, uintptr_t scale, uintptr_t outlier_rowptr,
-                      uintptr_t outlier_col, bool outlier_col_wide, uintptr_t outlier_delta, uintptr_t bias, int bias_type,
-                      int activation, uintptr_t out, int threads) {
+                      uintptr_t outlier_col, bool outlier_col_wide, uintptr_t outlier_delta, int64_t outliers, uintptr_t bias,
+                      int bias_type, int activation, uintptr_t out, int threads) {
     WeightOnlyArgs args{};
     args.t = t;
     args.n = n;
@@ -34,6 +34,7 @@ void call_weight_only(int64_t t, int64_t n, int64_t k, uintptr_t x, int64_t x_st
     args.outlier_col = at<void>(outlier_col);
     args.outlier_col_wide = outlier_col_wide;
     args.outlier_delta = at<float>(outlier_delta);
+    args.outliers = outliers;
     args.bias = at<void>(bias);
     args.bias_type = static_cast<FloatType>(bias_type);
     args.activation = static_cast<Activation>(activation);

@@ -99,7 +99,7 @@ QBERT_INLINE void dot_strips(const uint8_t* strip, const int8_t* panels, int64_t
 // quads is a multiple of 16.
 template <bool kUnsigned>
 QBERT_INLINE void dot(const void* strips, int64_t rows, const int8_t* panels, int64_t panel_stride, int64_t panel_count,
-                      int64_t quads, int64_t /*sums_row*/, int32_t* acc) {
+                      int64_t quads, int64_t /*sums_row*/, int32_t* acc, const int8_t* /*ahead*/ = nullptr) {
     const uint8_t* strip = static_cast<const uint8_t*>(strips);
     if (rows > kStripTokens) {
         dot_strips<2, kUnsigned>(strip, panels, panel_stride, panel_count, quads, acc);

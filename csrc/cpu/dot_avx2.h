@@ -90,7 +90,7 @@ QBERT_NOINLINE void dot_pass(const uint8_t* strip, const int8_t* panel, int64_t 
 // See dot_avx512_vnni.h. Codes are widened, so their sign is in the strip and no sums are needed.
 template <bool kUnsigned>
 QBERT_INLINE void dot(const void* strips, int64_t rows, const int8_t* panels, int64_t panel_stride, int64_t panel_count,
-                      int64_t quads, int64_t /*sums_row*/, int32_t* acc) {
+                      int64_t quads, int64_t /*sums_row*/, int32_t* acc, const int8_t* /*ahead*/ = nullptr) {
     for (int64_t p = 0; p < panel_count; ++p) {
         const uint8_t* strip = static_cast<const uint8_t*>(strips);
         const int8_t* panel = panels + p * panel_stride;

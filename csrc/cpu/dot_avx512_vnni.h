@@ -52,8 +52,12 @@ QBERT_INLINE void add_products(__m512i& sum, __m512i bytes, __m512i codes) {
 }
 
 // All loops over registers are unrolled: a sum that is indexed by a variable would live in memory.
-template <int kRows, int kPanels, bool kUnsigned>
-QBERT_NOINLINE void dot_pass(const uint8_t* strip, const int8_t* panels, int64_t panel_stride, int64_t quads, int64_t sums_row, int32_t* acc) {
+//
+// kAhead cache lines from `ahead` on are asked for with each row: with few tokens the weights come from memory, whose latency the
+// hardware's own prefetching of four streams does not hide.
+template <int kRows, int kPanels, bool kUnsigned, int kAhead>
+QBERT_NOINLINE void dot_pass(const uint8_t* strip, const int8_t* panels, int64_t panel_stride, int64_t quads, int64_t sums_row,
+                             int32_t* acc, const int8_t* ahead) {
     __m512i sum[kRows][kPanels];
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
@@ -63,6 +67,8 @@ QBERT_NOINLINE void dot_pass(const uint8_t* strip, const int8_t* panels, int64_t
         for (int i = 0; i < kRows; ++i) sum[i][p] = start;
     }
     for (int64_t r = 0; r < quads; ++r) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kAhead; ++i) __builtin_prefetch(ahead + (r * kAhead + i) * 64, 0, 3);
         __m512i w[kPanels];
 #pragma GCC unroll 4
         for (int p = 0; p < kPanels; ++p) w[p] = _mm512_loadu_si512(panels + p * panel_stride + r * 64);
@@ -82,19 +88,36 @@ QBERT_NOINLINE void dot_pass(const uint8_t* strip, const int8_t* panels, int64_t
     }
 }
 
+template <int kPanels, bool kUnsigned, int kAhead>
+QBERT_INLINE void dot_some_rows(int64_t rows, const uint8_t* strip, const int8_t* panels, int64_t panel_stride, int64_t quads,
+                                int64_t sums_row, int32_t* acc, const int8_t* ahead) {
+    switch (rows) {
+        case 1: return dot_pass<1, kPanels, kUnsigned, kAhead>(strip, panels, panel_stride, quads, sums_row, acc, ahead);
+        case 2: return dot_pass<2, kPanels, kUnsigned, kAhead>(strip, panels, panel_stride, quads, sums_row, acc, ahead);
+        case 3: return dot_pass<3, kPanels, kUnsigned, kAhead>(strip, panels, panel_stride, quads, sums_row, acc, ahead);
+        case 4: return dot_pass<4, kPanels, kUnsigned, kAhead>(strip, panels, panel_stride, quads, sums_row, acc, ahead);
+        case 5: return dot_pass<5, kPanels, kUnsigned, kAhead>(strip, panels, panel_stride, quads, sums_row, acc, ahead);
+        default: return dot_pass<6, kPanels, kUnsigned, kAhead>(strip, panels, panel_stride, quads, sums_row, acc, ahead);
+    }
+}
+
 template <int kPanels, bool kUnsigned>
-QBERT_INLINE void dot_rows(const uint8_t* strip, int64_t rows, const int8_t* panels, int64_t panel_stride, int64_t quads, int64_t sums_row, int32_t* acc) {
+QBERT_INLINE void dot_rows(const uint8_t* strip, int64_t rows, const int8_t* panels, int64_t panel_stride, int64_t quads,
+                           int64_t sums_row, int32_t* acc, const int8_t* ahead) {
     int64_t passes = (rows + kRowsPerPass - 1) / kRowsPerPass;
+    int64_t lines_ahead = ahead == nullptr ? 0 : passes == 1 ? 4 : 2, asked = 0;  // a block's lines, over one or two passes
     while (rows > 0) {
         const int64_t now = (rows + passes - 1) / passes;  // 16 is 6 + 5 + 5, each with enough independent sums
-        switch (now) {
-            case 1: dot_pass<1, kPanels, kUnsigned>(strip, panels, panel_stride, quads, sums_row, acc); break;
-            case 2: dot_pass<2, kPanels, kUnsigned>(strip, panels, panel_stride, quads, sums_row, acc); break;
-            case 3: dot_pass<3, kPanels, kUnsigned>(strip, panels, panel_stride, quads, sums_row, acc); break;
-            case 4: dot_pass<4, kPanels, kUnsigned>(strip, panels, panel_stride, quads, sums_row, acc); break;
-            case 5: dot_pass<5, kPanels, kUnsigned>(strip, panels, panel_stride, quads, sums_row, acc); break;
-            default: dot_pass<6, kPanels, kUnsigned>(strip, panels, panel_stride, quads, sums_row, acc); break;
+        if (kPanels == 4 && lines_ahead == 4) {
+            dot_some_rows<kPanels, kUnsigned, 4>(now, strip, panels, panel_stride, quads, sums_row, acc, ahead);
+        } else if (kPanels == 4 && lines_ahead == 2) {
+            dot_some_rows<kPanels, kUnsigned, 2>(now, strip, panels, panel_stride, quads, sums_row, acc, ahead);
+        } else {
+            dot_some_rows<kPanels, kUnsigned, 0>(now, strip, panels, panel_stride, quads, sums_row, acc, nullptr);
         }
+        ahead = ahead == nullptr ? nullptr : ahead + lines_ahead * quads * 64;
+        asked += lines_ahead;
+        if (asked >= kBlockPanels) lines_ahead = 0;
         strip += 4 * now;
         acc += 64 * now;
         rows -= now;
@@ -107,14 +130,16 @@ QBERT_INLINE void dot_rows(const uint8_t* strip, int64_t rows, const int8_t* pan
 // strips: from pack_codes (kUnsigned false) or pack_bytes (true), of `quads` rows.
 // panels: panel_stride bytes apart; row r of 64 bytes holds input channels 4 r ... 4 r + 3 of 16 lanes, row sums_row the int32
 //     sums of the lanes over all `quads` rows (read for signed codes only).
+// ahead: a block of four panels that will be wanted soon and is not in the cache, or null.
 template <bool kUnsigned>
-QBERT_INLINE void dot(const void* strips, int64_t rows, const int8_t* panels, int64_t panel_stride, int64_t panel_count, int64_t quads, int64_t sums_row, int32_t* acc) {
+QBERT_INLINE void dot(const void* strips, int64_t rows, const int8_t* panels, int64_t panel_stride, int64_t panel_count,
+                      int64_t quads, int64_t sums_row, int32_t* acc, const int8_t* ahead = nullptr) {
     const uint8_t* strip = static_cast<const uint8_t*>(strips);
     switch (panel_count) {
-        case 1: dot_rows<1, kUnsigned>(strip, rows, panels, panel_stride, quads, sums_row, acc); break;
-        case 2: dot_rows<2, kUnsigned>(strip, rows, panels, panel_stride, quads, sums_row, acc); break;
-        case 3: dot_rows<3, kUnsigned>(strip, rows, panels, panel_stride, quads, sums_row, acc); break;
-        default: dot_rows<4, kUnsigned>(strip, rows, panels, panel_stride, quads, sums_row, acc); break;
+        case 1: dot_rows<1, kUnsigned>(strip, rows, panels, panel_stride, quads, sums_row, acc, nullptr); break;
+        case 2: dot_rows<2, kUnsigned>(strip, rows, panels, panel_stride, quads, sums_row, acc, nullptr); break;
+        case 3: dot_rows<3, kUnsigned>(strip, rows, panels, panel_stride, quads, sums_row, acc, nullptr); break;
+        default: dot_rows<4, kUnsigned>(strip, rows, panels, panel_stride, quads, sums_row, acc, ahead); break;
     }
 }
 

@@ -89,7 +89,7 @@ QBERT_INLINE void dot_rows(const uint8_t* strip, int64_t rows, const int8_t* pan
 // See dot_avx512_vnni.h.
 template <bool kUnsigned>
 QBERT_INLINE void dot(const void* strips, int64_t rows, const int8_t* panels, int64_t panel_stride, int64_t panel_count,
-                      int64_t quads, int64_t sums_row, int32_t* acc) {
+                      int64_t quads, int64_t sums_row, int32_t* acc, const int8_t* /*ahead*/ = nullptr) {
     const uint8_t* strip = static_cast<const uint8_t*>(strips);
     int64_t p = 0;
     for (; p + 2 <= panel_count; p += 2) {

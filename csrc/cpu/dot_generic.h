@@ -47,7 +47,7 @@ QBERT_INLINE f32x16 column_of(const void* strip, uint64_t c) {
 // See dot_avx512_vnni.h for the arguments; codes are widened here, so their sign is in the strip and no sums are needed.
 template <bool kUnsigned>
 QBERT_INLINE void dot(const void* strips, int64_t rows, const int8_t* panels, int64_t panel_stride, int64_t panel_count,
-                      int64_t quads, int64_t /*sums_row*/, int32_t* acc) {
+                      int64_t quads, int64_t /*sums_row*/, int32_t* acc, const int8_t* /*ahead*/ = nullptr) {
     const int16_t* strip = static_cast<const int16_t*>(strips);
     for (int64_t p = 0; p < panel_count; ++p) {
         const int8_t* panel = panels + p * panel_stride;

@@ -23,7 +23,7 @@ constexpr float kProbabilityMax = 255.0f;
 struct HeadPlan {
     int64_t key_quads, key_stride, key_panels;        // panels of 16 keys along the channels, with the row of their sums
     int64_t value_quads, value_stride, value_panels;  // panels of 16 channels along the keys
-    int64_t row_codes;                                // of one query: a byte for each key, and room for whole vectors
+    int64_t row_codes;                                // of one query: a byte for each key, and room for whole blocks
     int64_t keys, values, queries, weights, codes, scores, key_factors, value_scales, bytes;
 };
 
@@ -41,7 +41,7 @@ static HeadPlan plan_head(const AttentionArgs& args, int64_t length) {
     plan.value_quads = multiple((length + 3) / 4, kQuadMultiple);
     plan.value_stride = plan.value_quads * 64;
     plan.value_panels = (args.head_dim + kPanelLanes - 1) / kPanelLanes;
-    plan.row_codes = multiple(length, 64);
+    plan.row_codes = multiple(length, kBlockKeys);
     plan.keys = take(plan.key_panels * plan.key_stride);
     plan.values = take(plan.value_panels * plan.value_stride);
     plan.queries = take(kStripsPerDot * strip_bytes_of(plan.key_quads));
@@ -55,28 +55,58 @@ static HeadPlan plan_head(const AttentionArgs& args, int64_t length) {
 
 static int64_t attention_scratch_bytes(const AttentionArgs& args, int64_t length) { return plan_head(args, length).bytes; }
 
+// One head of one sequence: what it reads, and its scratch memory.
+struct Head {
+    const AttentionArgs& args;
+    HeadPlan plan;
+    int64_t start, length, width, stride;  // a token has `width` channels of results and `stride` of codes
+    int64_t channel;                       // the head's first
+    const int8_t *query, *key, *value;     // of the first token
+    int8_t *keys, *values;
+    uint8_t *queries, *weights, *codes;
+    int32_t* scores;
+    float *key_factors, *value_scales;
+};
+
+static Head head_of(const AttentionArgs& args, int64_t start, int64_t length, int64_t head, void* scratch) {
+    const HeadPlan plan = plan_head(args, length);
+    const int64_t width = args.heads * args.head_dim, channel = head * args.head_dim;
+    const int8_t* query = args.qkv + start * 3 * width + channel;
+    uint8_t* memory = static_cast<uint8_t*>(scratch);
+    const auto codes_at = [&](int64_t at) { return reinterpret_cast<int8_t*>(memory + at); };
+    const auto floats_at = [&](int64_t at) { return reinterpret_cast<float*>(memory + at); };
+    return Head{args, plan, start, length, width, 3 * width, channel, query, query + width, query + 2 * width,
+                codes_at(plan.keys), codes_at(plan.values), memory + plan.queries, memory + plan.weights, memory + plan.codes,
+                reinterpret_cast<int32_t*>(memory + plan.scores), floats_at(plan.key_factors), floats_at(plan.value_scales)};
+}
+
+QBERT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // ---- packing ----
 
-static void pack_keys(const HeadPlan& plan, const int8_t* key, int64_t length, int64_t head_dim, int64_t stride, int8_t* panels) {
-    for (int64_t panel = 0; panel < plan.key_panels; ++panel) {
-        const int64_t first = panel * kPanelLanes, rows = length - first < kPanelLanes ? length - first : kPanelLanes;
-        int8_t* to = panels + panel * plan.key_stride;
-        pack_words(key + first * stride, rows, head_dim, stride, plan.key_quads, 0, to);
-        sum_lanes_of_panel(to, plan.key_quads);
+static void pack_keys(const Head& h) {
+    for (int64_t panel = 0; panel < h.plan.key_panels; ++panel) {
+        const int64_t first = panel * kPanelLanes, rows = smaller(h.length - first, kPanelLanes);
+        int8_t* to = h.keys + panel * h.plan.key_stride;
+        pack_words(h.key + first * h.stride, rows, h.args.head_dim, h.stride, h.plan.key_quads, 0, to);
+        sum_lanes_of_panel(to, h.plan.key_quads);
     }
 }
 
-static void pack_values(const HeadPlan& plan, const int8_t* value, int64_t length, int64_t head_dim, int64_t stride, int8_t* panels) {
-    for (int64_t panel = 0; panel < plan.value_panels; ++panel) {
-        const int64_t first = panel * kPanelLanes, lanes = head_dim - first < kPanelLanes ? head_dim - first : kPanelLanes;
-        int8_t* to = panels + panel * plan.value_stride;
+static void pack_values(const Head& h) {
+    for (int64_t panel = 0; panel < h.plan.value_panels; ++panel) {
+        const int64_t lanes = smaller(h.args.head_dim - panel * kPanelLanes, kPanelLanes);
+        const int8_t* from = h.value + panel * kPanelLanes;
+        int8_t* to = h.values + panel * h.plan.value_stride;
         int64_t row = 0;
-        for (const int8_t* from = value + first; lanes == kPanelLanes && row + 4 <= length; row += 4, from += 4 * stride) {
-            interleave_bytes(load16(from), load16(from + stride), load16(from + 2 * stride), load16(from + 3 * stride), to + row * 16);
+        for (; lanes == kPanelLanes && row + 4 <= h.length; row += 4) {
+            const int8_t* four = from + row * h.stride;
+            const byte16 low = load16(four), second = load16(four + h.stride), third = load16(four + 2 * h.stride);
+            interleave_bytes(low, second, third, load16(four + 3 * h.stride), to + row * 16);
         }
-        for (; row < 4 * plan.value_quads; row += 4) {
+        for (; row < 4 * h.plan.value_quads; row += 4) {
             byte16 four[4] = {};
-            for (int64_t j = 0; j < 4 && row + j < length; ++j) four[j] = load_some(value + first + (row + j) * stride, lanes);
+            for (int64_t j = 0; j < 4 && row + j < h.length; ++j) four[j] = load_some(from + (row + j) * h.stride, lanes);
             interleave_bytes(four[0], four[1], four[2], four[3], to + row * 16);
         }
     }
@@ -104,7 +134,9 @@ QBERT_INLINE void store_probabilities(uint8_t* to, f32x16 v) { store_bytes(to, (
 #if defined(__AVX512F__)
 template <class Vector, class Combine>
 QBERT_INLINE Vector reduce_rows(const Vector* row, Combine combine) {
-    const auto halves = [&](__m512 x, __m512 y) __attribute__((always_inline)) { return (__m512)combine((Vector)x, (Vector)y); };
+    const auto halves = [&](__m512 x, __m512 y) __attribute__((always_inline)) {
+        return (__m512)combine((Vector)x, (Vector)y);
+    };
     __m512 v[16];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
@@ -208,7 +240,8 @@ static void softmax_static(const StripRows& strip, float factor, float s_value) 
 }
 
 // With a scale for each token; key_factors are s_key times softmax_scale times log2(e).
-static void softmax_per_token(const StripRows& strip, const float* s_query, const float* key_factors, const float* value_scales) {
+static void softmax_per_token(const StripRows& strip, const float* s_query, const float* key_factors,
+                              const float* value_scales) {
     f32x16 part[kLanes] = {}, total[kLanes] = {};
     for (int64_t i = 0; i < strip.rows; ++i) {
         f32x16 largest = broadcast(-__builtin_inff());
@@ -247,47 +280,89 @@ static void softmax_per_token(const StripRows& strip, const float* s_query, cons
     store(strip.factors, largest / kProbabilityMax / sum_rows(total));
 }
 
-// ---- one head ----
+// ---- scales ----
 
-QBERT_INLINE bool is_scale(float scale) { return scale > 0.0f && scale <= 3.40282347e38f; }
+QBERT_INLINE bool is_scale(float scale) { return scale > 0.0f && scale < __builtin_inff(); }
 
 // What the softmax needs of the scales, once for a head; a row's factor is NaN where a scale it depends on is none.
 struct HeadScales {
     const float* token;  // (3,) of the first token, or of all
-    bool per_token;
     bool usable;         // those that all rows depend on
     float factor;        // static: of the scores, times log2(e)
+
+    float query(const Head& h, int64_t i) const { return token[h.args.scales_per_token ? 3 * i : 0]; }
 };
 
-static HeadScales scales_of(const AttentionArgs& args, const HeadPlan& plan, int64_t start, int64_t length, float* key_factors, float* value_scales) {
-    HeadScales scales{args.scales + (args.scales_per_token ? 3 * start : 0), args.scales_per_token, true, 0.0f};
-    const double to_log2 = static_cast<double>(args.softmax_scale) * kLog2E;
-    if (!scales.per_token) {
-        const float *s = scales.token;
+static HeadScales scales_of(const Head& h) {
+    HeadScales scales{h.args.scales + (h.args.scales_per_token ? 3 * h.start : 0), true, 0.0f};
+    const double to_log2 = static_cast<double>(h.args.softmax_scale) * kLog2E;
+    const float* s = scales.token;
+    if (!h.args.scales_per_token) {
         scales.factor = static_cast<float>(static_cast<double>(s[0]) * s[1] * to_log2);
-        scales.usable = is_scale(s[0]) && is_scale(s[1]) && is_scale(s[2]) && scales.factor <= 3.40282347e38f;
+        scales.usable = is_scale(s[0]) && is_scale(s[1]) && is_scale(s[2]) && scales.factor < __builtin_inff();
         return scales;
     }
-    for (int64_t i = 0; i < length; ++i) {
-        const float s_key = scales.token[3 * i + 1], s_value = scales.token[3 * i + 2];
-        key_factors[i] = static_cast<float>(s_key * to_log2);
-        value_scales[i] = s_value;
-        scales.usable &= is_scale(s_key) && is_scale(s_value) && key_factors[i] <= 3.40282347e38f;
+    for (int64_t i = 0; i < h.length; ++i, s += 3) {
+        h.key_factors[i] = static_cast<float>(s[1] * to_log2);
+        h.value_scales[i] = s[2];
+        scales.usable &= is_scale(s[1]) && is_scale(s[2]) && h.key_factors[i] < __builtin_inff();
     }
-    for (int64_t i = length; i < plan.row_codes; ++i) key_factors[i] = value_scales[i] = 0.0f;
+    for (int64_t i = h.length; i < h.plan.row_codes; ++i) h.key_factors[i] = h.value_scales[i] = 0.0f;
     return scales;
 }
 
-static void store_rows(const AttentionArgs& args, const int32_t* sums, const float* factors, int64_t rows, int64_t index, int64_t channels) {
-    const int64_t width = args.heads * args.head_dim;
-    for (int64_t i = 0; i < rows; ++i, index += width, sums += kBlockChannels) {
+// ---- one head ----
+
+// Sums of products of queries first ... first + rows - 1 with all keys.
+static void score(const Head& h, int64_t first, int64_t rows) {
+    const HeadPlan& plan = h.plan;
+    for (int64_t i = 0; i < rows; i += kStripTokens) {
+        const int8_t* from = h.query + (first + i) * h.stride;
+        uint8_t* to = h.queries + i / kStripTokens * strip_bytes_of(plan.key_quads);
+        pack_codes(from, smaller(rows - i, kStripTokens), h.args.head_dim, h.stride, plan.key_quads, to);
+    }
+    int32_t* scores = h.scores;
+    for (int64_t panel = 0; panel < plan.key_panels; panel += kBlockPanels, scores += kBlockStride) {
+        const int8_t* keys = h.keys + panel * plan.key_stride;
+        const int64_t panels = smaller(plan.key_panels - panel, kBlockPanels);
+        dot<false>(h.queries, rows, keys, plan.key_stride, panels, plan.key_quads, plan.key_quads, scores);
+    }
+}
+
+// Their probabilities, packed, and the factors on the sums of these times values.
+static void weigh(const Head& h, const HeadScales& scales, int64_t first, int64_t rows, float* factors) {
+    for (int64_t i = 0; i < rows; i += kStripTokens) {
+        const int64_t now = smaller(rows - i, kStripTokens);
+        uint8_t* codes = h.codes + i * h.plan.row_codes;
+        const StripRows strip{now, h.length, h.scores + i * kBlockKeys, codes, h.plan.row_codes, factors + i};
+        float s_query[kStripTokens];
+        for (int64_t j = 0; j < now; ++j) s_query[j] = scales.query(h, first + i + j);
+        if (h.args.scales_per_token) {
+            softmax_per_token(strip, s_query, h.key_factors, h.value_scales);
+        } else {
+            softmax_static(strip, scales.factor, scales.token[2]);
+        }
+        for (int64_t j = 0; j < now; ++j) {
+            if (!scales.usable || !is_scale(s_query[j])) factors[i + j] = __builtin_nanf("");
+        }
+        uint8_t* to = h.weights + i / kStripTokens * strip_bytes_of(h.plan.value_quads);
+        pack_bytes(codes, now, h.length, h.plan.row_codes, h.plan.value_quads, to);
+    }
+}
+
+// Channels at ... of the results of `rows` tokens from their sums.
+static void store_rows(const Head& h, const int32_t* sums, const float* factors, int64_t first, int64_t rows, int64_t at) {
+    const AttentionArgs& args = h.args;
+    const int64_t channels = smaller(args.head_dim - at, kBlockChannels);
+    int64_t index = (h.start + first) * h.width + h.channel + at;
+    for (int64_t i = 0; i < rows; ++i, index += h.width, sums += kBlockChannels) {
         const f32x16 factor = broadcast(factors[i]);
-        for (int64_t at = 0; at < channels; at += kLanes) {
-            const f32x16 y = to_float(load(sums + at)) * factor;
+        for (int64_t c = 0; c < channels; c += kLanes) {
+            const f32x16 y = to_float(load(sums + c)) * factor;
             if (args.requantize) {
-                store_static_codes(static_cast<int8_t*>(args.out) + index + at, channels - at, y * args.inverse_out_scale);
+                store_static_codes(static_cast<int8_t*>(args.out) + index + c, channels - c, y * args.inverse_out_scale);
             } else {
-                store_floats(args.out, args.float_type, index + at, channels - at, y);
+                store_floats(args.out, args.float_type, index + c, channels - c, y);
             }
         }
     }
@@ -295,54 +370,21 @@ static void store_rows(const AttentionArgs& args, const int32_t* sums, const flo
 
 static void attention_head(const AttentionArgs& args, int64_t start, int64_t length, int64_t head, void* scratch) {
     const DotSession session;
-    const HeadPlan plan = plan_head(args, length);
-    const int64_t width = args.heads * args.head_dim, stride = 3 * width;
-    const int8_t* query = args.qkv + start * stride + head * args.head_dim;
-    uint8_t* memory = static_cast<uint8_t*>(scratch);
-    int8_t *keys = reinterpret_cast<int8_t*>(memory + plan.keys), *values = reinterpret_cast<int8_t*>(memory + plan.values);
-    uint8_t *queries = memory + plan.queries, *weights = memory + plan.weights, *codes = memory + plan.codes;
-    int32_t* scores = reinterpret_cast<int32_t*>(memory + plan.scores);
-    float *key_factors = reinterpret_cast<float*>(memory + plan.key_factors), *value_scales = reinterpret_cast<float*>(memory + plan.value_scales);
-
-    const HeadScales scales = scales_of(args, plan, start, length, key_factors, value_scales);
-    pack_keys(plan, query + width, length, args.head_dim, stride, keys);
-    pack_values(plan, query + 2 * width, length, args.head_dim, stride, values);
+    const Head h = head_of(args, start, length, head, scratch);
+    const HeadScales scales = scales_of(h);
+    pack_keys(h);
+    pack_values(h);
+    alignas(64) float factors[kQueries];
+    alignas(64) int32_t sums[kQueries * kBlockChannels];
     for (int64_t first = 0; first < length; first += kQueries) {
-        const int64_t rows = length - first < kQueries ? length - first : kQueries;
-        for (int64_t i = 0; i < rows; i += kStripTokens) {
-            const int64_t now = rows - i < kStripTokens ? rows - i : kStripTokens;
-            uint8_t* to = queries + i / kStripTokens * strip_bytes_of(plan.key_quads);
-            pack_codes(query + (first + i) * stride, now, args.head_dim, stride, plan.key_quads, to);
-        }
-        for (int64_t panel = 0; panel < plan.key_panels; panel += kBlockPanels) {
-            const int64_t panels = plan.key_panels - panel < kBlockPanels ? plan.key_panels - panel : kBlockPanels;
-            dot<false>(queries, rows, keys + panel * plan.key_stride, plan.key_stride, panels, plan.key_quads, plan.key_quads,
-                       scores + panel / kBlockPanels * kBlockStride);
-        }
-        alignas(64) float factors[kQueries];
-        for (int64_t i = 0; i < rows; i += kStripTokens) {
-            const int64_t now = rows - i < kStripTokens ? rows - i : kStripTokens;
-            const StripRows strip{now, length, scores + i * kBlockKeys, codes + i * plan.row_codes, plan.row_codes, factors + i};
-            float s_query[kStripTokens];
-            for (int64_t j = 0; j < now; ++j) s_query[j] = scales.token[scales.per_token ? 3 * (first + i + j) : 0];
-            if (scales.per_token) {
-                softmax_per_token(strip, s_query, key_factors, value_scales);
-            } else {
-                softmax_static(strip, scales.factor, scales.token[2]);
-            }
-            for (int64_t j = 0; j < now; ++j) {
-                if (!scales.usable || !is_scale(s_query[j])) factors[i + j] = __builtin_nanf("");
-            }
-            uint8_t* to = weights + i / kStripTokens * strip_bytes_of(plan.value_quads);
-            pack_bytes(codes + i * plan.row_codes, now, length, plan.row_codes, plan.value_quads, to);
-        }
-        for (int64_t panel = 0; panel < plan.value_panels; panel += kBlockPanels) {
-            const int64_t panels = plan.value_panels - panel < kBlockPanels ? plan.value_panels - panel : kBlockPanels;
-            const int64_t channel = panel * kPanelLanes, left = args.head_dim - channel;
-            alignas(64) int32_t sums[kQueries * kBlockChannels];
-            dot<true>(weights, rows, values + panel * plan.value_stride, plan.value_stride, panels, plan.value_quads, 0, sums);
-            store_rows(args, sums, factors, rows, (start + first) * width + head * args.head_dim + channel,
-                       left < kBlockChannels ? left : kBlockChannels);
+        const int64_t rows = smaller(length - first, kQueries);
+        score(h, first, rows);
+        weigh(h, scales, first, rows, factors);
+        for (int64_t panel = 0; panel < h.plan.value_panels; panel += kBlockPanels) {
+            const int8_t* values = h.values + panel * h.plan.value_stride;
+            const int64_t panels = smaller(h.plan.value_panels - panel, kBlockPanels);
+            dot<true>(h.weights, rows, values, h.plan.value_stride, panels, h.plan.value_quads, 0, sums);
+            store_rows(h, sums, factors, first, rows, panel * kPanelLanes);
         }
     }
 }

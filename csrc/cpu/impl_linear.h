@@ -105,6 +105,10 @@ static void linear_block(const LinearArgs& args, int64_t block, const void* stri
         weight = free_scratch;
         free_scratch += kBlockPanels * panel_stride;
     }
+    // The next block that this worker is likely to get.
+    const int64_t next = block + args.blocks_ahead;
+    const bool known = args.blocks_ahead > 0 && args.format == WeightFormat::int8_panels && (next + 1) * kBlockChannels <= args.n;
+    const int8_t* ahead = known ? weight + args.blocks_ahead * kBlockPanels * panel_stride : nullptr;
     float* corrections = reinterpret_cast<float*>(free_scratch);
     const DotSession session;
     alignas(64) int32_t acc[kDotTokens * kBlockChannels];
@@ -112,7 +116,7 @@ static void linear_block(const LinearArgs& args, int64_t block, const void* stri
         const uint8_t* packed = static_cast<const uint8_t*>(strips) + strip * strip_size;
         const int64_t first = strip * kStripTokens, stop = strip_end * kStripTokens < args.t ? strip_end * kStripTokens : args.t;
         const int64_t rows = stop - first < kDotTokens ? stop - first : kDotTokens;
-        dot<false>(packed, rows, weight, panel_stride, panels, quads, quads, acc);
+        dot<false>(packed, rows, weight, panel_stride, panels, quads, quads, acc, strip == strip_begin ? ahead : nullptr);
         for (int64_t i = 0; c.outliers && i < rows; i += kStripTokens) {
             correct_strip(args, c, packed + i / kStripTokens * strip_size, corrections + i * kBlockChannels);
         }

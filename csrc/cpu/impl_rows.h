@@ -19,7 +19,7 @@ alignas(64) constexpr int32_t kLaneNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8,
 // -1 in the first `count` lanes, 0 in the others.
 QBERT_INLINE i32x16 first_lanes(int64_t count) { return load(kLaneNumbers) < broadcast(static_cast<int32_t>(count)); }
 
-// Calls use(at, count, part) for vectors that begin at element `at`. Only the last `count` may be below 16; `part` counts modulo
+// Calls use(at, count, part) for vectors that begin at element `at`. Only the last `count` may be below 16; `part` counts mod
 // kParts and says which of several sums a vector belongs to, so that no addition waits for the one before. Both are constants
 // once this is inlined.
 constexpr int kParts = 4;
@@ -115,7 +115,9 @@ static void quantize_rows(const QuantizeRowsArgs& args, int64_t begin, int64_t e
     for (int64_t t = begin; t < end; ++t) {
         const float* x = float_row(args.x, args.x_type, t * args.x_stride, args.k, scratch);
         RowMax absmax;
-        for_vectors(args.k, [&](int64_t at, int64_t count, int) __attribute__((always_inline)) { absmax.add(load_part(x + at, count)); });
+        for_vectors(args.k, [&](int64_t at, int64_t count, int) __attribute__((always_inline)) {
+            absmax.add(load_part(x + at, count));
+        });
         quantize_row(x, args.k, absmax.total(), args.codes + t * args.k, args.scale + t);
     }
 }
@@ -226,7 +228,8 @@ QBERT_INLINE float bf16_to_float(uint16_t half) {
 
 static void load_int4_row(const TableArgs& table, int64_t id, float* row) {
     const int64_t width = (table.k + 1) / 2, size = table.k / table.groups;
-    for_codes<4>(static_cast<const uint8_t*>(table.data) + id * width, table.k, [&](int64_t at, i32x16 code) __attribute__((always_inline)) {
+    const uint8_t* stream = static_cast<const uint8_t*>(table.data) + id * width;
+    for_codes<4>(stream, table.k, [&](int64_t at, i32x16 code) __attribute__((always_inline)) {
         store(row + at, to_float((code ^ 8) - 8));
     });
     const uint16_t* scale = static_cast<const uint16_t*>(table.scale) + id * table.groups;
@@ -246,7 +249,8 @@ static void load_dictionary_row(const TableArgs& table, int64_t id, float* row) 
     float codebook[kLanes] = {};
     memcpy(codebook, table.codebook, sizeof(float) << kBits);
     const int64_t width = (table.k * kBits + 7) / 8;
-    for_codes<kBits>(static_cast<const uint8_t*>(table.data) + id * width, table.k, [&](int64_t at, i32x16 code) __attribute__((always_inline)) {
+    const uint8_t* stream = static_cast<const uint8_t*>(table.data) + id * width;
+    for_codes<kBits>(stream, table.k, [&](int64_t at, i32x16 code) __attribute__((always_inline)) {
 #if defined(__AVX512F__)
         _mm512_storeu_ps(row + at, _mm512_maskz_permutexvar_ps(0xffff, (__m512i)code, _mm512_loadu_ps(codebook)));
 #else
@@ -283,7 +287,9 @@ static const float* table_row(const TableArgs& table, int64_t id, float* space) 
 
 static void look_up_rows(const LookUpArgs& args, int64_t begin, int64_t end, float* scratch) {
     const int64_t k = args.table.k;
-    for (int64_t t = begin; t < end; ++t) store_row(table_row(args.table, args.ids[t], scratch), k, args.out, args.out_type, t * k);
+    for (int64_t t = begin; t < end; ++t) {
+        store_row(table_row(args.table, args.ids[t], scratch), k, args.out, args.out_type, t * k);
+    }
 }
 
 static void embed_norm_rows(const EmbedNormArgs& args, int64_t begin, int64_t end, float* scratch) {

@@ -12,7 +12,7 @@
 namespace qbert {
 namespace QBERT_ISA {
 
-constexpr int kPrefetch = 1024;  // bytes ahead in each panel
+constexpr int kPrefetch = 3072;  // bytes ahead in each panel
 
 // Panels that are computed together, how many tokens multiply vectors while these are in registers, and tokens of a pass over
 // decoded vectors: as many sums as the registers hold beside weights and one token's value.
@@ -115,7 +115,7 @@ QBERT_NOINLINE void multiply_direct(const PanelGroup& g, const Decoder& decoder,
         Sums<kTokens, kPanels> sums{};
         for (int64_t i = 0; i < g.block_inputs; i += kRowInputs) {
             for (int p = 0; p < kPanels; ++p) {
-                for (int line = 0; line < Decoder::kRowBytes; line += 64) __builtin_prefetch(ahead + p * g.stride + line, 0, 2);
+                for (int line = 0; line < Decoder::kRowBytes; line += 64) __builtin_prefetch(ahead + p * g.stride + line);
             }
 #pragma GCC unroll 1
             for (int part = 0; part < Decoder::kParts; ++part) multiply_part(d, row, g.stride, part, x + part, x_stride, sums);
@@ -134,7 +134,9 @@ static bool multiply_directly(const PanelGroup& g, const Decoder& d, const float
         return false;
     } else {
         if (tokens != kTokens) return multiply_directly<Decoder, kTokens - 1, kPanels>(g, d, x, x_stride, tokens);
-        if constexpr (kPanels == 1 || kPanels == panels_together(kTokens)) {
+        // A row of 3-bit codes takes more registers than others: some instruction sets have too few for more than two tokens.
+        constexpr bool kFits = kMaxPanels == 4 || Decoder::kParts == 1 || kTokens <= 2;
+        if constexpr (kFits && (kPanels == 1 || kPanels == panels_together(kTokens))) {
             multiply_direct<Decoder, kTokens, kPanels>(g, d, x, x_stride);
             return true;
         }

@@ -43,6 +43,7 @@ struct LinearArgs {
     const float* bias;      // (n,) float32 or null
     Activation activation;
     void* out;              // (t, n)
+    int64_t blocks_ahead;   // the block so many further is read into the cache meanwhile; 0 for none
     bool requantize;        // to int8 with inverse_out_scale; else to float_type
     FloatType float_type;
     float inverse_out_scale;
@@ -66,6 +67,7 @@ struct WeightOnlyArgs {
     const void* outlier_col;        // int16 or int32
     bool outlier_col_wide;
     const float* outlier_delta;
+    int64_t outliers;
     const void* bias;        // (n,) or null
     FloatType bias_type;
     Activation activation;

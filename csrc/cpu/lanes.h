@@ -1,7 +1,7 @@
 // Sixty-four bytes of numbers, in as many registers as this instruction set takes for them.
 //
 // The compiler's own vectors of 64 bytes would do where registers are that long. Where they are not, GCC keeps them in memory
-// across loops and takes comparisons, selections and conversions apart lane by lane; registers in a structure it keeps apart well.
+// across loops and takes comparisons, selections and conversions apart lane by lane; registers in a structure it handles well.
 #pragma once
 
 #include <stdint.h>

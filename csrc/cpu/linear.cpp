@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kInlineProducts = 1 << 17;  // below this a second thread costs more than it brings
 constexpr int64_t kMinStripsPerTask = 8;      // a task expands its weights anew: over fewer tokens that would show
 constexpr int64_t kTasksPerThread = 8;
+constexpr int64_t kTokensBoundByMemory = 64;  // with so few, reading a weight takes longer than multiplying with it
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -50,11 +51,13 @@ void check_outliers(const LinearArgs& args) {
 
 }  // namespace
 
-void linear(const LinearArgs& args, int threads) {
+void linear(const LinearArgs& wanted_args, int threads) {
+    LinearArgs args = wanted_args;
     if (args.t == 0 || args.n == 0) return;
     if (args.outlier_rowptr != nullptr) check_outliers(args);
     const Kernels& k = kernels();
     if (args.t * args.n * args.k <= kInlineProducts) threads = 1;
+    args.blocks_ahead = args.t <= kTokensBoundByMemory ? threads : 0;
     const int64_t strips = ceil_div(args.t, kStripTokens), blocks = ceil_div(args.n, kBlockChannels);
     uint8_t* packed = static_cast<uint8_t*>(packed_activations.get(strips * k.strip_bytes(args.k)));
     pack(k, args, threads, packed);

@@ -26,8 +26,10 @@ QBERT_INLINE byte16 load_some(const void* from, int64_t count) {
 // Words 0 ... 3 of four rows, to four vectors `step` bytes apart that hold one word of each row.
 QBERT_INLINE void transpose_words(byte16 row0, byte16 row1, byte16 row2, byte16 row3, word4 flips, uint8_t* to, int64_t step) {
     const index4 low = {0, 4, 1, 5}, high = {2, 6, 3, 7};
-    const long2 a = (long2)__builtin_shuffle((word4)row0, (word4)row1, low), b = (long2)__builtin_shuffle((word4)row0, (word4)row1, high);
-    const long2 c = (long2)__builtin_shuffle((word4)row2, (word4)row3, low), d = (long2)__builtin_shuffle((word4)row2, (word4)row3, high);
+    const long2 a = (long2)__builtin_shuffle((word4)row0, (word4)row1, low);
+    const long2 b = (long2)__builtin_shuffle((word4)row0, (word4)row1, high);
+    const long2 c = (long2)__builtin_shuffle((word4)row2, (word4)row3, low);
+    const long2 d = (long2)__builtin_shuffle((word4)row2, (word4)row3, high);
     const long2 first = {0, 2}, second = {1, 3};
     store16(to, (byte16)((word4)__builtin_shuffle(a, c, first) ^ flips));
     store16(to + step, (byte16)((word4)__builtin_shuffle(a, c, second) ^ flips));

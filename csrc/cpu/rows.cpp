@@ -35,11 +35,15 @@ int64_t column_of(const TableArgs& table, int64_t entry) {
 
 }  // namespace
 
-void quantize_rows(const QuantizeRowsArgs& args, int64_t t, int threads) { run(kernels().quantize_rows, args, t, args.k, threads); }
+void quantize_rows(const QuantizeRowsArgs& args, int64_t t, int threads) {
+    run(kernels().quantize_rows, args, t, args.k, threads);
+}
 
 void add_norm_rows(const AddNormArgs& args, int64_t t, int threads) { run(kernels().add_norm_rows, args, t, args.k, threads); }
 
-void look_up_rows(const LookUpArgs& args, int64_t t, int threads) { run(kernels().look_up_rows, args, t, args.table.k, threads); }
+void look_up_rows(const LookUpArgs& args, int64_t t, int threads) {
+    run(kernels().look_up_rows, args, t, args.table.k, threads);
+}
 
 void embed_norm_rows(const EmbedNormArgs& args, int64_t t, int threads) {
     run(kernels().embed_norm_rows, args, t, args.words.k, threads);

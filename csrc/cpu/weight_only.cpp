@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/outliers.h"
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
 
@@ -38,6 +39,7 @@ void widen(const Kernels& k, WeightOnlyArgs& args, int threads) {
 
 void weight_only(WeightOnlyArgs args, int threads) {
     if (args.t == 0 || args.n == 0) return;
+    check_outliers(args);
     const Kernels& k = kernels();
     if (args.n * args.k * (args.t + 1) <= kInlineWork) threads = 1;
     widen(k, args, threads);
