@@ -2,31 +2,41 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+NATIVE := $(VENV)/.native
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 # One thread a worker: torch's threads spin while they wait, and two teams on the same cores slow each other tenfold.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
-.PHONY: demo test test-slow lint setup clean help
+.PHONY: demo test test-slow lint setup native sanitize wheel clean help
 
 help:
 	@echo "make demo       quantize a real encoder, save, load, evaluate, time it (no hub, no GPU)"
 	@echo "make test       lint and the tests"
 	@echo "make test-slow  the tests that take long"
 	@echo "make lint       ruff and mypy"
+	@echo "make native     compile what has changed in csrc (the others do so first)"
+	@echo "make sanitize   the C++ tests under the address, undefined-behaviour and thread sanitizers"
+	@echo "make wheel      build the packages and try them out in fresh environments, with a compiler and without"
+	@echo "make clean      delete what was built (not $(VENV))"
 
 setup: $(READY)
 
-$(READY): requirements.txt pyproject.toml setup.py .ci/setup $(wildcard csrc/*/*.cpp csrc/*/*.h)
+native: $(NATIVE)
+
+$(READY): requirements.txt pyproject.toml setup.py .ci/setup
 	.ci/setup $(VENV)
 
-demo: $(READY)
+$(NATIVE): $(READY) .ci/native $(wildcard csrc/*/*.cpp csrc/*/*.h)
+	.ci/native $(VENV)
+
+demo: $(NATIVE)
 	$(BIN)/qbert compare minilm --task trec --task lee --plot build/demo.png
 
-test: lint
+test: lint $(NATIVE)
 	$(PYTEST) -m "not slow"
 
-test-slow: $(READY)
+test-slow: $(NATIVE)
 	$(PYTEST) -m slow
 
 lint: $(READY)
@@ -34,5 +44,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+sanitize: $(READY)
+	$(BIN)/python tests/native/build.py
+
+wheel: $(READY)
+	.ci/wheel $(VENV)
+
 clean:
-	rm -rf build dist *.egg-info qbert/*.so
+	rm -rf build dist *.egg-info qbert/*.so $(NATIVE)

@@ -122,8 +122,8 @@ constexpr double kLog2E = 1.4426950408889634;
 // 255 * 2^v for v <= 0; below 2^-126 it is 0, and so it is for NaN, whose row is made NaN elsewhere.
 QBERT_INLINE f32x16 power(f32x16 v) {
     const f32x16 shifted = v + kRounder, n = shifted - kRounder;
-    const i32x16 exponent = (i32x16)shifted << 23;  // what is left of kRounder's own bits is 0
-    const f32x16 result = (f32x16)((i32x16)polynomial(kPower, v - n) + exponent);
+    const u32x16 exponent = (u32x16)shifted << 23;  // what is left of kRounder's own bits is 0
+    const f32x16 result = (f32x16)((u32x16)polynomial(kPower, v - n) + exponent);
     return select(v >= broadcast(-126.0f), result, f32x16{});
 }
 

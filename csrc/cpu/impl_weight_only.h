@@ -12,7 +12,8 @@
 namespace qbert {
 namespace QBERT_ISA {
 
-constexpr int kPrefetch = 3072;  // bytes ahead in each panel
+constexpr int kPrefetch = 3072;        // bytes ahead in each panel
+constexpr int kOutliersTogether = 32;  // of a panel
 
 // Panels that are computed together, how many tokens multiply vectors while these are in registers, and tokens of a pass over
 // decoded vectors: as many sums as the registers hold beside weights and one token's value.
@@ -268,21 +269,27 @@ QBERT_INLINE i32x16 outlier_bounds(const WeightOnlyArgs& args, int64_t channel) 
 }
 
 // Adds the outliers of 16 output channels, in the order of their columns: each to its own lane, without asking where rows end.
+// Some are summed up on their own first: of very many in a row, one sum would lose too much.
 template <int kTokens>
 QBERT_INLINE void correct(const WeightOnlyArgs& args, int64_t channel, const float* x, f32x16* y) {
     const int64_t last = channel + kLanes < args.n ? channel + kLanes : args.n;
-    if (args.outlier_rowptr[channel] == args.outlier_rowptr[last]) return;
+    const int32_t stop = args.outlier_rowptr[last];
+    if (args.outlier_rowptr[channel] == stop) return;
     const i32x16 begin = outlier_bounds(args, channel), end = outlier_bounds(args, channel + 1);
-    f32x16 sum[kTokens] = {};
-    for (int32_t entry = begin[0]; entry < end[kLanes - 1]; ++entry) {
-        const int64_t column = args.outlier_col_wide ? static_cast<const int32_t*>(args.outlier_col)[entry]
-                                                     : static_cast<const int16_t*>(args.outlier_col)[entry];
-        const i32x16 lane = (begin <= entry) & (end > entry);
-        for (int t = 0; t < kTokens; ++t) {
-            sum[t] += select(lane, broadcast(args.outlier_delta[entry] * x[t * args.wide_stride + column]), f32x16{});
+    for (int32_t entry = args.outlier_rowptr[channel]; entry < stop;) {
+        const int32_t pause = stop - entry < kOutliersTogether ? stop : entry + kOutliersTogether;
+        f32x16 sum[kTokens] = {};
+        for (; entry < pause; ++entry) {
+            const int64_t column = args.outlier_col_wide ? static_cast<const int32_t*>(args.outlier_col)[entry]
+                                                         : static_cast<const int16_t*>(args.outlier_col)[entry];
+            const auto lane = (begin <= entry) & (end > entry);
+            const f32x16 delta = broadcast(args.outlier_delta[entry]);
+            for (int t = 0; t < kTokens; ++t) {
+                sum[t] = select(lane, madd(delta, broadcast(x[t * args.wide_stride + column]), sum[t]), sum[t]);
+            }
         }
+        for (int t = 0; t < kTokens; ++t) y[t] += sum[t];
     }
-    for (int t = 0; t < kTokens; ++t) y[t] += sum[t];
 }
 
 template <int kTokens>

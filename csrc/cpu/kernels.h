@@ -165,7 +165,7 @@ struct Kernels {
                          void* scratch);
     // Multiplies in registers only; returns how many products of two numbers it made.
     int64_t (*peak_products)(int64_t iterations);
-    // Weight-only products. Tokens begin ... end - 1 of args.x to float32 rows, as args.wide_x wants them.
+    // Weight-only products. Tokens begin ... end - 1 of args.x to the same rows of `wide`, as args.wide_x wants them.
     void (*weight_only_widen)(const WeightOnlyArgs& args, int64_t begin, int64_t end, float* wide);
     int64_t (*weight_only_scratch_bytes)(const WeightOnlyArgs& args);
     // Output channels panel_begin * kPanelLanes ... of at most kWeightOnlyTokens tokens token_begin ... token_end - 1.

@@ -359,7 +359,7 @@ QBERT_INLINE f32x16 round_even(f32x16 v) {
 // As round_even, to int32 lanes; NaN gives an unspecified lane.
 QBERT_INLINE i32x16 round_to_int(f32x16 v) {
     constexpr float kMagic = 12582912.0f;
-    return (i32x16)(v + kMagic) - 0x4b400000;  // the bits of kMagic
+    return (i32x16)((u32x16)(v + kMagic) - 0x4b400000);  // the bits of kMagic
 }
 
 // The first `count` lanes rounded to int8 codes -127 ... 127; NaN becomes 0: the residual stream, not this, carries it.

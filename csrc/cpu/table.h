@@ -6,6 +6,7 @@
 #include "cpu/impl_attention.h"
 #include "cpu/impl_linear.h"
 #include "cpu/impl_rows.h"
+#include "cpu/impl_weight_only.h"
 
 namespace qbert {
 namespace QBERT_ISA {
@@ -18,9 +19,9 @@ static constexpr Kernels table(Isa isa) {
         linear_scratch_bytes,
         linear_block,
         peak_products,
-        nullptr,
-        nullptr,
-        nullptr,
+        weight_only_widen,
+        weight_only_scratch_bytes,
+        weight_only_panels,
         attention_scratch_bytes,
         attention_head,
         quantize_rows,

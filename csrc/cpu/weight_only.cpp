@@ -29,7 +29,7 @@ void widen(const Kernels& k, WeightOnlyArgs& args, int threads) {
     float* wide = static_cast<float*>(widened_activations.get(args.t * padded * static_cast<int64_t>(sizeof(float))));
     const int64_t rows = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(padded, 1));
     parallel_for(ceil_div(args.t, rows), threads, [&](int64_t task, int) {
-        k.weight_only_widen(args, task * rows, std::min(args.t, (task + 1) * rows), wide + task * rows * padded);
+        k.weight_only_widen(args, task * rows, std::min(args.t, (task + 1) * rows), wide);
     });
     args.wide_x = wide;
     args.wide_stride = padded;

@@ -37,8 +37,9 @@ def _native() -> dict[str, Callable[..., Any]]:
         return {}
     from qbert.ops.cpu_native import NATIVE_LINEAR
     from qbert.ops.cpu_native_rows import NATIVE_ROWS
+    from qbert.ops.cpu_native_weight_only import NATIVE_WEIGHT_ONLY
 
-    return {**NATIVE_LINEAR, **NATIVE_ROWS}
+    return {**NATIVE_LINEAR, **NATIVE_ROWS, **NATIVE_WEIGHT_ONLY}
 
 
 NATIVE = _native()

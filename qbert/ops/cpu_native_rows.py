@@ -176,8 +176,8 @@ def embed_layer_norm_quantize(
     rows = checks.embed_layer_norm_quantize(
         ids, position_ids, token_type_ids, words, scheme, layout, positions, token_types, gamma, beta
     )
-    if ids.dim() != 1:
-        raise QBertError(f"ids must be (t,), got {tuple(ids.shape)}")
+    if ids.dim() != 1 or positions.dim() != 2:
+        raise QBertError(f"ids must be (t,) and positions (p, k), got {tuple(ids.shape)} and {tuple(positions.shape)}")
     positions_type, types_type = _float_type("positions are", positions), _float_type("token_types are", token_types)
     fmt = None if scheme == reference.FLOAT_TABLE else get_scheme(scheme, Role.EMBEDDING).weight
     t, k = ids.shape[0], positions.shape[1]

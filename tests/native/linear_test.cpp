@@ -1,0 +1,277 @@
+// Integer linears: every kernel, every weight format, odd shapes, against loops in double; and the same bits from all kernels.
+#include "cpu/linear.h"
+
+#include "check.h"
+#include "data.h"
+
+namespace {
+
+using namespace qbert;
+using data::Buffer;
+using data::Random;
+
+double gelu(double x) { return x * 0.5 * std::erfc(-x / std::sqrt(2.0)); }
+
+struct Problem {
+    LinearArgs args{};
+    std::vector<int8_t> operand;  // (n, k)
+    Buffer<int8_t> q, int8_weight, codebook;
+    Buffer<uint8_t> packed_weight, group_scale;
+    Buffer<float> s, scale, bias;
+    data::Outliers outliers;
+    std::string name;
+
+    Problem(Random& random, WeightFormat format) {
+        args.format = format;
+        args.t = random.one_of<int64_t>({1, 2, 15, 16, 17, 31, 33, 50});
+        args.matrices = 1;
+        choose_shape(random);
+        make_activations(random);
+        make_weight(random);
+        make_rest(random);
+        name = "format " + std::to_string(static_cast<int>(format)) + " t " + std::to_string(args.t) + " n " + std::to_string(args.n) +
+               " k " + std::to_string(args.k) + " matrices " + std::to_string(args.matrices);
+    }
+
+    bool is_dictionary() const { return args.format == WeightFormat::dict4_panels || args.format == WeightFormat::dict3_panels; }
+
+    void choose_shape(Random& random) {
+        args.n = random.one_of<int64_t>({1, 3, 15, 16, 17, 48, 63, 64, 65, 100, 150});
+        args.k = random.one_of<int64_t>({1, 2, 3, 5, 63, 64, 65, 100, 127, 130, 257});
+        if (args.format == WeightFormat::int4_panels) {
+            const int64_t group = random.one_of<int64_t>({8, 16, 32, 64, 128});
+            args.groups = random.between(1, 3);
+            args.k = group * args.groups;
+        }
+        if (is_dictionary() && random.once_in(2)) {
+            args.matrices = random.between(2, 3);
+            args.n = args.matrices * random.between(1, 60);
+        }
+    }
+
+    void make_activations(Random& random) {
+        const bool extreme = random.once_in(4);
+        q = Buffer<int8_t>(args.t * args.k, random.between(0, 3));
+        for (int64_t i = 0; i < q.size(); ++i) q[i] = static_cast<int8_t>(extreme ? random.one_of({-127, 127}) : random.between(-127, 127));
+        if (extreme && random.once_in(2)) std::memset(q.data(), 127, static_cast<size_t>(q.size()));
+        s = Buffer<float>(args.t);
+        for (int64_t i = 0; i < args.t; ++i) s[i] = static_cast<float>(random.uniform(0.001, 0.1));
+        if (random.once_in(4)) s[random.between(0, args.t - 1)] = std::numeric_limits<float>::quiet_NaN();
+        args.q = q.data();
+        args.s = s.data();
+    }
+
+    void make_weight(Random& random) {
+        const int64_t n = args.n, k = args.k;
+        operand.resize(static_cast<size_t>(n * k));
+        if (args.format == WeightFormat::int8_panels || args.format == WeightFormat::int8_rows) {
+            const bool extreme = random.once_in(4);
+            for (int8_t& w : operand) w = static_cast<int8_t>(extreme ? random.one_of({-127, 127, 127, 127}) : random.between(-127, 127));
+            int8_weight = args.format == WeightFormat::int8_panels ? data::pack_int8_panels(operand.data(), n, k) : Buffer<int8_t>(n * k);
+            if (args.format == WeightFormat::int8_rows) std::memcpy(int8_weight.data(), operand.data(), operand.size());
+            args.weight = int8_weight.data();
+            return;
+        }
+        std::vector<uint8_t> codes(operand.size());
+        const int bits = args.format == WeightFormat::dict3_panels ? 3 : 4;
+        for (uint8_t& code : codes) code = static_cast<uint8_t>(random.between(0, (1 << bits) - 1));
+        if (args.format == WeightFormat::int4_panels) {
+            group_scale = Buffer<uint8_t>(n * args.groups);
+            for (int64_t i = 0; i < group_scale.size(); ++i) group_scale[i] = static_cast<uint8_t>(random.between(1, 18));
+            for (int64_t i = 0; i < n * k; ++i) {
+                const int group = group_scale[i / k * args.groups + i % k / (k / args.groups)];
+                if (codes[i] == 8 && group > 15) codes[i] = 9;  // |code| * scale stays within int8, as the format promises
+                operand[i] = static_cast<int8_t>((static_cast<int>(codes[i] ^ 8) - 8) * group);
+            }
+            args.group_scale = group_scale.data();
+        } else {
+            const int entries = 1 << bits;
+            codebook = Buffer<int8_t>(args.matrices * entries);
+            for (int64_t i = 0; i < codebook.size(); ++i) codebook[i] = static_cast<int8_t>(random.between(-127, 127));
+            for (int64_t i = 0; i < n * k; ++i) operand[i] = codebook[i / k * args.matrices / n * entries + codes[i]];
+            args.codebook = codebook.data();
+        }
+        packed_weight = bits == 3 ? data::pack_int3_panels(codes.data(), n, k) : data::pack_int4_panels(codes.data(), n, k);
+        args.weight = packed_weight.data();
+    }
+
+    void make_rest(Random& random) {
+        scale = Buffer<float>(is_dictionary() ? args.matrices : args.n);
+        for (int64_t i = 0; i < scale.size(); ++i) scale[i] = static_cast<float>(random.uniform(0.0001, 0.002));
+        args.scale = scale.data();
+        if (is_dictionary() && !random.once_in(4)) {
+            outliers = data::Outliers(random, args.n, args.k, 0.05);
+            args.outlier_rowptr = outliers.rowptr.data();
+            args.outlier_col = outliers.columns();
+            args.outlier_col_wide = outliers.is_wide;
+            args.outlier_delta = outliers.delta.data();
+            args.outliers = outliers.delta.size();
+        }
+        if (random.once_in(2)) {
+            bias = Buffer<float>(args.n);
+            for (int64_t i = 0; i < args.n; ++i) bias[i] = static_cast<float>(random.normal());
+            args.bias = bias.data();
+        }
+        args.activation = random.one_of({Activation::none, Activation::gelu});
+        args.requantize = random.once_in(3);
+        args.float_type = args.requantize ? FloatType::f32 : random.one_of({FloatType::f32, FloatType::bf16, FloatType::f16});
+        args.inverse_out_scale = static_cast<float>(random.uniform(1, 40));
+    }
+
+    // The exact result, and the sum of the magnitudes that it was added up from.
+    void exact(int64_t token, int64_t channel, double& y, double& magnitude) const {
+        int64_t acc = 0;
+        for (int64_t c = 0; c < args.k; ++c) acc += q[token * args.k + c] * operand[channel * args.k + c];
+        y = static_cast<double>(acc) * scale[is_dictionary() ? channel * args.matrices / args.n : channel];
+        magnitude = std::fabs(y);
+        for (int64_t e = args.outlier_rowptr ? outliers.rowptr[channel] : 0; e < (args.outlier_rowptr ? outliers.rowptr[channel + 1] : 0); ++e) {
+            const double term = static_cast<double>(outliers.delta[e]) * q[token * args.k + outliers.column(e)];
+            y += term;
+            magnitude += std::fabs(term);
+        }
+        y *= s[token];
+        magnitude *= s[token];
+        if (args.bias) {
+            y += bias[channel];
+            magnitude += std::fabs(bias[channel]);
+        }
+        if (args.activation == Activation::gelu) y = gelu(y);
+    }
+
+    data::Floats output() const {
+        return args.requantize ? data::Floats{} : data::Floats(args.float_type, args.t * args.n);
+    }
+};
+
+// Runs `compute` into memory of exactly the output's size and returns its bytes.
+template <class Compute>
+std::vector<uint8_t> bytes_of(Problem& problem, Compute compute) {
+    LinearArgs args = problem.args;
+    const int64_t size = args.t * args.n * (args.requantize ? 1 : data::size_of(args.float_type));
+    Buffer<uint8_t> out(size);
+    args.out = out.data();
+    compute(args);
+    return {out.data(), out.data() + size};
+}
+
+// What the driver does, in one thread, with memory of exactly the sizes that the kernels asked for.
+void run_kernel(const Kernels& kernels, const LinearArgs& args, int64_t strips_per_task) {
+    const int64_t strips = data::round_up(args.t, 16) / 16, bytes = kernels.strip_bytes(args.k);
+    Buffer<uint8_t> packed(strips * bytes);
+    for (int64_t i = 0; i < strips; ++i) {
+        const int64_t rows = args.t - i * 16 < 16 ? args.t - i * 16 : 16;
+        kernels.pack_strip(args.q + i * 16 * args.k, rows, args.k, packed.data() + i * bytes);
+    }
+    for (int64_t block = 0; block * kBlockChannels < args.n; ++block) {
+        for (int64_t first = 0; first < strips; first += strips_per_task) {
+            Buffer<uint8_t> scratch(kernels.linear_scratch_bytes(args));
+            const int64_t stop = first + strips_per_task < strips ? first + strips_per_task : strips;
+            kernels.linear_block(args, block, packed.data(), first, stop, scratch.data());
+        }
+    }
+}
+
+void check_against_loops(const Problem& problem, const std::vector<uint8_t>& bytes, const std::string& isa) {
+    const LinearArgs& args = problem.args;
+    data::Floats out = problem.output();
+    if (!args.requantize) std::memcpy(out.bytes.data(), bytes.data(), bytes.size());
+    for (int64_t i = 0; i < args.t * args.n; ++i) {
+        double y, magnitude;
+        problem.exact(i / args.n, i % args.n, y, magnitude);
+        double found = args.requantize ? static_cast<int8_t>(bytes[static_cast<size_t>(i)]) : out.get(i), allowed;
+        if (args.requantize) {
+            allowed = std::isnan(y) ? 0 : 0.5 + 1e-5 * magnitude * args.inverse_out_scale;
+            y = std::isnan(y) ? 0 : std::fmax(-127, std::fmin(127, y * args.inverse_out_scale));
+        } else {
+            allowed = 4e-6 * magnitude + out.rounding(y);
+        }
+        if (std::isnan(y) ? std::isnan(found) : std::fabs(found - y) <= allowed) continue;
+        std::ostringstream message;
+        message << isa << " " << problem.name << ", token " << i / args.n << " channel " << i % args.n << ": " << found << ", exact " << y;
+        check::fail(__FILE__, __LINE__, message.str());
+    }
+}
+
+const WeightFormat kFormats[] = {WeightFormat::int8_panels, WeightFormat::int8_rows, WeightFormat::int4_panels,
+                                 WeightFormat::dict4_panels, WeightFormat::dict3_panels};
+
+}  // namespace
+
+TEST(linear_kernels_agree_with_loops_and_each_other) {
+    Random random(1);
+    for (int i = 0; i < 150; ++i) {
+        Problem problem(random, kFormats[i % 5]);
+        std::vector<uint8_t> first;
+        for (const Kernels* kernels : data::usable_kernels()) {
+            for (int64_t strips_per_task : {2, 100}) {
+                const auto bytes = bytes_of(problem, [&](const LinearArgs& args) { run_kernel(*kernels, args, strips_per_task); });
+                if (first.empty()) check_against_loops(problem, bytes, name(kernels->isa));
+                if (first.empty()) first = bytes;
+                if (bytes != first) check::fail(__FILE__, __LINE__, std::string(name(kernels->isa)) + " differs: " + problem.name);
+            }
+        }
+    }
+}
+
+TEST(linear_driver_gives_the_same_bits_with_any_number_of_threads) {
+    Random random(2);
+    for (int i = 0; i < 40; ++i) {
+        Problem problem(random, kFormats[i % 5]);
+        std::vector<uint8_t> first;
+        for (Isa isa : usable_isas()) {
+            use_isa_named(name(isa));
+            for (int threads : {1, 2, 5}) {
+                const auto bytes = bytes_of(problem, [&](const LinearArgs& args) { linear(args, threads); });
+                if (first.empty()) check_against_loops(problem, bytes, "driver");
+                if (first.empty()) first = bytes;
+                CHECK(bytes == first);
+            }
+        }
+    }
+    use_isa_named(name(selected_isa()));
+}
+
+TEST(linear_driver_refuses_outliers_that_would_lead_it_astray) {
+    Random random(3);
+    Problem problem(random, WeightFormat::dict3_panels);
+    while (problem.args.outliers < 2) problem = Problem(random, WeightFormat::dict3_panels);
+    const auto refuses = [&] {
+        try {
+            bytes_of(problem, [](const LinearArgs& args) { linear(args, 1); });
+        } catch (const std::invalid_argument&) {
+            return true;
+        }
+        return false;
+    };
+    CHECK(!refuses());
+    const data::Outliers& outliers = problem.outliers;
+    const auto set_column = [&](int64_t column) {
+        (outliers.is_wide ? void(outliers.wide[1] = static_cast<int32_t>(column)) : void(outliers.narrow[1] = static_cast<int16_t>(column)));
+    };
+    const int64_t column = outliers.column(1);
+    for (int64_t wrong : {int64_t{-1}, problem.args.k, int64_t{32767}, int64_t{-32768}}) {
+        set_column(wrong);
+        CHECK(refuses());
+    }
+    set_column(column);
+    for (int64_t row : {int64_t{0}, problem.args.n / 2, problem.args.n}) {
+        const int32_t right = outliers.rowptr[row];
+        for (int32_t wrong : {-1, 1 << 30, std::numeric_limits<int32_t>::min()}) {
+            outliers.rowptr[row] = wrong;
+            CHECK(refuses());
+        }
+        outliers.rowptr[row] = right;
+    }
+    CHECK(!refuses());
+}
+
+TEST(linear_driver_takes_no_tokens) {
+    LinearArgs args{};
+    args.n = 5;
+    args.k = 7;
+    linear(args, 2);
+}
+
+TEST(linear_peak_is_a_rate) {
+    for (const Kernels* kernels : data::usable_kernels()) CHECK(kernels->peak_products(1000) >= 1000);
+}
