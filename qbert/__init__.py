@@ -1,6 +1,8 @@
 """qbert: BERT-family encoders, small and actually faster on hardware with low-bit matrix units.
 
     qbert.quantize_(model, "w8a8")          in place, any torch model with nn.Linear or nn.Embedding
+    qbert.quantize_(model, fuse=True)       and BERT, RoBERTa, ELECTRA, DistilBERT as fused encoders without padding
+    qbert.calibrate(model, texts)           static scales for the fused encoder: quantize_(..., fuse=True, calibration=...)
     qbert.explain(model)                    what runs for every module, and why
     qbert.save(model, folder)               safetensors; model.save_pretrained(folder) writes the same
     qbert.load(folder)                      strict; AutoModel.from_pretrained(folder) after `import qbert` loads the same
@@ -13,9 +15,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qbert import integrations
-from qbert.convert import dequantize_, quantize_
+from qbert.calibrate import calibrate
+from qbert.convert import dequantize_, fuse_, quantize_, unfuse_
 from qbert.errors import CheckpointError, MissingDependency, QBertError
 from qbert.explain import explain
+from qbert.nn import Calibration
 from qbert.recipe import Recipe
 from qbert.target import cpu_target
 
@@ -24,8 +28,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "CheckpointError", "MissingDependency", "QBertConfig", "QBertError", "Recipe", "cpu_target", "dequantize_", "explain",
-    "load", "quantize_", "save",
+    "Calibration", "CheckpointError", "MissingDependency", "QBertConfig", "QBertError", "Recipe", "calibrate", "cpu_target",
+    "dequantize_", "explain", "fuse_", "load", "quantize_", "save", "unfuse_",
 ]  # fmt: skip
 
 # These need transformers' model code, which takes seconds to import; they are looked up when first used.

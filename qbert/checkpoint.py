@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qbert.bert import KEEP_FLOAT
 from qbert.errors import CheckpointError, QBertError
-from qbert.nn import GUARD, ModuleSpec, collect_specs
+from qbert.nn import GUARD, Calibration, ModuleSpec, check_calibration, collect_specs, encoders, fused_forward, obstacle
 from qbert.ops import FLOAT_DTYPES
 from qbert.qtensor import TensorSpec, plain_specs
 from qbert.recipe import Recipe
@@ -40,6 +40,8 @@ class Record(BaseModel):
         linear, embedding, exclude, overrides, keep_float: the recipe (see `qbert.Recipe`); the overrides are pairs, because
             their order decides and transformers sorts the keys of the objects that it writes.
         modules: qualified name -> what stands there.
+        fuse: the encoder runs fused.
+        calibration: its static scales; None where scales are taken token by token.
         source: the model that was quantized, as the user named it, for reports.
         digest: of this record and of all tensors (see `digest`); None until they are written.
     """
@@ -54,6 +56,8 @@ class Record(BaseModel):
     overrides: list[Annotated[tuple[str, str | None], Field(strict=False)]] = []
     keep_float: list[str] = list(KEEP_FLOAT)
     modules: dict[str, ModuleSpec] = Field(min_length=1)
+    fuse: bool = False
+    calibration: Calibration | None = None
     source: str | None = None
     digest: str | None = None
 
@@ -62,10 +66,16 @@ class Record(BaseModel):
         _ = self.recipe  # a QBertError is a ValueError, which pydantic reports as its own
         return self
 
+    @model_validator(mode="after")
+    def _only_fused_models_are_calibrated(self) -> Record:
+        if self.calibration is not None and not self.fuse:
+            raise ValueError("a calibration is for a fused encoder, and fuse is false")
+        return self
+
     @classmethod
     def of(cls, model: nn.Module, recipe: Recipe, source: str | None = None) -> Record:
         """The record of a quantized model."""
-        fields = {**recipe.to_dict(), "overrides": list(recipe.overrides.items())}
+        fields = {**recipe.to_dict(), "overrides": list(recipe.overrides.items()), **_fusion(model)}
         modules = collect_specs(model)
         return cls(quant_method=METHOD, format_version=FORMAT_VERSION, **fields, modules=modules, source=source)
 
@@ -88,9 +98,38 @@ class Record(BaseModel):
         """The recipe as an object."""
         return Recipe(self.linear, self.embedding, tuple(self.exclude), dict(self.overrides), tuple(self.keep_float))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a configuration file. What says nothing is left out, so that older versions read it too."""
+        unused = {name for name in ("fuse", "calibration") if not getattr(self, name)}
+        return self.model_dump(mode="json", exclude=unused)
+
     def canonical(self) -> str:
-        """What the digest covers: the recipe and the modules, in one spelling."""
-        return json.dumps(self.model_dump(exclude={"source", "digest"}), sort_keys=True)
+        """What the digest covers: the recipe, the modules and the calibration, in one spelling."""
+        data = self.to_dict()
+        return json.dumps({name: data[name] for name in data.keys() - {"source", "digest"}}, sort_keys=True)
+
+
+def check_fusion(record: Record, skeleton: nn.Module) -> None:
+    """Holds what a record says about the fused encoder to the model.
+
+    Raises:
+        CheckpointError: there is nothing to fuse, or a calibration of other layers.
+    """
+    if not record.fuse:
+        return
+    found = [base for _, base, _ in encoders(skeleton)]
+    fusable = [base for base in found if obstacle(base) is None]
+    if not fusable:
+        why = obstacle(found[0] if found else skeleton)
+        raise CheckpointError("quantization_config.fuse", f"must be false: {why}", True)
+    if record.calibration is None:
+        return
+    try:
+        if len(fusable) > 1:
+            raise QBertError(f"it is of one encoder, and {type(skeleton).__name__} has {len(fusable)}")
+        check_calibration(fusable[0], record.calibration)
+    except QBertError as error:
+        raise CheckpointError("quantization_config.calibration", "must fit the model", str(error)) from None
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]], record: Record) -> str:
@@ -212,6 +251,15 @@ def check_files(files: Iterable[str | Path], record: Record, expected: Mapping[s
     if record.digest != actual:
         rule = f"must be that of the tensors and of this record, {actual}"
         raise CheckpointError("quantization_config.digest", rule, _brief(record.digest))
+
+
+def _fusion(model: nn.Module) -> dict[str, Any]:
+    """What a record says about a model's fused encoders."""
+    fused = [found for found in (fused_forward(base) for _, base, _ in encoders(model)) if found is not None]
+    calibrations = [each.calibration for each in fused]
+    if any(each != calibrations[0] for each in calibrations[1:]):
+        raise QBertError(f"{len(fused)} encoders are fused with different calibrations; a checkpoint holds one")
+    return {"fuse": bool(fused), "calibration": calibrations[0] if fused else None}
 
 
 def _read_json(path: Path) -> Any:

@@ -56,6 +56,15 @@ def quantize(
     embedding: Embedding = None,
     exclude: Exclude = None,
     override: Override = None,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="run BERT-type encoders fused: few operators, no padding")
+    ] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate", metavar="TEXTS", help="static scales from: default, a task, a .txt, .tsv or .jsonl"
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL into the folder OUT, which AutoModel.from_pretrained loads after `import qbert`."""
@@ -63,9 +72,10 @@ def quantize(
 
     recipe = _recipe(scheme, embedding, exclude, override)
     with _progress("quantizing", as_json) as progress:
-        report = quantize_checkpoint(model, output, recipe, progress=progress)
+        report = quantize_checkpoint(model, output, recipe, fuse=fuse, calibrate_with=calibrate, progress=progress)
     _emit(report, as_json)
     if not as_json:
+        _print_encoders(report.encoders if fuse else [])
         out.print(
             f"{report.modules} modules at {report.bits_per_weight:.3f} bits per weight in {report.seconds:.1f} s; "
             f"{report.file_bytes / 1e6:.1f} MB, {report.percent_of_float32:.1f}% of float32: {report.folder}",
@@ -97,6 +107,7 @@ def inspect(
     out.print(table)
     for kernel, reason in dict.fromkeys((row["kernel"], row["reason"]) for row in report.modules):
         out.print(f"{kernel}: {reason}", soft_wrap=True, highlight=False)
+    _print_encoders(report.encoders)
     out.print(
         f"quantized {report.quantized_bytes / 1e6:.2f} MB at {report.bits_per_weight:.3f} bits per weight, "
         f"float {report.float_bytes / 1e6:.2f} MB; file {report.file_bytes / 1e6:.2f} MB, "
@@ -185,13 +196,19 @@ def analyze(
 ) -> None:
     """Where parameters, FLOPs, bytes, run-time memory and latency of an encoder are, and what bounds each part."""
     from qbert import analyze as analysis
+    from qbert.convert import unfuse_
+    from qbert.nn import encoders, fused_forward
     from qbert.workflow import load_any
 
     # A GPU is not bought to run float32 on its CUDA cores.
     dtype = dtype if dtype is not None or target == "here" else "fp16"
+    subject = load_any(model)
+    if any(fused_forward(base) for _, base, _ in encoders(subject)):
+        err.print("the encoder is taken apart module by module, so it is not run fused here")
+        unfuse_(subject)
     with err.status("measuring"):
         result = analysis.analyze(
-            load_any(model), batch=batch, seq=seq, target=target, dtype=dtype, measure=measure, name=model
+            subject, batch=batch, seq=seq, target=target, dtype=dtype, measure=measure, name=model
         )
     _emit(result, as_json)
     if not as_json:
@@ -207,7 +224,10 @@ def compare(
     task: Tasks = None,
     data: Data = None,
     scheme: Annotated[
-        list[str] | None, typer.Option("--scheme", help="LINEAR or LINEAR+EMBEDDING; may be repeated")
+        list[str] | None,
+        typer.Option(
+            "--scheme", help="LINEAR[+EMBEDDING][:dynamic|:static], the last for the fused encoder; may be repeated"
+        ),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="sequences of the timed forward")] = 8,
     seq: Annotated[int, typer.Option("--seq", help="tokens of each")] = 128,
@@ -217,7 +237,7 @@ def compare(
     """Quantize MODEL in several ways, save, load back, evaluate and time each; one table against float32."""
     from qbert import compare as comparing
 
-    recipes = comparing.DEFAULT_RECIPES if not scheme else tuple(_split_scheme(each) for each in scheme)
+    recipes = None if not scheme else tuple(_split_scheme(each) for each in scheme)
     with err.status("loading") as status:
         step = lambda text: status.update(text)
         result = comparing.compare(model, _tasks(task, data), recipes, batch=batch, seq=seq, step=step)
@@ -317,9 +337,17 @@ def _recipe(scheme: str, embedding: str | None, exclude: list[str] | None, overr
     return Recipe(None if scheme == "none" else scheme, embedding, tuple(exclude or ()), overrides)
 
 
-def _split_scheme(text: str) -> tuple[str, str | None]:
-    linear, _, embedding = text.partition("+")
-    return linear, embedding or None
+def _split_scheme(text: str) -> tuple[str, str | None, str | None]:
+    schemes, _, fused = text.partition(":")
+    linear, _, embedding = schemes.partition("+")
+    return linear, embedding or None, fused or None
+
+
+def _print_encoders(encoders: list[dict[str, Any]]) -> None:
+    from qbert.explain import EncoderRow
+
+    for row in encoders:
+        out.print(str(EncoderRow(**row)), soft_wrap=True, highlight=False, markup=False)
 
 
 def _tasks(names: list[str] | None, data: Path | None) -> list[Any]:

@@ -6,7 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -16,15 +16,38 @@ from torch import nn
 from qbert.analyze.targets import device_description
 from qbert.errors import MissingDependency, QBertError
 from qbert.evaluate import Baseline, EvalResult, load_tokenizer, prepare_baseline, score
+from qbert.nn import encoders, obstacle
 from qbert.recipe import Recipe
 from qbert.timing import interleaved_medians
-from qbert.workflow import load_any, quantize_checkpoint
+from qbert.workflow import DEFAULT_TEXTS, load_any, quantize_checkpoint
 from qbert.zoo import resolve_model
 
-# linear scheme, embedding scheme. The last row is the paper's setting: 3-bit weights, 4-bit embeddings.
-DEFAULT_RECIPES: tuple[tuple[str, str | None], ...] = (
-    ("w8a8", None), ("w8a8", "w8"), ("w4a8", None), ("w4a16", None), ("gobo4", None), ("gobo4a8", None), ("gobo3", None),
-    ("gobo3a8", None), ("gobo3", "gobo4"),
+
+class Way(NamedTuple):
+    """One way to store and run a model.
+
+    Attributes:
+        linear: scheme of the linears.
+        embedding: scheme of the embeddings; None leaves them float.
+        fused: ``"dynamic"`` or ``"static"`` scales of a fused encoder; None to run module by module.
+    """
+
+    linear: str
+    embedding: str | None = None
+    fused: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As the command line takes it."""
+        schemes = self.linear if self.embedding is None else f"{self.linear}+{self.embedding}"
+        return schemes if self.fused is None else f"{schemes}:{self.fused}"
+
+
+FUSED = ("dynamic", "static")
+# The last row is the paper's setting: 3-bit weights, 4-bit embeddings.
+DEFAULT_WAYS = (
+    Way("w8a8"), Way("w8a8", None, "dynamic"), Way("w8a8", None, "static"), Way("w8a8", "w8"), Way("w4a8"), Way("w4a16"),
+    Way("gobo4"), Way("gobo4a8"), Way("gobo3"), Way("gobo3a8"), Way("gobo3", "gobo4"),
 )  # fmt: skip
 
 Step = Callable[[str], None]
@@ -34,7 +57,7 @@ class Row(BaseModel):
     """One way to store the model.
 
     Attributes:
-        name: linear scheme, and the embeddings' after a plus sign.
+        name: linear scheme, the embeddings' after a plus sign, the fused encoder's scales after a colon.
         bits_per_weight: of the quantized weights, with all metadata; 32 for the original.
         file_bytes, percent_of_float32: of the weights' file.
         quantize_seconds: None for the original.
@@ -74,7 +97,7 @@ class ComparisonTable(BaseModel):
 def compare(
     source: str,
     tasks: Sequence[Any],
-    recipes: Sequence[tuple[str, str | None]] = DEFAULT_RECIPES,
+    ways: Sequence[tuple[str | None, ...]] | None = None,
     *,
     batch: int = 8,
     seq: int = 128,
@@ -85,14 +108,16 @@ def compare(
     Args:
         source: local folder, hub id or alias of a float model.
         tasks: names or data, see `qbert.evaluate`.
-        recipes: (linear scheme, embedding scheme or None) for each row.
+        ways: a `Way`, or its first fields, for each row; by default `DEFAULT_WAYS`, without the fused ones for a model that
+            cannot be fused.
         batch, seq: shape of the timed forward.
         step: told what is being done.
     """
     if not tasks:
         raise QBertError("no task to compare on; allowed: at least one")
-    named = {_name(*schemes): Recipe(*schemes) for schemes in recipes}  # complains before anything long starts
+    chosen = [_checked(each) for each in (DEFAULT_WAYS if ways is None else ways)]
     original = load_any(source)
+    chosen = _possible(chosen, original, asked_for=ways is not None)
     tokenizer = load_tokenizer(resolve_model(source))
     baselines = []
     for task in tasks:
@@ -101,9 +126,12 @@ def compare(
     measured = []
     models: dict[str, nn.Module] = {"float32": original}
     with tempfile.TemporaryDirectory() as folder:
-        for name, recipe in named.items():
+        for way in chosen:
+            name = way.name
             step(name)
-            report = quantize_checkpoint(source, Path(folder) / name, recipe)
+            calibrate_with = DEFAULT_TEXTS if way.fused == "static" else None
+            recipe, fuse = Recipe(way.linear, way.embedding), way.fused is not None
+            report = quantize_checkpoint(source, Path(folder) / name, recipe, fuse=fuse, calibrate_with=calibrate_with)
             models[name] = load_any(report.folder)  # what is evaluated went through a file
             measured.append((name, report, [score(models[name], tokenizer, baseline) for baseline in baselines]))
     step(f"timing {batch} x {seq} tokens")
@@ -237,8 +265,22 @@ def _draw(axis: Any, rows: Sequence[Row], values: Sequence[tuple[float, float, f
     axis.grid(alpha=0.3)
 
 
-def _name(linear: str, embedding: str | None) -> str:
-    return linear if embedding is None else f"{linear}+{embedding}"
+def _checked(fields: Sequence[str | None]) -> Way:
+    """Complains before anything long starts."""
+    way = Way(*fields)  # type: ignore[arg-type]
+    if way.fused is not None and way.fused not in FUSED:
+        raise QBertError(f"fused encoder {way.fused!r}; allowed: {', '.join(FUSED)}")
+    Recipe(way.linear, way.embedding)
+    return way
+
+
+def _possible(ways: list[Way], model: nn.Module, asked_for: bool) -> list[Way]:
+    """Without the fused ones where nothing can be fused; an error if the user wants them."""
+    if any(encoders(model)) or not any(way.fused for way in ways):
+        return ways
+    if asked_for:
+        raise QBertError(f"no fused encoder: {obstacle(model)}")
+    return [way for way in ways if way.fused is None]
 
 
 def _original_row(original: nn.Module, baselines: Sequence[Baseline], forward_ms: float) -> Row:

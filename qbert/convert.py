@@ -1,7 +1,8 @@
-"""L8. The only code that edits a model: quantize_, dequantize_, and install_ (empty modules that wait for a file)."""
+"""L8. The only code that edits a model: quantize_, dequantize_, fuse_, unfuse_, and install_ (empty modules for a file)."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,11 +11,25 @@ from torch import Tensor, nn
 
 from qbert.errors import CheckpointError, QBertError
 from qbert.formats import Role, Scheme
-from qbert.nn import ModuleSpec, QEmbedding, QLinear, QTiedLinear, QuantizedModule
+from qbert.nn import (
+    Calibration,
+    ModuleSpec,
+    QEmbedding,
+    QLinear,
+    QTiedLinear,
+    QuantizedModule,
+    check_calibration,
+    encoders,
+    obstacle,
+    remove_fused,
+    set_fused,
+)
 from qbert.quantizers import quantize
 from qbert.quantizers.registry import check_weight
 from qbert.recipe import Decision, Recipe, as_recipe
 from qbert.reference import dequantize
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 Quantized = QLinear | QEmbedding | QTiedLinear
@@ -47,7 +62,14 @@ class PlanEntry:
     owner: str | None = None
 
 
-def quantize_(model: nn.Module, recipe: Recipe | str = "w8a8", *, progress: Progress | None = None) -> nn.Module:
+def quantize_(
+    model: nn.Module,
+    recipe: Recipe | str = "w8a8",
+    *,
+    fuse: bool = False,
+    calibration: Calibration | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
     """Quantizes a model's linears and embeddings in place.
 
     All weights are quantized before the first module is replaced, so a model is changed wholly or, on an error, not at all.
@@ -55,15 +77,19 @@ def quantize_(model: nn.Module, recipe: Recipe | str = "w8a8", *, progress: Prog
     Args:
         model: any module with `nn.Linear` or `nn.Embedding` in it.
         recipe: which module gets which scheme; a scheme's name stands for all linears.
+        fuse: run encoders of known families by fused operators on packed tokens (see `fuse_`).
+        calibration: static scales for the fused encoder, from `qbert.calibrate`.
         progress: called with (done, total, name) for every module.
 
     Returns:
         The same model.
 
     Raises:
-        QBertError: nothing to quantize, a model that is quantized already, or a weight that its scheme cannot take.
+        QBertError: nothing to quantize, a model that is quantized already, a weight that its scheme cannot take, or a
+            calibration that is not of this model.
     """
     recipe = as_recipe(recipe)
+    _check_fusing(model, fuse, calibration)
     entries = plan(model, recipe)
     todo = [entry for entry in entries if entry.decision.scheme is not None]
     if not todo:
@@ -84,7 +110,39 @@ def quantize_(model: nn.Module, recipe: Recipe | str = "w8a8", *, progress: Prog
     if progress:
         progress(len(owners), len(owners), "")
     _replace(model, replacements)
+    if fuse:
+        _fuse(model, calibration)
     _finish(model, recipe, {entry.name: entry.decision.reason for entry in entries if entry.decision.scheme is None})
+    return model
+
+
+def fuse_(model: nn.Module, calibration: Calibration | None = None) -> nn.Module:
+    """Makes the encoders of a quantized model run fused: few operators on packed tokens, padding never computed.
+
+    Modules, their names and the `state_dict` stay as they are; only the encoder object's `forward` is another one. An encoder
+    that cannot be fused stays as it is: a warning is logged, and `qbert.explain(model)` says why.
+
+    Args:
+        model: with quantized modules in it.
+        calibration: static scales from `qbert.calibrate`; without it every scale is taken token by token.
+
+    Returns:
+        The same model.
+
+    Raises:
+        QBertError: nothing is quantized, or a calibration that is not of this model.
+    """
+    if not any(isinstance(module, Quantized) for module in model.modules()):
+        raise QBertError(f"{type(model).__name__} has no quantized module; call qbert.quantize_(model, fuse=True)")
+    _check_fusing(model, True, calibration)
+    _fuse(model, calibration)
+    return model
+
+
+def unfuse_(model: nn.Module) -> nn.Module:
+    """Undoes `fuse_`: the encoders run module by module again. Returns the same model."""
+    for _, base, _ in encoders(model):
+        remove_fused(base)
     return model
 
 
@@ -104,6 +162,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
     if not quantized:
         raise QBertError(f"{type(model).__name__} has no quantized module; nothing to dequantize")
+    unfuse_(model)
     if dtype is None:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     weights: dict[nn.Module, nn.Parameter] = {}
@@ -185,6 +244,29 @@ def when_changed(observer: Callable[[nn.Module, Recipe | None], None]) -> None:
 def float_reasons(model: nn.Module) -> dict[str, str]:
     """Qualified name -> why that linear or embedding is float."""
     return dict(getattr(model, _REASONS, {}))
+
+
+def _check_fusing(model: nn.Module, fuse: bool, calibration: Calibration | None) -> None:
+    if calibration is None:
+        return
+    if not fuse:
+        raise QBertError("a calibration is for the fused encoder; pass fuse=True with it")
+    found = [base for _, base, _ in encoders(model)]
+    if len(found) != 1:
+        raise QBertError(f"a calibration is of one encoder; {type(model).__name__} has {len(found)}")
+    check_calibration(found[0], calibration)
+
+
+def _fuse(model: nn.Module, calibration: Calibration | None) -> None:
+    found = list(encoders(model))
+    if not found:
+        log.warning("not fused: %s", obstacle(model))
+    for name, base, _ in found:
+        why = obstacle(base)
+        if why is None:
+            set_fused(base, calibration)
+        else:
+            log.warning("%s is not fused: %s", name or type(base).__name__, why)
 
 
 def _finish(model: nn.Module, recipe: Recipe | None, reasons: dict[str, str]) -> None:

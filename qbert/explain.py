@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from torch import nn
 
 from qbert.convert import float_reasons
-from qbert.nn import QTiedLinear, QuantizedModule
+from qbert.nn import QTiedLinear, QuantizedModule, encoders, fused_forward, obstacle
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,32 @@ class Row:
 
 
 @dataclass(frozen=True)
+class EncoderRow:
+    """One encoder of a family that can be fused, or the whole model where it holds none.
+
+    Attributes:
+        name: qualified name; the class's where the encoder is the model itself.
+        fused: ``"static"``, ``"dynamic"`` or ``"no"``.
+        reason: what that means, or why not.
+        extra_bytes: memory that the fused encoder holds beside the modules' own; 0 before its first call.
+    """
+
+    name: str
+    fused: str
+    reason: str
+    extra_bytes: int = 0
+
+    def __str__(self) -> str:
+        extra = f"; {self.extra_bytes / 1024:.0f} KiB beside the modules' own" if self.extra_bytes else ""
+        return f"{self.name}: fused: {self.fused} ({self.reason}{extra})"
+
+
+@dataclass(frozen=True)
 class Explanation:
-    """Rows for all linears and embeddings of a model; prints as a table."""
+    """Rows for all linears and embeddings of a model, and a line for each of its encoders; prints as a table."""
 
     rows: list[Row]
+    encoders: list[EncoderRow] = field(default_factory=list)
 
     @property
     def quantized(self) -> list[Row]:
@@ -64,13 +86,14 @@ class Explanation:
         header = ("module", "scheme", "shape", "layout", "bits", "kernel", "why")
         table = [header, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-        return "\n".join(
+        lines = (
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
         )
+        return "\n".join((*lines, *map(str, self.encoders)))
 
 
 def explain(model: nn.Module) -> Explanation:
-    """What runs for every linear and embedding of `model`, quantized or not."""
+    """What runs for every linear and embedding of `model`, quantized or not, and whether its encoders run fused."""
     reasons = float_reasons(model)
     rows = []
     for name, module in model.named_modules():
@@ -78,7 +101,26 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(_quantized_row(name, module))
         elif isinstance(module, nn.Linear | nn.Embedding):
             rows.append(_float_row(name, module, reasons.get(name, "not quantized")))
-    return Explanation(rows)
+    return Explanation(
+        rows, _encoder_rows(model) if any(isinstance(m, QuantizedModule) for m in model.modules()) else []
+    )
+
+
+_VARIANTS = {"static": "calibrated scales", "dynamic": "scales token by token; calibration makes it faster"}
+
+
+def _encoder_rows(model: nn.Module) -> list[EncoderRow]:
+    found = list(encoders(model))
+    if not found:
+        return [EncoderRow(type(model).__name__, "no", obstacle(model) or "")]
+    rows = []
+    for name, base, _ in found:
+        fused, shown = fused_forward(base), name or type(base).__name__
+        if fused is not None:
+            rows.append(EncoderRow(shown, fused.variant, _VARIANTS[fused.variant], fused.extra_bytes()))
+        else:
+            rows.append(EncoderRow(shown, "no", obstacle(base) or "not asked for: fuse=True, or qbert.fuse_(model)"))
+    return rows
 
 
 def _quantized_row(name: str, module: QuantizedModule | QTiedLinear) -> Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from qbert import checkpoint
+from qbert.calibrate import calibrate, default_texts
 from qbert.convert import Progress, quantize_
 from qbert.errors import QBertError
+from qbert.evaluate import TASKS, get_task, read_user_file
 from qbert.evaluate.loading import load_fp32, load_tokenizer, quiet_transformers
 from qbert.explain import Explanation, explain
 from qbert.metrics import sqnr_db
@@ -31,6 +34,8 @@ _SENTENCE_FILES = (
     "2_Normalize",
 )
 _FLOAT32_BYTES = 4
+DEFAULT_TEXTS = "default"  # calibrate with Python's own language reference
+CALIBRATION_TEXTS = 128
 
 
 class _Report(BaseModel):
@@ -38,11 +43,12 @@ class _Report(BaseModel):
 
 
 class QuantizeReport(_Report):
-    """Outcome of `quantize_checkpoint`; sizes in bytes."""
+    """Outcome of `quantize_checkpoint`; sizes in bytes; a line for each encoder says whether it runs fused."""
 
     source: str
     folder: str
     modules: int
+    encoders: list[dict[str, Any]]
     bits_per_weight: float
     float32_bytes: int
     file_bytes: int
@@ -51,11 +57,12 @@ class QuantizeReport(_Report):
 
 
 class InspectReport(_Report):
-    """What stands in a checkpoint, one row for each linear and embedding; sizes in bytes."""
+    """What stands in a checkpoint, one row for each linear and embedding, and one for each encoder; sizes in bytes."""
 
     folder: str
     source: str | None
     modules: list[dict[str, Any]]
+    encoders: list[dict[str, Any]]
     bits_per_weight: float
     quantized_bytes: int
     float_bytes: int
@@ -140,19 +147,31 @@ def load_any(source: str) -> nn.Module:
 
 
 def quantize_checkpoint(
-    source: str, folder: str | Path, recipe: Recipe, *, progress: Progress | None = None
+    source: str,
+    folder: str | Path,
+    recipe: Recipe,
+    *,
+    fuse: bool = False,
+    calibrate_with: str | None = None,
+    progress: Progress | None = None,
 ) -> QuantizeReport:
     """Quantizes a model into a folder, with its tokenizer. Nothing is left behind on an error.
 
     Args:
         source: local folder, hub id or alias of a float model.
         folder: new, empty, or holding an older checkpoint.
+        fuse: for the fused encoder.
+        calibrate_with: texts for its static scales, see `calibration_texts`; None to take scales token by token.
     """
     from qbert.integrations.transformers import replace_folder, save
 
+    if calibrate_with is not None and not fuse:
+        raise QBertError("calibration is for the fused encoder; ask for that too (--fuse)")
+    texts = None if calibrate_with is None else calibration_texts(calibrate_with)
     model = load_float(source)
     start = time.perf_counter()
-    quantize_(model, recipe, progress=progress)
+    calibration = None if texts is None else calibrate(model, texts, tokenizer=load_tokenizer(resolve_model(source)))
+    quantize_(model, recipe, fuse=fuse, calibration=calibration, progress=progress)
     seconds = time.perf_counter() - start
 
     def write(temporary: Path) -> None:
@@ -167,12 +186,41 @@ def quantize_checkpoint(
         source=source,
         folder=str(folder),
         modules=len(explanation.quantized),
+        encoders=[asdict(row) for row in explanation.encoders],
         bits_per_weight=explanation.bits_per_weight,
         float32_bytes=float32_bytes,
         file_bytes=file_bytes,
         percent_of_float32=100 * file_bytes / float32_bytes,
         seconds=seconds,
     )
+
+
+def calibration_texts(name: str) -> list[str]:
+    """A hundred-odd texts to calibrate with.
+
+    Args:
+        name: of a task, whose training texts are taken; a file, .txt with a text on each line, or .tsv or .jsonl as tasks
+            have them; or ``"default"``, English prose that needs no package.
+
+    Raises:
+        QBertError: no such thing, or nothing in it.
+    """
+    if name == DEFAULT_TEXTS:
+        return default_texts(CALIBRATION_TEXTS)
+    path = Path(name)
+    if name in TASKS:
+        texts = list(get_task(name).load().train.sample(CALIBRATION_TEXTS).texts)
+    elif path.suffix == ".txt" and path.is_file():
+        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    elif path.suffix:
+        texts = list(read_user_file(path).sample(CALIBRATION_TEXTS).texts)
+    else:
+        raise QBertError(
+            f"no texts {name!r}; allowed: {DEFAULT_TEXTS}, a .txt, .tsv or .jsonl file, {', '.join(TASKS)}"
+        )
+    if not texts:
+        raise QBertError(f"{name!r} has no texts to calibrate with")
+    return texts[:CALIBRATION_TEXTS]
 
 
 def inspect_checkpoint(folder: str | Path) -> InspectReport:
@@ -186,6 +234,7 @@ def inspect_checkpoint(folder: str | Path) -> InspectReport:
         folder=str(folder),
         source=checkpoint.Record.parse(checkpoint.read_config(folder)["quantization_config"]).source,
         modules=explanation.to_dicts(),
+        encoders=[asdict(row) for row in explanation.encoders],
         bits_per_weight=explanation.bits_per_weight,
         quantized_bytes=quantized_bytes,
         float_bytes=float_bytes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import pickle
 import shutil
@@ -29,7 +30,7 @@ from qbert import CheckpointError, QBertConfig, QBertError, Recipe, quantize_
 from qbert.checkpoint import Record, digest, read_config, signed, weight_files
 from qbert.formats import Role, scheme_names
 from qbert.integrations.transformers import check
-from qbert.nn import GUARD, QEmbedding, QLinear, QTiedLinear, QuantizedModule, collect_specs
+from qbert.nn import GUARD, QEmbedding, QLinear, QTiedLinear, QuantizedModule, collect_specs, fused_forward
 from qbert.testing import random_weight
 
 HIDDEN = 128  # a multiple of every group size
@@ -1023,3 +1024,157 @@ def test_pickles_in_a_checkpoint_are_not_read(folder: Path, saved: Path, tmp_pat
     assert not marker.exists()
     pickle.loads(pickled)
     assert marker.exists()  # it would have been noticed
+
+
+# ---- the fused encoder ----------------------------------------------------------------------------------------------
+
+A8_RECIPE = Recipe("w8a8", "w8", overrides={"intermediate": "gobo3a8"})
+
+
+def _fused(name: str = "BertModel", *, static: bool = True, seed: int = 0) -> PreTrainedModel:
+    model = _float_model(name, seed=seed)
+    calibration = qbert.calibrate(model, [{"input_ids": IDS}]) if static else None
+    return quantize_(model, A8_RECIPE, fuse=True, calibration=calibration)
+
+
+def _variant(model: PreTrainedModel) -> str | None:
+    found = fused_forward(model.base_model)
+    return None if found is None else found.variant
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+@pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
+def test_a_fused_model_comes_back_fused(
+    save: Callable[..., None], load: Callable[..., nn.Module], static: bool, tmp_path: Path
+) -> None:
+    model = _fused(static=static)
+    _outputs(model)
+    save(model, tmp_path / "first")
+    again = load(tmp_path / "first")
+    assert _variant(again) == ("static" if static else "dynamic")
+    assert fused_forward(again).calibration == fused_forward(model).calibration
+    _assert_same_model(again, model)
+    save(again, tmp_path / "second")
+    _assert_same_model(load(tmp_path / "second"), model)
+    plain = _quantized(A8_RECIPE)
+    state = load_file(tmp_path / "first" / "model.safetensors")
+    qbert.save(plain, tmp_path / "plain")
+    unfused = load_file(tmp_path / "plain" / "model.safetensors")
+    assert state.keys() == unfused.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in unfused.items())
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("BertForSequenceClassification", AutoModel), ("BertModel", AutoModelForMaskedLM), ("BertForMaskedLM", AutoModel)],
+)
+def test_calibrations_survive_a_change_of_class(source: str, target: Any, tmp_path: Path) -> None:
+    model = _fused(source)
+    model.save_pretrained(tmp_path / "first")
+    converted = target.from_pretrained(tmp_path / "first").eval()
+    assert _variant(converted) == "static"
+    assert torch.equal(_hidden(converted), _hidden(model))
+    converted.save_pretrained(tmp_path / "second")
+    _assert_same_model(qbert.load(tmp_path / "second"), converted)
+
+
+def test_fusing_on_load_equals_fusing_in_memory(tmp_path: Path) -> None:
+    _float_model().save_pretrained(tmp_path / "float")
+    model = _fused()
+    calibration = fused_forward(model).calibration
+    for given in (calibration, calibration.to_dict()):
+        config = QBertConfig(**A8_RECIPE.to_dict(), fuse=True, calibration=given)
+        assert QBertConfig(**config.to_dict()).to_dict() == config.to_dict()
+        _assert_same_model(AutoModel.from_pretrained(tmp_path / "float", quantization_config=config), model)
+    dynamic = AutoModel.from_pretrained(tmp_path / "float", quantization_config=QBertConfig("w8a8", fuse=True))
+    assert _variant(dynamic) == "dynamic"
+    for arguments in ({"calibration": calibration}, {"fuse": 1}, {"fuse": True, "calibration": {"layers": {}}}):
+        with pytest.raises(QBertError):
+            QBertConfig(**arguments)
+
+
+def test_records_of_unfused_models_are_what_they_always_were(saved: Path, tmp_path: Path) -> None:
+    """Older versions read them, and their records are read here: their digests were taken without the new entries."""
+    record = read_config(saved)["quantization_config"]
+    assert not {"fuse", "calibration"} & record.keys()
+    assert not {"fuse", "calibration"} & json.loads(Record.parse(record).canonical()).keys()
+    assert _variant(qbert.load(saved)) is None
+    fused = _fused()
+    qbert.save(fused, tmp_path / "fused")
+    assert read_config(tmp_path / "fused")["quantization_config"]["fuse"] is True
+    qbert.save(qbert.unfuse_(fused), tmp_path / "unfused")
+    assert "fuse" not in read_config(tmp_path / "unfused")["quantization_config"]
+    assert _variant(qbert.load(tmp_path / "unfused")) is None
+
+
+def test_what_could_not_be_fused_is_not_said_to_be(tmp_path: Path) -> None:
+    model = quantize_(_float_model(), "w8a16", fuse=True)
+    qbert.save(model, tmp_path / "checkpoint")
+    assert "fuse" not in read_config(tmp_path / "checkpoint")["quantization_config"]
+    _assert_same_model(qbert.load(tmp_path / "checkpoint"), model)
+
+
+@pytest.fixture(scope="module")
+def saved_fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a calibrated fused model."""
+    folder = tmp_path_factory.mktemp("saved") / "fused"
+    qbert.save(_fused(), folder)
+    return folder
+
+
+def _scales(**entries: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config["quantization_config"]["calibration"]["layers"][LAYER].update(entries)
+
+
+def _layers(edit: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], object]:
+    return lambda config: edit(config["quantization_config"]["calibration"]["layers"])
+
+
+FUSION_RULES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "fuse_text": (_record(fuse="yes"), "quantization_config.fuse"),
+    "fuse_false": (_record(fuse=False), "a calibration is for a fused encoder"),
+    "fuse_missing": (_drop("fuse"), "a calibration is for a fused encoder"),
+    "scale_nan": (_scales(query=math.nan), f"calibration.layers.{LAYER}.query"),
+    "scale_infinite": (_scales(key=math.inf), f"calibration.layers.{LAYER}.key"),
+    "scale_negative": (_scales(value=-1.0), f"calibration.layers.{LAYER}.value"),
+    "scale_zero": (_scales(gelu=0.0), f"calibration.layers.{LAYER}.gelu"),
+    "scale_tiny": (_scales(attention_output=1e-40), f"calibration.layers.{LAYER}.attention_output"),
+    "scale_text": (_scales(gelu="0.1"), f"calibration.layers.{LAYER}.gelu"),
+    "scale_unknown": (_scales(spare=0.1), f"calibration.layers.{LAYER}.spare"),
+    "scale_missing": (_layers(lambda layers: layers[LAYER].pop("gelu")), f"calibration.layers.{LAYER}.gelu"),
+    "scale_changed": (_scales(gelu=0.123), "quantization_config.digest"),
+    "layer_unknown": (_layers(lambda layers: layers.update({"encoder.layer.1": layers[LAYER]})), "'encoder.layer.1'"),
+    "layer_renamed": (_layers(lambda layers: layers.update(ghost=layers.pop(LAYER))), "has a layer 'ghost'"),
+    "layers_none": (_layers(lambda layers: layers.clear()), "quantization_config.calibration.layers"),
+    "layers_list": (_record(calibration={"layers": []}), "quantization_config.calibration.layers"),
+    "calibration_text": (_record(calibration="all"), "quantization_config.calibration"),
+    "calibration_missing": (_drop("calibration"), "quantization_config.digest"),
+    "neuron_unknown": (_scales(overflow={"neurons": [256], "scale": 0.1}), "has no neuron 256"),
+    "neuron_negative": (_scales(overflow={"neurons": [-1], "scale": 0.1}), f"calibration.layers.{LAYER}.overflow"),
+    "neurons_many": (_scales(overflow={"neurons": list(range(99)), "scale": 0.1}), "99 neurons"),
+    "neurons_none": (_scales(overflow={"neurons": [], "scale": 0.1}), "0 neurons"),
+    "heads_other": (_set(num_attention_heads=8), "quantization_config.fuse: must be false: its heads are of size 16"),
+    "activation_other": (_set(hidden_act="relu"), "quantization_config.fuse: must be false: its activation is 'relu'"),
+    "decoder": (_set(is_decoder=True), "quantization_config.fuse: must be false: is_decoder is set"),
+}
+
+
+@pytest.mark.parametrize("rule", FUSION_RULES)
+def test_a_fused_record_that_does_not_fit_is_refused(saved_fused: Path, tmp_path: Path, rule: str) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(saved_fused, folder)
+    edit, words = FUSION_RULES[rule]
+    _edit_config(folder, edit)
+    with pytest.raises(CheckpointError) as caught:
+        qbert.load(folder)
+    assert words in str(caught.value)
+    with pytest.raises(QBertError):
+        AutoModel.from_pretrained(folder)
+
+
+def test_a_record_that_says_fused_of_what_cannot_be_is_refused(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "checkpoint")
+    _edit_config(tmp_path / "checkpoint", _record(fuse=True))
+    with pytest.raises(CheckpointError, match=r"fuse: must be false: .* has scheme w4a16, which has no integer"):
+        qbert.load(tmp_path / "checkpoint")

@@ -35,6 +35,7 @@ SIZES = {
 RECIPES = {
     "gobo": Recipe("gobo3", "gobo4", overrides={"output": "gobo4a8"}),
     "w4a8": Recipe("w4a8-g32", "w8", overrides={"position_embeddings": "w4-g32", "query": "w8a8"}),
+    "fused": Recipe("w8a8", "gobo4", overrides={"intermediate": "gobo3a8"}),  # and calibrated, see `_original`
 }
 IDS = torch.tensor([[1, 22, 7, 0, 9], [3, 3, 0, 0, 0]])
 DTYPES = (
@@ -58,12 +59,14 @@ Files = tuple[bytes, bytes]  # config.json and model.safetensors
 @functools.cache
 def _original(recipe: str) -> Files:
     torch.manual_seed(0)
-    model = BertForMaskedLM(BertConfig(**SIZES)).eval()
+    fuse = recipe == "fused"
+    model = BertForMaskedLM(BertConfig(**{**SIZES, "num_attention_heads": 1 if fuse else 2})).eval()
     with torch.no_grad():
         for index, module in enumerate(model.modules()):  # weights with outliers
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.copy_(random_weight(*module.weight.shape, seed=index))
-    qbert.quantize_(model, RECIPES[recipe])
+    calibration = qbert.calibrate(model, [{"input_ids": IDS}]) if fuse else None
+    qbert.quantize_(model, RECIPES[recipe], fuse=fuse, calibration=calibration)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return (Path(folder) / "config.json").read_bytes(), (Path(folder) / "model.safetensors").read_bytes()

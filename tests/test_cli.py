@@ -84,6 +84,40 @@ def test_inspect_lists_every_linear_and_embedding(quantized):
     assert "encoder.layer.0" in run("inspect", folder).stdout
 
 
+@pytest.fixture(scope="module")
+def with_words(tiny, tmp_path_factory):
+    """A float BERT with MiniLM's tokenizer beside it."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "words"
+    tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder())
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_quantize_fused_and_calibrated(with_words, tmp_path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("one text\n\nanother text\n")
+    for arguments, fused in (
+        ([], "dynamic"),
+        (["--calibrate", "default"], "static"),
+        (["--calibrate", lines], "static"),
+    ):
+        report = json.loads(run("quantize", with_words, "--fuse", *arguments, "-o", tmp_path / "out", "--json").stdout)
+        assert [row["fused"] for row in report["encoders"]] == [fused]
+        assert json.loads(run("inspect", tmp_path / "out", "--json").stdout)["encoders"][0]["fused"] == fused
+        assert f"BertModel: fused: {fused} (" in run("inspect", tmp_path / "out").stdout
+    done = run("analyze", tmp_path / "out", "--batch", 1, "--seq", 8, "--no-measure", "--target", "h100")
+    assert "it is not run fused here" in done.stderr
+    printed = run("quantize", with_words, "--fuse", "--scheme", "w8a16", "-o", tmp_path / "out").stdout
+    assert "BertModel: fused: no (encoder.layer.0.attention.self.query has scheme w8a16" in printed
+
+
 def test_verify_measures_each_weight(quantized, tiny):
     folder, _ = quantized
     report = json.loads(run("verify", folder, "--against", tiny, "--json").stdout)
@@ -132,6 +166,10 @@ def test_formats_lists_all_schemes():
         (["quantize", "{tiny}", "--override", "nothing.here=w8a8", "-o", "{out}"], "nothing.here"),
         (["quantize", "{tiny}", "--override", "half", "-o", "{out}"], "half"),
         (["quantize", "{out}/missing", "-o", "{out}"], "missing"),
+        (["quantize", "{tiny}", "--calibrate", "default", "-o", "{out}"], "--fuse"),
+        (["quantize", "{tiny}", "--fuse", "--calibrate", "nonsense", "-o", "{out}"], "nonsense"),
+        (["quantize", "{tiny}", "--fuse", "--calibrate", "none.tsv", "-o", "{out}"], "none.tsv"),
+        (["quantize", "{tiny}", "--fuse", "--calibrate", "lee", "-o", "{out}"], "lee"),
         (["quantize", "{quantized}", "-o", "{out}"], "quantized already"),
         (["inspect", "{out}"], "config.json"),
         (["inspect", "{tiny}"], "quantization_config"),
@@ -140,6 +178,7 @@ def test_formats_lists_all_schemes():
         (["analyze", "{tiny}", "--seq", "100000"], "100000"),
         (["analyze", "{tiny}", "--target", "abacus"], "abacus"),
         (["compare", "{tiny}", "--scheme", "w9a9"], "w9a9"),
+        (["compare", "{tiny}", "--scheme", "w8a8:sometimes"], "sometimes"),
     ],
     ids=lambda value: " ".join(value[:1] + value[2:3]) if isinstance(value, list) else "",
 )
@@ -192,12 +231,23 @@ def test_compare_measures_what_went_through_a_file(tiny, tmp_path):
     )
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    result = compare.compare(str(tmp_path / "model"), [data], [("w8a8", None), ("gobo3", "w8")], batch=1, seq=8)
-    assert [row.name for row in result.rows] == ["float32", "w8a8", "gobo3+w8"]
+    ways = [("w8a8", None), ("gobo3", "w8"), ("w8a8", None, "dynamic"), ("w8a8", "w8", "static")]
+    result = compare.compare(str(tmp_path / "model"), [data], ways, batch=1, seq=8)
+    assert [row.name for row in result.rows] == ["float32", "w8a8", "gobo3+w8", "w8a8:dynamic", "w8a8+w8:static"]
     assert result.rows[1].cosine_mean > result.rows[2].cosine_mean > 0.8
     assert result.rows[2].bits_per_weight < 8.6
+    assert min(row.cosine_mean for row in result.rows[3:]) > 0.99
     compare.plot(result, tmp_path / "plots" / "bits.png")
     assert (tmp_path / "plots" / "bits.png").stat().st_size > 10_000
+
+
+def test_compare_leaves_out_what_cannot_be_fused():
+    from qbert.compare import DEFAULT_WAYS, _possible
+
+    linear = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    assert [way.name for way in _possible(list(DEFAULT_WAYS), linear, asked_for=False) if way.fused] == []
+    with pytest.raises(QBertError, match="no fused encoder: Sequential is of no family"):
+        _possible(list(DEFAULT_WAYS), linear, asked_for=True)
 
 
 def _tokenizer_folder():

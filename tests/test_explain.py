@@ -74,12 +74,13 @@ def test_row_of_a_quantized_linear(scheme: str) -> None:
     assert row.outliers == stored.get("outlier_delta", torch.empty(0)).numel()
     assert (row.outliers > 0) == scheme.startswith("gobo")
     assert row.layout == module.layout.value
-    choice = select_kernel(module.operation, cpu_target())
+    choice = select_kernel(module.operation, cpu_target(), module.layout)
     assert (row.kernel, row.reason) == (choice.name, choice.reason)
 
 
 def test_layout_and_memory_are_those_of_now() -> None:
     model = quantize_(nn.Sequential(nn.Linear(64, 64)), "gobo3")
+    model[0]._hold(model[0].quantized.to_layout(Layout.BYTES))
     unpacked = explain(model).rows[0]
     model[0]._hold(model[0].quantized.to_layout(Layout.PLAIN))
     packed = explain(model).rows[0]
@@ -139,9 +140,10 @@ def test_str_is_a_table() -> None:
     explanation = explain(quantize_(_bert(), Recipe("w4a8", "w8")))
     header, *lines = str(explanation).splitlines()
     assert header.split() == ["module", "scheme", "shape", "layout", "bits", "kernel", "why"]
-    assert len(lines) == len(explanation.rows)
+    assert len(lines) == len(explanation.rows) + 1
+    assert lines[-1] == "bert: fused: no (not asked for: fuse=True, or qbert.fuse_(model))"
     columns = [header.index(title) for title in ("scheme", "shape", "layout", "bits", "kernel", "why")]
-    for line, row in zip(lines, explanation.rows, strict=True):
+    for line, row in zip(lines, explanation.rows, strict=False):
         starts = [line[column - 2 :].removeprefix("  ") for column in columns]
         expected = (row.scheme, f"{row.shape[0]}x{row.shape[1]}", row.layout, f"{row.bits_per_weight:.3g}", row.kernel)
         assert line.startswith(row.name)

@@ -22,6 +22,8 @@ from transformers.masking_utils import eager_mask
 
 import qbert
 from qbert import Recipe
+from qbert.calibrate import default_texts
+from qbert.evaluate import encode
 from qbert.formats import SCHEMES, Role, scheme_names
 from qbert.nn import QLinear
 from qbert.quantizers import quantize
@@ -277,3 +279,80 @@ def test_saved_and_loaded_it_gives_the_same_bits(
     assert all(torch.equal(a, b) for a, b in zip(_run(loaded, rows), _run(model, rows), strict=True))
     float_bytes = sum(parameter.nbytes for parameter in float_model.parameters())
     assert (tmp_path / "checkpoint" / "model.safetensors").stat().st_size < 0.26 * float_bytes
+
+
+# ---- fused, nothing is left to torch --------------------------------------------------------------------------------
+
+PROSE = default_texts(64)
+EVALUATED, CALIBRATED = PROSE[::2], PROSE[1::2]
+STRANGE = ("", "?!", "\u00fcber \U0001f600", "word " * 60)
+
+
+@pytest.fixture(scope="module")
+def calibration(minilm: Path, float_model: PreTrainedModel) -> qbert.Calibration:
+    return qbert.calibrate(float_model, CALIBRATED, tokenizer=AutoTokenizer.from_pretrained(minilm))
+
+
+@pytest.fixture(scope="module", params=["dynamic", "static"])
+def fused(request: pytest.FixtureRequest, minilm: Path, calibration: qbert.Calibration) -> PreTrainedModel:
+    scales = calibration if request.param == "static" else None
+    model = AutoModel.from_pretrained(minilm).eval()
+    return qbert.quantize_(model, Recipe("w8a8", "w8"), fuse=True, calibration=scales)
+
+
+@pytest.fixture(scope="module")
+def many(minilm: Path, rows: list[Tensor]) -> list[Tensor]:
+    """More token ids: of strange texts, of one token, and of as many as the model takes."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    found = [torch.tensor(ids) for ids in tokenizer(list(STRANGE))["input_ids"]]
+    return [*rows, *found, rows[1][:1], torch.arange(1000, 1512)]
+
+
+def test_fused_every_sequence_gives_the_same_bits_in_every_batch(fused: PreTrainedModel, many: list[Tensor]) -> None:
+    alone = [_run(fused, [row])[0] for row in many]
+    short = [index for index, row in enumerate(many) if len(row) <= WIDEST]
+    for indices, width in ((list(range(len(many))), 0), (short[::-1], 0), (short * 2, 77), ([short[0]], 31)):
+        for index, found in zip(indices, _run(fused, [many[i] for i in indices], width), strict=True):
+            assert torch.equal(found, alone[index]), (index, len(many[index]), indices, width)
+
+
+def test_fused_any_number_of_threads_gives_the_same_bits(fused: PreTrainedModel, rows: list[Tensor]) -> None:
+    expected, before = _run(fused, rows), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(_run(fused, rows), expected, strict=True)), threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@torch.no_grad()
+def test_fused_a_bad_token_stays_in_its_sequence(fused: PreTrainedModel, bad: float) -> None:
+    embeds = torch.randn(4, 16, fused.config.hidden_size, generator=torch.Generator().manual_seed(0)) * 0.05
+    clean = fused(inputs_embeds=embeds).last_hidden_state
+    embeds[2, 5, 100] = bad
+    spoiled = fused(inputs_embeds=embeds).last_hidden_state
+    others = [0, 1, 3]
+    assert clean.isfinite().all()
+    assert torch.equal(spoiled[others], clean[others])
+    assert spoiled[2, 5].isnan().all()
+
+
+def test_fused_sentence_embeddings_stay_close(
+    fused: PreTrainedModel, float_model: PreTrainedModel, minilm: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    exact, found = (encode(each, tokenizer, EVALUATED) for each in (float_model, fused))
+    cosine = (exact * found).sum(dim=1)
+    assert cosine.mean() > 0.995
+    assert cosine.min() > 0.985
+
+
+def test_fused_saved_and_loaded_it_gives_the_same_bits(
+    fused: PreTrainedModel, rows: list[Tensor], tmp_path: Path
+) -> None:
+    qbert.save(fused, tmp_path / "checkpoint")
+    loaded = qbert.load(tmp_path / "checkpoint")
+    assert qbert.explain(loaded).encoders[0].fused == qbert.explain(fused).encoders[0].fused != "no"
+    assert all(torch.equal(a, b) for a, b in zip(_run(loaded, rows), _run(fused, rows), strict=True))

@@ -26,7 +26,7 @@ from qbert import checkpoint, convert
 from qbert.bert import KEEP_FLOAT
 from qbert.checkpoint import METHOD, Record
 from qbert.errors import CheckpointError, QBertError
-from qbert.nn import ModuleSpec, QuantizedModule
+from qbert.nn import Calibration, ModuleSpec, QuantizedModule
 from qbert.recipe import Recipe
 
 # Configuration entries with these words in their names, if they are integers, say how often something is built.
@@ -35,10 +35,11 @@ _COUNTED = {"layer": 1024, "label": 2**20}
 
 @register_quantization_config(METHOD)
 class QBertConfig(QuantizationConfigMixin):
-    """Quantization configuration for `from_pretrained`; takes the arguments of `qbert.Recipe`.
+    """Quantization configuration for `from_pretrained`; takes the arguments of `qbert.Recipe`, and of `quantize_`.
 
     Args:
         linear, embedding, exclude, overrides, keep_float: see `qbert.Recipe`.
+        fuse, calibration: see `qbert.quantize_`; a calibration may be plain data.
         modules: what stands in a checkpoint; written on save, never given by hand.
         source: the model that was quantized, for reports.
         digest: of a checkpoint's contents; written on save.
@@ -51,6 +52,8 @@ class QBertConfig(QuantizationConfigMixin):
         exclude: Sequence[str] = (),
         overrides: Mapping[str, str | None] | Sequence[tuple[str, str | None]] = (),
         keep_float: Sequence[str] = KEEP_FLOAT,
+        fuse: bool = False,
+        calibration: Calibration | Mapping[str, Any] | None = None,
         modules: Mapping[str, Any] | None = None,
         source: str | None = None,
         digest: str | None = None,
@@ -63,22 +66,38 @@ class QBertConfig(QuantizationConfigMixin):
         self.record: Record | None = None
         if modules is None:
             self.recipe = Recipe(linear, embedding, exclude, dict(overrides), keep_float)
+            self.fuse, self.calibration = _fusing(fuse, calibration)
             return
         fields: dict[str, Any] = {"linear": linear, "embedding": embedding, "modules": modules, "source": source}
+        fields |= {"fuse": fuse, "calibration": calibration}
         for name, value in (("exclude", exclude), ("overrides", overrides), ("keep_float", keep_float)):
             fields[name] = list(value) if isinstance(value, tuple) else value  # a default; files hold lists
         self.record = Record.parse({"quant_method": METHOD, "digest": digest, **fields, **rest})
         self.recipe = self.record.recipe
+        self.fuse, self.calibration = self.record.fuse, self.record.calibration
 
     @classmethod
     def of_record(cls, record: Record) -> QBertConfig:
         """The configuration of a quantized model."""
-        return cls(**record.model_dump())
+        return cls(**record.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         if self.record is not None:
-            return self.record.model_dump(mode="json")
-        return {"quant_method": METHOD, "format_version": checkpoint.FORMAT_VERSION, **self.recipe.to_dict()}
+            return self.record.to_dict()
+        data = {"quant_method": METHOD, "format_version": checkpoint.FORMAT_VERSION, **self.recipe.to_dict()}
+        if self.fuse:
+            data |= {"fuse": True, "calibration": self.calibration and self.calibration.to_dict()}
+        return data
+
+
+def _fusing(fuse: bool, calibration: Calibration | Mapping[str, Any] | None) -> tuple[bool, Calibration | None]:
+    if not isinstance(fuse, bool):
+        raise QBertError(f"fuse is {fuse!r}; allowed: True, False")
+    if calibration is not None and not fuse:
+        raise QBertError("a calibration is for the fused encoder; pass fuse=True with it")
+    if calibration is None or isinstance(calibration, Calibration):
+        return fuse, calibration
+    return fuse, Calibration.from_dict(calibration)
 
 
 @register_quantizer(METHOD)
@@ -105,9 +124,12 @@ class QBertHfQuantizer(HfQuantizer):
             for module in model.modules():
                 if isinstance(module, QuantizedModule):
                     module.use_best_layout()
+            if self.quantization_config.fuse:
+                convert.fuse_(model, self.quantization_config.calibration)
             _attach(model, Record.of(model, self.quantization_config.recipe, self.quantization_config.record.source))
         else:
-            convert.quantize_(model, self.quantization_config.recipe)
+            config = self.quantization_config
+            convert.quantize_(model, config.recipe, fuse=config.fuse, calibration=config.calibration)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # After save_pretrained a configuration holds the name of its type.
@@ -235,6 +257,7 @@ def build_skeleton(config: PretrainedConfig, record: Record, names: Collection[s
         skeleton = model_class(config, **_arguments(model_class, record, names))
     with _refused("quantization_config", "must fit the model"):
         convert.install_(skeleton, record.modules, record.recipe)
+        checkpoint.check_fusion(record, skeleton)
     _forget_quantized_ties(skeleton)
     return skeleton
 

@@ -84,6 +84,7 @@ struct Problem {
         args.outlier_col = outliers.columns();
         args.outlier_col_wide = outliers.is_wide;
         args.outlier_delta = outliers.delta.data();
+        args.outliers = outliers.delta.size();
     }
 
     void make_floats(Random& random) {

@@ -1,0 +1,63 @@
+"""L7. Padding is taken off once, before the first layer, and put back once, after the last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qbert.errors import QBertError
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of a padded batch go when all sequences lie one after the other.
+
+    Attributes:
+        batch, width: of the padded batch.
+        cu_seqlens: (batch + 1,) int32: sequence i is the packed tokens cu_seqlens[i] ... cu_seqlens[i + 1] - 1.
+        kept: (t,) int64 indices into the flattened batch, ascending; None where nothing is padding.
+    """
+
+    batch: int
+    width: int
+    cu_seqlens: Tensor
+    kept: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are not padding."""
+        return self.batch * self.width if self.kept is None else self.kept.shape[0]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(batch, width, ...) to (tokens, ...), contiguous."""
+        flat = x.reshape(self.batch * self.width, *x.shape[2:])
+        return flat if self.kept is None else flat.index_select(0, self.kept)
+
+    def unpack(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(tokens, k) to (batch, width, k) of `dtype`, zeros at padding."""
+        x = x.to(dtype)
+        if self.kept is not None:
+            x = x.new_zeros(self.batch * self.width, x.shape[1]).index_copy_(0, self.kept, x)
+        return x.view(self.batch, self.width, x.shape[1])
+
+
+def packing_of(batch: int, width: int, mask: Tensor | None, device: torch.device) -> Packing:
+    """Where the tokens of a batch go.
+
+    Args:
+        mask: (batch, width), not 0 where a token is; None where nothing is padding. Padding may stand anywhere.
+
+    Raises:
+        QBertError: a mask of another shape.
+    """
+    if mask is not None:
+        if mask.shape != (batch, width):
+            raise QBertError(f"attention_mask is {tuple(mask.shape)}; allowed with a fused encoder: ({batch}, {width})")
+        there = mask.to(device=device, dtype=torch.bool)
+        if not bool(there.all()):
+            bounds = torch.zeros(batch + 1, dtype=torch.int32, device=device)
+            torch.cumsum(there.sum(1, dtype=torch.int32), 0, dtype=torch.int32, out=bounds[1:])
+            return Packing(batch, width, bounds, there.view(-1).nonzero().view(-1))
+    return Packing(batch, width, torch.arange(batch + 1, dtype=torch.int32, device=device) * width, None)

@@ -1,0 +1,104 @@
+"""L7. Weights as arguments of one operator call: scaled, stacked by rows, without a second copy of the codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qbert.dispatch import linear_operation
+from qbert.nn.modules import QLinear
+from qbert.qtensor import QuantizedTensor
+
+# Operation -> its weight's tensors in the order of its arguments.
+_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "w8a8_linear": ("qdata", "scale"),
+    "w4a8_linear": ("qdata", "group_scale", "scale"),
+    "gobo_linear": ("qdata", "codebook", "scale", "outlier_rowptr", "outlier_col", "outlier_delta"),
+}
+
+
+class Call(NamedTuple):
+    """An operator and everything that it is called with after the tokens' codes and scales."""
+
+    operator: Callable[..., Tensor]
+    arguments: tuple[Any, ...]
+
+
+def linear_call(weight: QuantizedTensor, bias: Tensor | None, activation: str, out: torch.dtype | float) -> Call:
+    """The call that multiplies with `weight`: `Call.operator(q, s, *Call.arguments)`.
+
+    Args:
+        weight: (n, k) of a scheme with int8 activations.
+        bias: (n,) float or None.
+        activation: ``"none"`` or ``"gelu"``.
+        out: type of the float result, or the static scale of an int8 result.
+    """
+    operation = linear_operation(weight.scheme)
+    name = f"{operation}_requant" if isinstance(out, float) else operation
+    tensors = (weight.tensors[each] for each in _ARGUMENTS[operation])
+    arguments = (*tensors, bias, activation, out, weight.layout.value)
+    return Call(getattr(torch.ops.qbert, name).default, arguments)
+
+
+def rescaled(weight: QuantizedTensor, factor: float) -> QuantizedTensor:
+    """weight * factor with the same codes: only scales and outliers change, so nothing is rounded to a code again."""
+    scaled = ("scale", "outlier_delta")
+    tensors = {name: tensor * factor if name in scaled else tensor for name, tensor in weight.tensors.items()}
+    return QuantizedTensor(weight.scheme, weight.shape, weight.layout, tensors)
+
+
+def stacked(weights: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """Matrices (n, k) of one scheme, layout and k as one of all their rows. Exact: no scale is shared between rows of two.
+
+    Dictionaries stay one for each matrix: codebook (m, 2**bits) and scale (m,).
+    """
+    first = weights[0]
+    parts = {name: [weight.tensors[name] for weight in weights] for name in first.tensors}
+    together = {name: torch.cat(tensors) for name, tensors in parts.items() if name not in _ROW_BY_ROW}
+    together["qdata"] = joined(parts["qdata"])
+    if "codebook" in parts:
+        together["codebook"] = torch.stack(parts["codebook"])
+        together["outlier_rowptr"] = _joined_rowptr(parts["outlier_rowptr"])
+    shape = (sum(weight.shape[0] for weight in weights), first.shape[1])
+    return QuantizedTensor(first.scheme, shape, first.layout, {name: together[name] for name in first.tensors})
+
+
+_ROW_BY_ROW = ("qdata", "codebook", "outlier_rowptr")
+
+
+def share_rows(modules: Sequence[QLinear]) -> None:
+    """Makes the modules' codes neighbouring views of one tensor, so that `joined` needs no copy of them.
+
+    Every layout stacks by rows, panels too where each matrix fills its last one.
+    """
+    parts = [module.get_buffer("qdata") for module in modules]
+    whole = joined(parts)
+    if whole.data_ptr() == parts[0].data_ptr():
+        return
+    for module, part in zip(modules, whole.split([part.shape[0] for part in parts]), strict=True):
+        module.register_buffer("qdata", part)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.cat` along the first dimension; a view where the parts lie one after the other in one storage."""
+    first, storage = parts[0], parts[0].untyped_storage().data_ptr()
+    end = first.storage_offset()
+    for part in parts:
+        beside = part.untyped_storage().data_ptr() == storage and part.storage_offset() == end
+        if not (beside and part.is_contiguous()):
+            return torch.cat(list(parts))
+        end += part.numel()
+    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+    return first.as_strided(shape, first.stride(), first.storage_offset())
+
+
+def _joined_rowptr(parts: Sequence[Tensor]) -> Tensor:
+    """Row pointers of compressed sparse rows that follow each other."""
+    pieces, start = [parts[0][:1]], 0
+    for part in parts:
+        pieces.append(part[1:] + start)
+        start += int(part[-1])
+    return torch.cat(pieces)

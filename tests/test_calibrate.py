@@ -1,0 +1,293 @@
+"""calibrate: scales that are as good as they can be, plain data that comes back to the bit, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import BertConfig
+
+import qbert
+from qbert import Calibration, QBertError, calibrate, quantize_
+from qbert.calibrate import _Spectrum, default_texts
+from qbert.formats import INT8
+from qbert.metrics import sqnr_db
+from qbert.nn import LayerScales, Overflow, fused_forward
+from qbert.testing import random_weight
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
+    "max_position_embeddings": 40,
+}  # fmt: skip
+GOOD = {"query": 0.1, "key": 0.2, "value": 0.05, "attention_output": 0.04, "gelu": 0.03}
+
+
+def _model(name: str = "BertModel", seed: int = 0, **changes: Any) -> Any:
+    torch.manual_seed(seed)
+    model = getattr(transformers, name)(BertConfig(**{**SIZES, **changes})).eval()
+    with torch.no_grad():
+        for index, module in enumerate(model.modules()):
+            if isinstance(module, nn.Linear):
+                module.weight.copy_(random_weight(*module.weight.shape, seed=seed + index) * 3)
+                module.bias.normal_(std=0.1)
+    return model
+
+
+def _with_a_giant(model: Any) -> Any:
+    """One neuron of the first layer answers some tokens with values far above all others, as in trained encoders."""
+    with torch.no_grad():
+        model.encoder.layer[0].intermediate.dense.weight[37].mul_(20.0)
+    return model
+
+
+def _batches(count: int = 3) -> list[dict[str, Tensor]]:
+    batches = []
+    for seed in range(count):
+        ids = torch.randint(5, 97, (6, 19), generator=torch.Generator().manual_seed(seed))
+        mask = torch.ones_like(ids)
+        mask[1, 10:] = 0
+        mask[2, :4] = 0
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+class Words:
+    """A tokenizer of made-up words: enough of one for `calibrate`."""
+
+    model_max_length = 40
+    pad_token_id = 0
+    pad_token_type_id = 0
+
+    def __call__(self, texts: Any, max_length: int | None = None, **_: Any) -> dict[str, Any]:
+        rows = [
+            [2, *(5 + sum(map(ord, word)) % 90 for word in text.split()), 3]
+            for text in ([texts] if isinstance(texts, str) else texts)
+        ]
+        rows = [row[:max_length] for row in rows]
+        encoded = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows], "labels": rows}
+        return {name: each[0] for name, each in encoded.items()} if isinstance(texts, str) else encoded
+
+
+# ---- what is chosen -------------------------------------------------------------------------------------------------
+
+
+def test_a_scale_for_every_tensor_of_every_layer() -> None:
+    calibration = calibrate(_model(), _batches())
+    assert list(calibration.layers) == ["encoder.layer.0", "encoder.layer.1"]
+    for layer in calibration.layers.values():
+        assert all(0 < getattr(layer, name) < 1 for name in GOOD)
+
+
+def test_the_largest_magnitude_is_nearly_covered_where_nothing_is_far_out() -> None:
+    """Of uniform values none is worth clipping; of a normal distribution with one far outlier that one is."""
+    uniform = torch.rand(4000, 8) * 2 - 1
+    spectrum = _Spectrum.empty(uniform.abs().amax(0))
+    spectrum.add(uniform)
+    assert spectrum.best()[0] == pytest.approx(1.0 / INT8.qmax, rel=0.01)
+    outlier = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
+    outlier[0, 0] = 100.0
+    spectrum = _Spectrum.empty(outlier.abs().amax(0))
+    spectrum.add(outlier)
+    scale, error = spectrum.best()
+    assert scale * INT8.qmax < 95.0
+
+    def squared(scale: float) -> float:
+        codes = (outlier / scale).round().clamp(-INT8.qmax, INT8.qmax)
+        return float(((codes * scale - outlier) ** 2).sum())
+
+    assert error == pytest.approx(squared(scale), rel=0.05)
+    assert squared(scale) <= 1.05 * min(squared(100.0 * 2 ** (-step / 16) / INT8.qmax) for step in range(128))
+
+
+def test_padding_is_not_looked_at() -> None:
+    model, batches = _model(), _batches()
+    expected = calibrate(model, batches)
+    for batch in batches:
+        batch["input_ids"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], 96)
+    assert calibrate(model, batches) == expected
+    alone = [
+        {"input_ids": ids[None, mask.bool()], "position_ids": torch.arange(19)[None, mask.bool()]}
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    for name, layer in calibrate(model, alone).layers.items():
+        for what in GOOD:
+            assert getattr(layer, what) == pytest.approx(getattr(expected.layers[name], what), rel=0.1)
+
+
+def test_giant_neurons_are_kept_apart() -> None:
+    model = _with_a_giant(_model())
+    calibration = calibrate(model, _batches())
+    overflow = calibration.layers["encoder.layer.0"].overflow
+    assert overflow is not None
+    assert 37 in overflow.neurons
+    without = calibrate(model, _batches(), overflow_neurons=0)
+    assert all(layer.overflow is None for layer in without.layers.values())
+    batch = _batches(1)[0]
+    there = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**batch)[0][there]
+        apart, together = (
+            quantize_(copy.deepcopy(model), fuse=True, calibration=each)(**batch)[0][there]
+            for each in (calibration, without)
+        )
+    assert sqnr_db(expected, apart) > sqnr_db(expected, together) + 2
+
+
+def test_a_few_overflow_neurons_or_none() -> None:
+    model = _with_a_giant(_model())
+    one = calibrate(model, _batches(), overflow_neurons=1).layers["encoder.layer.0"].overflow
+    assert one is not None
+    assert one.neurons == (37,)
+    with pytest.raises(QBertError, match=r"overflow_neurons is 17; allowed: 0 \.\.\. 16"):
+        calibrate(model, _batches(), overflow_neurons=17)
+
+
+def test_float_quantized_and_fused_models_are_calibrated_alike_and_left_alone() -> None:
+    model = _model("BertForSequenceClassification").train()
+    batches = _batches()
+    exact = calibrate(model, batches)
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    quantized = quantize_(copy.deepcopy(model).eval())
+    fused = quantize_(copy.deepcopy(model).eval(), fuse=True)
+    static = quantize_(copy.deepcopy(model).eval(), fuse=True, calibration=exact)
+    for other in (quantized, fused, static):
+        before = fused_forward(other.bert)
+        found = calibrate(other, batches)
+        assert fused_forward(other.bert) is before
+        for name, layer in found.layers.items():
+            for what in GOOD:
+                assert getattr(layer, what) == pytest.approx(getattr(exact.layers[name], what), rel=0.25)
+
+
+def test_texts() -> None:
+    model, texts = _model(), ["one two three", "a much longer text of nine words or so", "short", "x " * 60]
+    progress: list[tuple[int, int]] = []
+    found = calibrate(model, texts, tokenizer=Words(), batch_size=3, progress=lambda *call: progress.append(call))
+    assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    again = calibrate(model, iter(texts), tokenizer=Words(), batch_size=1)
+    for name, layer in again.layers.items():
+        assert layer.gelu == pytest.approx(found.layers[name].gelu, rel=0.1)
+
+
+def test_default_texts_are_prose() -> None:
+    texts = default_texts(50)
+    assert len(texts) == 50
+    assert default_texts(50) == texts
+    assert all(40 <= len(text) <= 600 and "\n" not in text for text in texts)
+
+
+# ---- plain data -----------------------------------------------------------------------------------------------------
+
+
+def test_calibrations_are_plain_data() -> None:
+    calibration = calibrate(_with_a_giant(_model()), _batches())
+    text = json.dumps(calibration.to_dict())
+    assert Calibration.from_dict(json.loads(text)) == calibration
+    assert "null" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"query": math.nan}, "query"), ({"query": math.inf}, "query"), ({"query": -0.1}, "query"), ({"key": 0.0}, "key"),
+        ({"value": 1e-30}, "value"), ({"value": 1e30}, "value"), ({"gelu": "0.1"}, "gelu"), ({"gelu": None}, "gelu"),
+        ({"gelu": True}, "gelu"), ({"spare": 1.0}, "spare"), ({"overflow": 1}, "overflow"),
+        ({"overflow": {"neurons": [], "scale": 0.1}}, "overflow"),
+        ({"overflow": {"neurons": [3, 1], "scale": 0.1}}, "ascend"),
+        ({"overflow": {"neurons": [1, 1], "scale": 0.1}}, "ascend"),
+        ({"overflow": {"neurons": [-1], "scale": 0.1}}, "neurons"),
+        ({"overflow": {"neurons": [1.5], "scale": 0.1}}, "neurons"),
+        ({"overflow": {"neurons": list(range(17)), "scale": 0.1}}, "17 neurons"),
+        ({"overflow": {"neurons": [1], "scale": math.nan}}, "scale"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_data_that_is_no_calibration_is_refused(changes: dict[str, Any], words: str) -> None:
+    Calibration.from_dict({"layers": {"encoder.layer.0": GOOD}})
+    with pytest.raises(QBertError, match=f"calibration: .*{words}"):
+        Calibration.from_dict({"layers": {"encoder.layer.0": {**GOOD, **changes}}})
+
+
+@pytest.mark.parametrize(
+    "data", [{}, {"layers": {}}, {"layers": []}, {"layers": {"a": 1}}, {"layers": {1: GOOD}}, {"x": 1}]
+)
+def test_data_of_another_shape_is_refused(data: dict[str, Any]) -> None:
+    with pytest.raises(QBertError, match="calibration: "):
+        Calibration.from_dict(data)
+
+
+def test_a_neuron_that_does_not_exist_is_refused() -> None:
+    layer = LayerScales(**GOOD, overflow=Overflow(neurons=(5, 128), scale=0.1))
+    calibration = Calibration(layers={f"encoder.layer.{index}": layer for index in range(2)})
+    with pytest.raises(QBertError, match=r"encoder\.layer\.0 has no neuron 128; allowed: 0 \.\.\. 127"):
+        quantize_(_model(), fuse=True, calibration=calibration)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("texts", "keywords", "words"),
+    [
+        ("one text", {}, "texts is a str; allowed: a list of str, or of batches"),
+        ({"input_ids": torch.ones(1, 2)}, {}, "texts is a dict; allowed: a list"),
+        ([], {}, "no text to calibrate with"),
+        (["a", {"input_ids": torch.ones(1, 2)}], {}, "texts holds a str; allowed: str only, or dicts of tensors only"),
+        ([1], {}, "texts holds a int"),
+        ([{"labels": torch.ones(1)}], {}, "a batch has labels; needed: input_ids or inputs_embeds"),
+        ([{"input_ids": torch.ones(1, 2), "attention_mask": torch.zeros(1, 2)}], {}, "no text to calibrate with"),
+        (["a"], {"batch_size": 0}, "batch_size is 0"),
+        (["a"], {}, r"no tokenizer beside the model \(''\); pass tokenizer="),
+    ],
+    ids=["str", "dict", "empty", "mixed", "int", "labels", "padding", "batch_size", "tokenizer"],
+)
+def test_what_cannot_be_calibrated_with_is_refused(texts: Any, keywords: dict[str, Any], words: str) -> None:
+    with pytest.raises(QBertError, match=words):
+        calibrate(_model(), texts, **keywords)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Any) -> None:
+    _model().save_pretrained(tmp_path)
+    model = transformers.AutoModel.from_pretrained(tmp_path)
+    with pytest.raises(QBertError, match=rf"no tokenizer beside the model \('{tmp_path}'\)"):
+        calibrate(model, ["a text"])
+
+
+def test_models_without_one_encoder_are_refused() -> None:
+    with pytest.raises(QBertError, match="Sequential has 0 encoders that can be fused"):
+        calibrate(nn.Sequential(nn.Linear(8, 8)), ["a"])
+    with pytest.raises(QBertError, match="ModuleList has 2 encoders"):
+        calibrate(nn.ModuleList([_model(), _model()]), ["a"])
+
+
+def test_activations_that_are_not_finite_are_refused() -> None:
+    model = _model()
+    with torch.no_grad():
+        model.encoder.layer[1].attention.self.key.bias[3] = torch.nan
+    with pytest.raises(QBertError, match=r"encoder\.layer\.1: key is NaN or infinite on these texts"):
+        calibrate(model, _batches())
+
+
+def test_dead_tensors_get_a_scale() -> None:
+    model = _model()
+    with torch.no_grad():
+        for module in (model.encoder.layer[0].intermediate.dense, model.encoder.layer[1].attention.self.value):
+            module.weight.zero_()
+            module.bias.zero_()
+    calibration = calibrate(model, _batches())
+    fused = quantize_(model, fuse=True, calibration=calibration)
+    with torch.no_grad():
+        assert fused(**_batches(1)[0])[0].isfinite().all()
+
+
+def test_public_names() -> None:
+    assert qbert.calibrate is calibrate
+    assert qbert.Calibration is Calibration
