@@ -42,7 +42,9 @@ NATIVE_LAYOUTS: dict[str, frozenset[Layout]] = {
     **dict.fromkeys(("w8a8_linear", "w8a8_linear_requant"), frozenset({Layout.INT8_PANELS, Layout.PLAIN})),
     **dict.fromkeys(("w4a8_linear", "w4a8_linear_requant"), frozenset({Layout.INT4_PANELS, Layout.INT8_EXPANDED})),
     **dict.fromkeys(("gobo_linear", "gobo_linear_requant", *_FLOAT_PRODUCTS), _PANELS),
-    **dict.fromkeys(("w8_embedding", "w4_embedding", "gobo_embedding", "embed_layer_norm_quantize"), frozenset({Layout.PLAIN})),
+    **dict.fromkeys(
+        ("w8_embedding", "w4_embedding", "gobo_embedding", "embed_layer_norm_quantize"), frozenset({Layout.PLAIN})
+    ),
 }
 # Operations with a Triton kernel (kernels/<operation>.py).
 TRITON_OPERATIONS = ("quantize_per_token",)

@@ -1,8 +1,8 @@
 // Weight-only linears: float32 tokens times packed weights, for few tokens, where the bytes of the weight are what takes time.
 //
-// y = sum over blocks of (scale of the block times the sum over its 64 input channels). Both sums run in one fixed order for each
-// output, so a token's result depends neither on the tokens beside it nor on the instruction set. Up to four tokens multiply
-// each decoded vector while it is in a register; more of them find a block decoded in the cache.
+// Spans of 32 input channels are summed up one after the other, pairs of spans to a block, blocks to the result: short sums lose
+// little, and each output has one fixed order, so that a token's result depends neither on the tokens beside it nor on the
+// instruction set. Few tokens multiply each decoded vector while it is in a register; many find a block decoded in the cache.
 #pragma once
 
 #include "cpu/decode_panels.h"
@@ -12,6 +12,7 @@
 namespace qbert {
 namespace QBERT_ISA {
 
+constexpr int kSpan = 32;              // input channels that are summed up one after the other
 constexpr int kPrefetch = 3072;        // bytes ahead in each panel
 constexpr int kOutliersTogether = 32;  // of a panel
 
@@ -27,23 +28,24 @@ constexpr int panels_together(int64_t tokens) { return tokens == 1 ? kMaxPanels 
 constexpr int kMaxPanels = 1, kDirectTokens = 0, kPassTokens = 2, kUnroll = 1;
 constexpr int panels_together(int64_t) { return 1; }
 #endif
+constexpr int kPendingTokens = kDirectTokens > kPassTokens ? kDirectTokens : kPassTokens;
 
 // Panels that are computed together, and where their parts of the scratch memory are.
 struct PanelGroup {
     const uint8_t* weight;
-    int64_t stride;        // bytes from a panel to the next
-    int64_t block_inputs;  // channels that are summed up before they are scaled
-    int64_t blocks;
-    int64_t blocks_per_scale;
-    const float* scale;    // (k / group, panels, 16) of int4, else null
-    float* total;          // (tokens, panels, 16)
-    float* decoded;        // (64, panels, 16)
+    int64_t stride;  // bytes from a panel to the next
+    int64_t spans;   // of kSpan input channels
+    int64_t spans_per_scale;
+    const float* scale;  // (k / group, panels, 16) of int4, else null
+    float* total;        // (tokens, panels, 16)
+    float* pending;      // (tokens of a pass, panels, 16)
+    float* decoded;      // (64, panels, 16)
 };
 
 QBERT_INLINE int64_t weight_only_padded(int64_t k) { return (k + kPanelInputs - 1) / kPanelInputs * kPanelInputs; }
 
 static int64_t weight_only_scratch_bytes(const WeightOnlyArgs& args) {
-    const int64_t vectors = args.groups * kMaxPanels + (kWeightOnlyTokens + kPanelInputs) * kMaxPanels;
+    const int64_t vectors = (kWeightOnlyTokens + kPendingTokens + kPanelInputs + args.groups) * kMaxPanels;
     return vectors * kLanes * static_cast<int64_t>(sizeof(float));
 }
 
@@ -57,7 +59,7 @@ static void weight_only_widen(const WeightOnlyArgs& args, int64_t begin, int64_t
     }
 }
 
-// ---- sums of a block ----
+// ---- sums of a span ----
 
 // A column is a slice of a panel: channels whose sums share a register.
 template <int kTokens, int kPanels>
@@ -69,16 +71,23 @@ QBERT_INLINE const uint8_t* column_of_panels(const uint8_t* first, int64_t strid
     return first + column / kSlices * stride + column % kSlices * kRegisterBytes;
 }
 
+// Adds the sums of a span, scaled, to the totals: those of an even span wait for their neighbour's.
 template <int kTokens, int kPanels>
-QBERT_INLINE void add_to_totals(const PanelGroup& g, int64_t block, const Sums<kTokens, kPanels>& sums, float* total) {
-    const float* scale = g.scale == nullptr ? nullptr : g.scale + block / g.blocks_per_scale * kPanels * kLanes;
+QBERT_INLINE void add_span(const PanelGroup& g, int64_t span, const Sums<kTokens, kPanels>& sums, float* total) {
+    const float* scale = g.scale == nullptr ? nullptr : g.scale + span / g.spans_per_scale * kPanels * kLanes;
+    const bool first = span % 2 == 0, waits = first && span + 1 < g.spans;
 #pragma GCC unroll 4
     for (int c = 0; c < kPanels * kSlices; ++c) {
 #pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t) {
-            float* at = total + t * kPanels * kLanes + c * kSliceLanes;
-            const SliceFloat sum = sums.of[t][c], before = load_slice(at);
-            store_slice(at, scale == nullptr ? before + sum : madd_slice(sum, load_slice(scale + c * kSliceLanes), before));
+            const int64_t at = t * kPanels * kLanes + c * kSliceLanes;
+            const SliceFloat before = first ? SliceFloat{} : load_slice(g.pending + at), sum = sums.of[t][c];
+            const SliceFloat block = scale == nullptr ? before + sum : madd_slice(sum, load_slice(scale + c * kSliceLanes), before);
+            if (waits) {
+                store_slice(g.pending + at, block);
+            } else {
+                store_slice(total + at, load_slice(total + at) + block);
+            }
         }
     }
 }
@@ -110,11 +119,11 @@ QBERT_NOINLINE void multiply_direct(const PanelGroup& g, const Decoder& decoder,
     constexpr int kRowInputs = kPartSteps * Decoder::kParts;
     const Decoder d = decoder;
     const uint8_t* row = g.weight;
-    for (int64_t block = 0; block < g.blocks; ++block) {
+    for (int64_t span = 0; span < g.spans; ++span) {
         const int64_t left = g.weight + g.stride - row;
         const uint8_t* ahead = row + kPrefetch + (left > kPrefetch ? 0 : (kPanels - 1) * g.stride);
         Sums<kTokens, kPanels> sums{};
-        for (int64_t i = 0; i < g.block_inputs; i += kRowInputs) {
+        for (int i = 0; i < kSpan; i += kRowInputs) {
             for (int p = 0; p < kPanels; ++p) {
                 for (int line = 0; line < Decoder::kRowBytes; line += 64) __builtin_prefetch(ahead + p * g.stride + line);
             }
@@ -124,7 +133,7 @@ QBERT_NOINLINE void multiply_direct(const PanelGroup& g, const Decoder& decoder,
             row += Decoder::kRowBytes;
             ahead += Decoder::kRowBytes;
         }
-        add_to_totals(g, block, sums, g.total);
+        add_span(g, span, sums, g.total);
     }
 }
 
@@ -147,15 +156,15 @@ static bool multiply_directly(const PanelGroup& g, const Decoder& d, const float
 
 // ---- sums of a block that is decoded into memory ----
 
-// In the order in which channels are summed: step by step, part by part, row by row.
+// Rows in the order in which channels are summed: step by step, part by part, row by row.
 template <class Decoder, int kPanels>
-QBERT_NOINLINE void decode_block(const PanelGroup& g, const Decoder& decoder, int64_t block) {
-    constexpr int kRowInputs = kPartSteps * Decoder::kParts;
+QBERT_NOINLINE void decode_block(const PanelGroup& g, const Decoder& decoder, int64_t first_span, int64_t spans) {
+    constexpr int kRowsOfSpan = kSpan / (kPartSteps * Decoder::kParts);
     const Decoder d = decoder;
     for (int c = 0; c < kPanels * kSlices; ++c) {
-        const uint8_t* row = column_of_panels(g.weight, g.stride, c) + block * g.block_inputs / kRowInputs * Decoder::kRowBytes;
+        const uint8_t* row = column_of_panels(g.weight, g.stride, c) + first_span * kRowsOfSpan * Decoder::kRowBytes;
         float* out = g.decoded + c * kSliceLanes;
-        for (int64_t i = 0; i < g.block_inputs; i += kRowInputs) {
+        for (int64_t i = 0; i < spans * kRowsOfSpan; ++i) {
 #pragma GCC unroll 1
             for (int part = 0; part < Decoder::kParts; ++part) {
                 const auto codes = Decoder::load_row(row, part);
@@ -169,44 +178,49 @@ QBERT_NOINLINE void decode_block(const PanelGroup& g, const Decoder& decoder, in
 }
 
 template <int kParts, int kTokens, int kPanels>
-QBERT_NOINLINE void multiply_decoded(const PanelGroup& g, int64_t block, const float* x, int64_t x_stride, float* total) {
-    Sums<kTokens, kPanels> sums{};
+QBERT_NOINLINE void multiply_decoded(const PanelGroup& g, int64_t first_span, int64_t spans, const float* x, int64_t x_stride,
+                                     float* total) {
     const float* w = g.decoded;
-    const float* stop = w + g.block_inputs * kPanels * kLanes;
-    while (w < stop) {
+    for (int64_t span = first_span; span < first_span + spans; ++span) {
+        Sums<kTokens, kPanels> sums{};
+        for (int i = 0; i < kSpan; i += kParts * kPartSteps) {
 #pragma GCC unroll 1
-        for (int part = 0; part < kParts; ++part) {
+            for (int part = 0; part < kParts; ++part) {
 #pragma GCC unroll kUnroll
-            for (int s = 0; s < kPartSteps; ++s) {
+                for (int s = 0; s < kPartSteps; ++s) {
 #pragma GCC unroll 8
-                for (int t = 0; t < kTokens; ++t) {
-                    const SliceFloat value = broadcast_slice(x[t * x_stride + part + kParts * s]);
+                    for (int t = 0; t < kTokens; ++t) {
+                        const SliceFloat value = broadcast_slice(x[t * x_stride + part + kParts * s]);
 #pragma GCC unroll 4
-                    for (int c = 0; c < kPanels * kSlices; ++c) {
-                        sums.of[t][c] = madd_slice(load_slice(w + c * kSliceLanes), value, sums.of[t][c]);
+                        for (int c = 0; c < kPanels * kSlices; ++c) {
+                            sums.of[t][c] = madd_slice(load_slice(w + c * kSliceLanes), value, sums.of[t][c]);
+                        }
                     }
+                    w += kPanels * kLanes;
                 }
-                w += kPanels * kLanes;
             }
+            x += kParts * kPartSteps;
         }
-        x += kParts * kPartSteps;
+        add_span(g, span, sums, total);
     }
-    add_to_totals(g, block, sums, total);
 }
 
 template <int kParts, int kTokens, int kPanels>
-static void multiply_pass(const PanelGroup& g, int64_t block, const float* x, int64_t x_stride, float* total, int64_t tokens) {
-    if (tokens == kTokens) return multiply_decoded<kParts, kTokens, kPanels>(g, block, x, x_stride, total);
-    if constexpr (kTokens > 1) multiply_pass<kParts, kTokens - 1, kPanels>(g, block, x, x_stride, total, tokens);
+static void multiply_pass(const PanelGroup& g, int64_t first_span, int64_t spans, const float* x, int64_t x_stride, float* total,
+                          int64_t tokens) {
+    if (tokens == kTokens) return multiply_decoded<kParts, kTokens, kPanels>(g, first_span, spans, x, x_stride, total);
+    if constexpr (kTokens > 1) multiply_pass<kParts, kTokens - 1, kPanels>(g, first_span, spans, x, x_stride, total, tokens);
 }
 
-template <int kParts, int kPanels>
-static void multiply_tokens(const PanelGroup& g, int64_t block, const float* x, int64_t x_stride, int64_t tokens) {
-    x += block * g.block_inputs;
+template <class Decoder, int kPanels>
+static void multiply_block(const PanelGroup& g, const Decoder& d, int64_t first_span, const float* x, int64_t x_stride, int64_t tokens) {
+    const int64_t spans = g.spans - first_span < 2 ? 1 : 2;
+    decode_block<Decoder, kPanels>(g, d, first_span, spans);
+    x += first_span * kSpan;
     float* total = g.total;
     for (int64_t passes = (tokens + kPassTokens - 1) / kPassTokens; passes > 0; --passes) {
         const int64_t now = (tokens + passes - 1) / passes;  // passes of equal size: each has enough independent sums
-        multiply_pass<kParts, kPassTokens, kPanels>(g, block, x, x_stride, total, now);
+        multiply_pass<Decoder::kParts, kPassTokens, kPanels>(g, first_span, spans, x, x_stride, total, now);
         x += now * x_stride;
         total += now * kPanels * kLanes;
         tokens -= now;
@@ -324,10 +338,7 @@ static void few_panels(const WeightOnlyArgs& args, const Decoder& d, PanelGroup 
         g.scale = scale;
     }
     if (!multiply_directly<Decoder, kDirectTokens, kPanels>(g, d, x, args.wide_stride, tokens)) {
-        for (int64_t block = 0; block < g.blocks; ++block) {
-            decode_block<Decoder, kPanels>(g, d, block);
-            multiply_tokens<Decoder::kParts, kPanels>(g, block, x, args.wide_stride, tokens);
-        }
+        for (int64_t span = 0; span < g.spans; span += 2) multiply_block<Decoder, kPanels>(g, d, span, x, args.wide_stride, tokens);
     }
     for (int p = 0; p < kPanels; ++p) {
         int64_t t = 0;
@@ -339,15 +350,18 @@ static void few_panels(const WeightOnlyArgs& args, const Decoder& d, PanelGroup 
 template <class Decoder>
 static void panels_of(const WeightOnlyArgs& args, int64_t panel, int64_t panel_end, int64_t begin, int64_t end, void* scratch) {
     const Decoder d = Decoder::of(args);
-    const int64_t padded = weight_only_padded(args.k), group = args.groups > 0 ? args.k / args.groups : kPanelInputs;
+    const int64_t padded = weight_only_padded(args.k);
     PanelGroup g{};
-    g.block_inputs = group % kPanelInputs ? kPanelInputs / 2 : kPanelInputs;
-    g.blocks = (args.k + g.block_inputs - 1) / g.block_inputs;
-    g.blocks_per_scale = group / g.block_inputs;
     g.stride = padded / (kPartSteps * Decoder::kParts) * Decoder::kRowBytes;
     if (args.format == WeightFormat::int8_panels) g.stride += 64;  // the row of sums
+    g.spans = padded / kSpan;
+    if (args.groups > 0) {
+        g.spans = args.k / kSpan;  // there are no scales for more
+        g.spans_per_scale = g.spans / args.groups;
+    }
     g.total = static_cast<float*>(scratch);
-    g.decoded = g.total + kWeightOnlyTokens * kMaxPanels * kLanes;
+    g.pending = g.total + kWeightOnlyTokens * kMaxPanels * kLanes;
+    g.decoded = g.pending + kPendingTokens * kMaxPanels * kLanes;
     const int64_t together = panels_together(end - begin);
     while (panel < panel_end) {
         const int64_t now = panel_end - panel < together ? 1 : together;

@@ -186,3 +186,28 @@ TEST(weight_only_driver_gives_the_same_bits_with_any_number_of_threads) {
         }
     }
 }
+
+TEST(weight_only_driver_refuses_outliers_that_would_lead_it_astray) {
+    Random random(23);
+    Problem problem(random, WeightFormat::dict4_panels, 3);
+    while (problem.args.outliers < 2) problem = Problem(random, WeightFormat::dict4_panels, 3);
+    const data::Outliers& outliers = problem.outliers;
+    const Floats out(problem.args.float_type, problem.args.t * problem.args.n);
+    problem.args.out = out.bytes.data();
+    const auto refuses = [&] {
+        try {
+            weight_only(problem.args, 2);
+        } catch (const std::invalid_argument&) {
+            return true;
+        }
+        return false;
+    };
+    CHECK(!refuses());
+    outliers.rowptr[1] = -1;
+    CHECK(refuses());
+    outliers.rowptr[1] = 1 << 30;
+    CHECK(refuses());
+    outliers.rowptr[1] = 0;
+    (outliers.is_wide ? void(outliers.wide[1] = -1) : void(outliers.narrow[1] = -1));
+    CHECK(refuses());
+}

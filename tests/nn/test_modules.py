@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qbert import QBertError
 from qbert.dispatch import select_kernel, select_layout
 from qbert.formats import SCHEMES, TIED_LINEAR_SCHEME, Role, get_scheme, scheme_names
-from qbert.layout import Layout, layouts_of
+from qbert.layout import layouts_of
 from qbert.metrics import sqnr_db
 from qbert.nn import GUARD, QEmbedding, QLinear, QTiedLinear, QuantizedModule
 from qbert.quantizers import quantize
