@@ -22,6 +22,7 @@ from qbert import QBertError, Recipe, dequantize_, explain, fuse_, quantize_, un
 from qbert.bert import FAMILIES
 from qbert.metrics import sqnr_db
 from qbert.nn import Calibration, QuantizedModule, encoders, fused_forward, obstacle
+from qbert.nn.padding import packing_of
 from qbert.nn.stack import joined, rescaled, stacked
 from qbert.quantizers import quantize
 from qbert.reference import dequantize
@@ -342,6 +343,30 @@ def test_all_families_give_the_same_bits_in_every_batch(family: str, variant: st
     for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
         ids = batch["input_ids"][row : row + 1, :length]
         assert torch.equal(_hidden(model, input_ids=ids)[0], together[row, :length])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_large_batch_in_portions_gives_the_same_bits(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = _fused("BertModel", variant), _batch(7, 23, kind="right")
+    expected = _hidden(model, **batch)
+    for tokens in (1, 20, 23, 50, 1000):
+        monkeypatch.setattr("qbert.nn.encoder.tokens_at_once", lambda _, tokens=tokens: tokens)
+        assert torch.equal(_hidden(model, **batch), expected), tokens
+
+
+def test_portions_are_whole_sequences_of_about_equal_size() -> None:
+    lengths = [5, 0, 9, 1, 30, 2, 0, 7]
+    mask = torch.arange(30) < torch.tensor(lengths)[:, None]
+    packing = packing_of(len(lengths), 30, mask, torch.device("cpu"))
+    assert packing.portions(None) == packing.portions(54) == [(slice(0, 54), packing.cu_seqlens)]
+    for most in (1, 10, 20, 30, 40):
+        portions = packing.portions(most)
+        assert [token for tokens, _ in portions for token in range(tokens.start, tokens.stop)] == list(range(54))
+        assert torch.cat([bounds.diff() for _, bounds in portions]).tolist() == lengths
+        for tokens, bounds in portions:
+            assert bounds[0] == 0
+            assert bounds[-1] == tokens.stop - tokens.start
+            assert bounds[-1] <= most or int((bounds.diff() > 0).sum()) == 1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -68,7 +68,7 @@ QBERT_NOINLINE void dot_pass(const uint8_t* strip, const int8_t* panels, int64_t
     }
     for (int64_t r = 0; r < quads; ++r) {
 #pragma GCC unroll 4
-        for (int i = 0; i < kAhead; ++i) __builtin_prefetch(ahead + (r * kAhead + i) * 64, 0, 3);
+        for (int i = 0; i < kAhead; ++i) __builtin_prefetch(ahead + (r * kAhead + i) * 64, 0, 2);
         __m512i w[kPanels];
 #pragma GCC unroll 4
         for (int p = 0; p < kPanels; ++p) w[p] = _mm512_loadu_si512(panels + p * panel_stride + r * 64);

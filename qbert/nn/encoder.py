@@ -14,9 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qbert import ops as _ops  # noqa: F401  (defines torch.ops.qbert)
 from qbert.bert import EmbeddingPaths, EncoderFamily, LayerPaths
-from qbert.dispatch import select_layout
+from qbert.dispatch import select_layout, tokens_at_once
 from qbert.errors import QBertError
 from qbert.formats import INT8, SCHEMES, Role
 from qbert.layout import Layout
@@ -25,12 +24,12 @@ from qbert.nn.modules import QEmbedding, QLinear
 from qbert.nn.padding import Packing
 from qbert.nn.stack import Call, linear_call, rescaled, share_rows, stacked
 from qbert.nn.watch import Watch
+from qbert.ops import direct
 from qbert.qtensor import QuantizedTensor
 from qbert.quantizers import quantize
 from qbert.reference import FLOAT_TABLE, dequantize
 from qbert.target import target_of
 
-_Q = torch.ops.qbert
 # gamma, beta, eps
 Norm = tuple[Tensor, Tensor, float]
 # the residual stream (t, h) float32, its codes (t, h) int8 and their scales (t,)
@@ -56,17 +55,17 @@ class DynamicLayer:
 
     def __call__(self, state: State, cu_seqlens: Tensor, ones: Tensor) -> State:
         hidden, q, s = state
-        t = q.shape[0]
+        t, do = q.shape[0], direct(q.device.type)
         qkv = self.qkv.operator(q, s, *self.qkv.arguments)
-        q, s = _Q.quantize_per_token(qkv.view(3 * t, -1))
-        context = _Q.attention_int8(
+        q, s = do.quantize_per_token(qkv.view(3 * t, -1))
+        context = do.attention_int8(
             q.view(t, -1), s.view(t, 3), cu_seqlens, self.heads, self.softmax_scale, torch.float32
         )
-        y = self.attention_output.operator(*_Q.quantize_per_token(context), *self.attention_output.arguments)
-        hidden, q, s = _Q.add_layer_norm_quantize(y, hidden, *self.attention_norm)
+        y = self.attention_output.operator(*do.quantize_per_token(context), *self.attention_output.arguments)
+        hidden, q, s = do.add_layer_norm_quantize(y, hidden, *self.attention_norm)
         inner = self.ffn_in.operator(q, s, *self.ffn_in.arguments)
-        y = self.ffn_out.operator(*_Q.quantize_per_token(inner), *self.ffn_out.arguments)
-        return _Q.add_layer_norm_quantize(y, hidden, *self.output_norm)
+        y = self.ffn_out.operator(*do.quantize_per_token(inner), *self.ffn_out.arguments)
+        return do.add_layer_norm_quantize(y, hidden, *self.output_norm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +92,20 @@ class StaticLayer:
 
     def __call__(self, state: State, cu_seqlens: Tensor, ones: Tensor) -> State:
         hidden, q, s = state
+        do = direct(q.device.type)
         qkv = self.qkv.operator(q, s, *self.qkv.arguments)
-        context = _Q.attention_int8_requant(
+        context = do.attention_int8_requant(
             qkv, self.scales, cu_seqlens, self.heads, self.softmax_scale, self.context_scale
         )
         y = self.attention_output.operator(context, ones, *self.attention_output.arguments)
-        hidden, q, s = _Q.add_layer_norm_quantize(y, hidden, *self.attention_norm)
+        hidden, q, s = do.add_layer_norm_quantize(y, hidden, *self.attention_norm)
         inner = self.ffn_in.operator(q, s, *self.ffn_in.arguments)
         y = self.ffn_out.operator(inner, ones, *self.ffn_out.arguments)
         if self.overflow is not None:
             rise, back = self.overflow
             excess = rise.operator(q, s, *rise.arguments)
             y += back.operator(excess, ones, *back.arguments)
-        return _Q.add_layer_norm_quantize(y, hidden, *self.output_norm)
+        return do.add_layer_norm_quantize(y, hidden, *self.output_norm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,18 +130,20 @@ class Embedding:
     def of_ids(self, ids: Tensor, position_ids: Tensor, token_type_ids: Tensor) -> State:
         """From (t,) ids each."""
         tables = (self.words, self.scheme, self.layout, self.positions, self.token_types)
-        return self._projected(*_Q.embed_layer_norm_quantize(ids, position_ids, token_type_ids, *tables, *self.norm))
+        embed = direct(ids.device.type).embed_layer_norm_quantize
+        return self._projected(*embed(ids, position_ids, token_type_ids, *tables, *self.norm))
 
     def of_rows(self, rows: Tensor, position_ids: Tensor, token_type_ids: Tensor) -> State:
         """From (t, k) float word rows of the caller's. Added up in the same order as in `of_ids`."""
         typed = rows.to(torch.float32) + _rows(self.token_types, token_type_ids)
-        return self._projected(*_Q.add_layer_norm_quantize(typed, _rows(self.positions, position_ids), *self.norm))
+        add_norm = direct(rows.device.type).add_layer_norm_quantize
+        return self._projected(*add_norm(typed, _rows(self.positions, position_ids), *self.norm))
 
     def _projected(self, hidden: Tensor, q: Tensor, s: Tensor) -> State:
         if self.projection is None:
             return hidden, q, s
         hidden = self.projection.operator(q, s, *self.projection.arguments)
-        return hidden, *_Q.quantize_per_token(hidden)
+        return hidden, *direct(hidden.device.type).quantize_per_token(hidden)
 
 
 class Encoder:
@@ -177,10 +179,19 @@ class Encoder:
             state: of the embedded tokens.
             wanted: which of them to keep; the last is always kept, the others are None.
         """
+        parts = [
+            self._through(_rows_of(state, tokens), cu_seqlens, wanted)
+            for tokens, cu_seqlens in packing.portions(tokens_at_once(target_of(self.device)))
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return [None if stream[0] is None else torch.cat(stream) for stream in zip(*parts, strict=True)]
+
+    def _through(self, state: State, cu_seqlens: Tensor, wanted: Collection[int]) -> list[Tensor | None]:
         streams = [state[0] if 0 in wanted else None]
-        ones = self._one_each(packing.tokens)
+        ones = self._one_each(state[0].shape[0])
         for index, layer in enumerate(self.layers, 1):
-            state = layer(state, packing.cu_seqlens, ones)
+            state = layer(state, cu_seqlens, ones)
             streams.append(state[0] if index in wanted or index == len(self.layers) else None)
         return streams
 
@@ -199,6 +210,11 @@ class Encoder:
             for tensor in _tensors_in((self.embedding, self.layers))
         }
         return sum(nbytes for storage, nbytes in held.items() if storage not in own)
+
+
+def _rows_of(state: State, tokens: slice) -> State:
+    hidden, q, s = state
+    return hidden[tokens], q[tokens], s[tokens]
 
 
 class _Parts:

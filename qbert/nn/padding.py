@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,26 @@ class Packing:
         if self.kept is not None:
             x = x.new_zeros(self.batch * self.width, x.shape[1]).index_copy_(0, self.kept, x)
         return x.view(self.batch, self.width, x.shape[1])
+
+    def portions(self, tokens_at_once: int | None) -> list[tuple[slice, Tensor]]:
+        """Runs of whole sequences of at most so many tokens (a longer sequence is one alone), about equal in size.
+
+        Returns:
+            the packed tokens of each, and its own `cu_seqlens`.
+        """
+        if tokens_at_once is None or self.tokens <= tokens_at_once:
+            return [(slice(0, self.tokens), self.cu_seqlens)]
+        bounds = self.cu_seqlens.tolist()
+        size = self.tokens / -(-self.tokens // tokens_at_once)
+        cuts = [0]
+        for index in range(1, len(bounds)):
+            if bounds[index] - bounds[cuts[-1]] > size and index - 1 > cuts[-1]:
+                cuts.append(index - 1)
+        cuts.append(len(bounds) - 1)
+        return [
+            (slice(bounds[first], bounds[last]), self.cu_seqlens[first : last + 1] - bounds[first])
+            for first, last in itertools.pairwise(cuts)
+        ]
 
 
 def packing_of(batch: int, width: int, mask: Tensor | None, device: torch.device) -> Packing:

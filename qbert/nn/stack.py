@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qbert.dispatch import linear_operation
 from qbert.nn.modules import QLinear
+from qbert.ops import direct
 from qbert.qtensor import QuantizedTensor
 
 # Operation -> its weight's tensors in the order of its arguments.
@@ -40,7 +41,7 @@ def linear_call(weight: QuantizedTensor, bias: Tensor | None, activation: str, o
     name = f"{operation}_requant" if isinstance(out, float) else operation
     tensors = (weight.tensors[each] for each in _ARGUMENTS[operation])
     arguments = (*tensors, bias, activation, out, weight.layout.value)
-    return Call(getattr(torch.ops.qbert, name).default, arguments)
+    return Call(getattr(direct(weight.tensors["qdata"].device.type), name), arguments)
 
 
 def rescaled(weight: QuantizedTensor, factor: float) -> QuantizedTensor:
