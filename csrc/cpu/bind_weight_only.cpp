@@ -13,10 +13,10 @@ const T* at(uintptr_t address) {
     return reinterpret_cast<const T*>(address);
 }
 
-void call_weight_only(int64_t t, int64_t n, int64_t k, uintptr_t x, int64_t x_stride, int float_type, int format, uintptr_t weight,
-                      uintptr_t codebook, uintptr_t group_scale, int64_t groups, uintptr_t scale, uintptr_t outlier_rowptr,
-                      uintptr_t outlier_col, bool outlier_col_wide, uintptr_t outlier_delta, int64_t outliers, uintptr_t bias,
-                      int bias_type, int activation, uintptr_t out, int threads) {
+void call_weight_only(int64_t t, int64_t n, int64_t k, uintptr_t x, int64_t x_stride, int float_type, int format,
+                      uintptr_t weight, uintptr_t codebook, uintptr_t group_scale, int64_t groups, uintptr_t scale,
+                      uintptr_t outlier_rowptr, uintptr_t outlier_col, bool outlier_col_wide, uintptr_t outlier_delta,
+                      int64_t outliers, uintptr_t bias, int bias_type, int activation, uintptr_t out, int threads) {
     WeightOnlyArgs args{};
     args.t = t;
     args.n = n;

@@ -2,8 +2,8 @@
 //
 // A panel has 16 output channels, one in each 32-bit word of its rows; registers of 8 or 4 floats take it in slices. A decoder
 // reads rows: as many bytes as hold eight input channels, or 32 of three bits. Step s of part i of the kParts of a row gives
-// channel i + kParts * s of it: 3-bit codes come four apart, as one byte of a panel holds them. Loops over steps must be unrolled,
-// so that s is a constant and what neighbouring steps share is computed once.
+// channel i + kParts * s of it: 3-bit codes come four apart, as one byte of a panel holds them. Loops over steps must be
+// unrolled, so that s is a constant and what neighbouring steps share is computed once.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -31,8 +31,8 @@ QBERT_INLINE SliceFloat broadcast_slice(float x) { return x - SliceFloat{}; }  /
 typedef double double2 __attribute__((vector_size(16)));
 typedef int64_t bits2 __attribute__((vector_size(16)));
 
-// a * b + c such that rounding the result to float gives what one rounding of the exact value would have given: the product of two
-// floats is exact in double, and a sum that is not is taken to the neighbour whose last bit is odd.
+// a * b + c such that rounding the result to float gives what one rounding of the exact value would have given: the product of
+// two floats is exact in double, and a sum that is not is taken to the neighbour whose last bit is odd.
 QBERT_INLINE double2 madd_to_odd(double2 a, double2 b, double2 c) {
     const double2 product = a * b, sum = product + c, part = sum - product;
     const double2 error = (product - (sum - part)) + (c - part);
@@ -177,8 +177,8 @@ struct DecodeDict3 {
     }
 
 #if defined(__AVX512F__)
-    // An index has four bits, a code three. Codes of even steps have their low bits at 0 and 1 and their high bit at 2, those of
-    // odd steps have them at 2 and 3 and at 1: with a table for each, neighbouring steps share their shifts.
+    // An index has four bits, a code three. Codes of even steps have their low bits at 0 and 1 and their high bit at 2, those
+    // of odd steps have them at 2 and 3 and at 1: with a table for each, neighbouring steps share their shifts.
     Table16 even, odd;
 
     static DecodeDict3 of(const WeightOnlyArgs& args) {

@@ -1,12 +1,14 @@
 // Weight-only linears: float32 tokens times packed weights, for few tokens, where the bytes of the weight are what takes time.
 //
-// Spans of 32 input channels are summed up one after the other, pairs of spans to a block, blocks to the result: short sums lose
-// little, and each output has one fixed order, so that a token's result depends neither on the tokens beside it nor on the
-// instruction set. Few tokens multiply each decoded vector while it is in a register; many find a block decoded in the cache.
+// Spans of 32 input channels are summed up one after the other, pairs of spans to a block, blocks to the result: short sums
+// lose little, and each output has one fixed order of fused multiply-adds, so that a token's result depends neither on the
+// tokens beside it nor on the instruction set. Few tokens multiply each decoded vector while it is in a register; many find a
+// block decoded in the cache.
 #pragma once
 
 #include "cpu/decode_panels.h"
 #include "cpu/kernels.h"
+#include "cpu/pack.h"
 #include "cpu/simd.h"
 
 namespace qbert {
@@ -81,8 +83,9 @@ QBERT_INLINE void add_span(const PanelGroup& g, int64_t span, const Sums<kTokens
 #pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t) {
             const int64_t at = t * kPanels * kLanes + c * kSliceLanes;
-            const SliceFloat before = first ? SliceFloat{} : load_slice(g.pending + at), sum = sums.of[t][c];
-            const SliceFloat block = scale == nullptr ? before + sum : madd_slice(sum, load_slice(scale + c * kSliceLanes), before);
+            SliceFloat block = first ? SliceFloat{} : load_slice(g.pending + at);
+            const SliceFloat sum = sums.of[t][c];
+            block = scale == nullptr ? block + sum : madd_slice(sum, load_slice(scale + c * kSliceLanes), block);
             if (waits) {
                 store_slice(g.pending + at, block);
             } else {
@@ -94,8 +97,8 @@ QBERT_INLINE void add_span(const PanelGroup& g, int64_t span, const Sums<kTokens
 
 // One part of a row of each panel, decoded and multiplied at once. x: that part's first input channel of the first token.
 template <class Decoder, int kTokens, int kPanels>
-QBERT_INLINE void multiply_part(const Decoder& d, const uint8_t* row, int64_t stride, int part, const float* x, int64_t x_stride,
-                                Sums<kTokens, kPanels>& sums) {
+QBERT_INLINE void multiply_part(const Decoder& d, const uint8_t* row, int64_t stride, int part, const float* x,
+                                int64_t x_stride, Sums<kTokens, kPanels>& sums) {
     constexpr int kColumns = kPanels * kSlices;
     decltype(Decoder::load_row(row, part)) rows[kColumns];
 #pragma GCC unroll 4
@@ -128,7 +131,9 @@ QBERT_NOINLINE void multiply_direct(const PanelGroup& g, const Decoder& decoder,
                 for (int line = 0; line < Decoder::kRowBytes; line += 64) __builtin_prefetch(ahead + p * g.stride + line);
             }
 #pragma GCC unroll 1
-            for (int part = 0; part < Decoder::kParts; ++part) multiply_part(d, row, g.stride, part, x + part, x_stride, sums);
+            for (int part = 0; part < Decoder::kParts; ++part) {
+                multiply_part(d, row, g.stride, part, x + part, x_stride, sums);
+            }
             x += kRowInputs;
             row += Decoder::kRowBytes;
             ahead += Decoder::kRowBytes;
@@ -206,14 +211,18 @@ QBERT_NOINLINE void multiply_decoded(const PanelGroup& g, int64_t first_span, in
 }
 
 template <int kParts, int kTokens, int kPanels>
-static void multiply_pass(const PanelGroup& g, int64_t first_span, int64_t spans, const float* x, int64_t x_stride, float* total,
-                          int64_t tokens) {
-    if (tokens == kTokens) return multiply_decoded<kParts, kTokens, kPanels>(g, first_span, spans, x, x_stride, total);
-    if constexpr (kTokens > 1) multiply_pass<kParts, kTokens - 1, kPanels>(g, first_span, spans, x, x_stride, total, tokens);
+static void multiply_pass(const PanelGroup& g, int64_t first_span, int64_t spans, const float* x, int64_t x_stride,
+                          float* total, int64_t tokens) {
+    if (tokens == kTokens) {
+        multiply_decoded<kParts, kTokens, kPanels>(g, first_span, spans, x, x_stride, total);
+    } else if constexpr (kTokens > 1) {
+        multiply_pass<kParts, kTokens - 1, kPanels>(g, first_span, spans, x, x_stride, total, tokens);
+    }
 }
 
 template <class Decoder, int kPanels>
-static void multiply_block(const PanelGroup& g, const Decoder& d, int64_t first_span, const float* x, int64_t x_stride, int64_t tokens) {
+static void multiply_block(const PanelGroup& g, const Decoder& d, int64_t first_span, const float* x, int64_t x_stride,
+                           int64_t tokens) {
     const int64_t spans = g.spans - first_span < 2 ? 1 : 2;
     decode_block<Decoder, kPanels>(g, d, first_span, spans);
     x += first_span * kSpan;
@@ -228,15 +237,6 @@ static void multiply_block(const PanelGroup& g, const Decoder& d, int64_t first_
 }
 
 // ---- scales, outliers, the end ----
-
-typedef uint16_t half8 __attribute__((vector_size(16)));
-typedef uint16_t half8_anywhere __attribute__((vector_size(16), aligned(1), may_alias));
-
-QBERT_NOINLINE half8 last_halves(const uint16_t* from, int64_t count) {
-    half8 v{};
-    for (int64_t i = 0; i < count; ++i) v[i] = from[i];
-    return v;
-}
 
 // 8 x 8 halves, in place: shuffling the rows like two halves of a deck of cards, three times.
 QBERT_INLINE void transpose_halves(half8* row) {
@@ -253,23 +253,29 @@ QBERT_INLINE void transpose_halves(half8* row) {
     }
 }
 
+// Eight of the halves at `from`, of which only `count` may be read: the others are 0.
+QBERT_INLINE half8 load_eight(const uint16_t* from, int64_t at, int64_t count) {
+    return count >= 8 ? (half8)load16(from + at) : (half8)load_some(from + at, count > 0 ? 2 * count : 0);
+}
+
 // Scales of 16 output channels as a vector for each group, `stride` floats apart; those of channels beyond n are unspecified.
 static void gather_scales(const WeightOnlyArgs& args, int64_t channel, int64_t stride, float* out) {
     constexpr int64_t kBlock = 8;
-    const uint16_t* end = args.group_scale + args.n * args.groups;
     for (int64_t first = 0; first < args.groups; first += kBlock) {
         alignas(64) uint16_t columns[kBlock][kLanes];
         for (int64_t lane = 0; lane < kLanes; lane += kBlock) {
             half8 row[kBlock];
 #pragma GCC unroll 8
             for (int64_t i = 0; i < kBlock; ++i) {
-                const uint16_t* from = args.group_scale + (channel + lane + i) * args.groups + first;
-                row[i] = end - from >= kBlock ? *reinterpret_cast<const half8_anywhere*>(from) : last_halves(from, end - from);
+                const int64_t at = (channel + lane + i) * args.groups + first, all = args.n * args.groups;
+                row[i] = load_eight(args.group_scale, at < all ? at : 0, all - at);
             }
             transpose_halves(row);
-            for (int64_t i = 0; i < kBlock; ++i) memcpy(&columns[i][lane], &row[i], sizeof row[i]);
+            for (int64_t i = 0; i < kBlock; ++i) store16(&columns[i][lane], (byte16)row[i]);
         }
-        for (int64_t i = 0; i < kBlock && first + i < args.groups; ++i) store(out + (first + i) * stride, from_bf16(load_halves(columns[i])));
+        for (int64_t i = 0; i < kBlock && first + i < args.groups; ++i) {
+            store(out + (first + i) * stride, from_bf16(load_halves(columns[i])));
+        }
     }
 }
 
@@ -307,7 +313,8 @@ QBERT_INLINE void correct(const WeightOnlyArgs& args, int64_t channel, const flo
 }
 
 template <int kTokens>
-QBERT_NOINLINE void finish_tokens(const WeightOnlyArgs& args, int64_t panel, int64_t token, const float* total, int64_t panels) {
+QBERT_NOINLINE void finish_tokens(const WeightOnlyArgs& args, int64_t panel, int64_t token, const float* total,
+                                  int64_t panels) {
     const int64_t channel = panel * kLanes, count = args.n - channel;
     f32x16 y[kTokens];
     for (int t = 0; t < kTokens; ++t) y[t] = load(total + t * panels * kLanes);
@@ -327,23 +334,27 @@ QBERT_NOINLINE void finish_tokens(const WeightOnlyArgs& args, int64_t panel, int
 
 // ---- panels ----
 
+// Output channels panel * 16 ... of kPanels panels, for tokens begin ... end - 1.
 template <class Decoder, int kPanels>
 static void few_panels(const WeightOnlyArgs& args, const Decoder& d, PanelGroup g, int64_t panel, int64_t begin, int64_t end) {
     const float* x = args.wide_x + begin * args.wide_stride;
-    const int64_t tokens = end - begin;
-    memset(g.total, 0, static_cast<size_t>(tokens * kPanels * kLanes) * sizeof(float));
+    const int64_t tokens = end - begin, stride = kPanels * kLanes;
+    memset(g.total, 0, static_cast<size_t>(tokens * stride) * sizeof(float));
     if (args.format == WeightFormat::int4_panels) {
-        float* scale = g.decoded + kPanelInputs * kPanels * kLanes;
-        for (int p = 0; p < kPanels; ++p) gather_scales(args, (panel + p) * kLanes, kPanels * kLanes, scale + p * kLanes);
+        float* scale = g.decoded + kPanelInputs * stride;
+        for (int p = 0; p < kPanels; ++p) gather_scales(args, (panel + p) * kLanes, stride, scale + p * kLanes);
         g.scale = scale;
     }
     if (!multiply_directly<Decoder, kDirectTokens, kPanels>(g, d, x, args.wide_stride, tokens)) {
-        for (int64_t span = 0; span < g.spans; span += 2) multiply_block<Decoder, kPanels>(g, d, span, x, args.wide_stride, tokens);
+        for (int64_t span = 0; span < g.spans; span += 2) {
+            multiply_block<Decoder, kPanels>(g, d, span, x, args.wide_stride, tokens);
+        }
     }
     for (int p = 0; p < kPanels; ++p) {
+        const float* total = g.total + p * kLanes;
         int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4) finish_tokens<4>(args, panel + p, begin + t, g.total + (t * kPanels + p) * kLanes, kPanels);
-        for (; t < tokens; ++t) finish_tokens<1>(args, panel + p, begin + t, g.total + (t * kPanels + p) * kLanes, kPanels);
+        for (; t + 4 <= tokens; t += 4) finish_tokens<4>(args, panel + p, begin + t, total + t * stride, kPanels);
+        for (; t < tokens; ++t) finish_tokens<1>(args, panel + p, begin + t, total + t * stride, kPanels);
     }
 }
 
@@ -377,11 +388,12 @@ static void panels_of(const WeightOnlyArgs& args, int64_t panel, int64_t panel_e
 
 static void weight_only_panels(const WeightOnlyArgs& args, int64_t panel_begin, int64_t panel_end, int64_t token_begin,
                                int64_t token_end, void* scratch) {
+    const auto run = [&](auto of_decoder) { of_decoder(args, panel_begin, panel_end, token_begin, token_end, scratch); };
     switch (args.format) {
-        case WeightFormat::int8_panels: return panels_of<DecodeInt8>(args, panel_begin, panel_end, token_begin, token_end, scratch);
-        case WeightFormat::int4_panels: return panels_of<DecodeInt4>(args, panel_begin, panel_end, token_begin, token_end, scratch);
-        case WeightFormat::dict4_panels: return panels_of<DecodeDict4>(args, panel_begin, panel_end, token_begin, token_end, scratch);
-        default: return panels_of<DecodeDict3>(args, panel_begin, panel_end, token_begin, token_end, scratch);
+        case WeightFormat::int8_panels: return run(panels_of<DecodeInt8>);
+        case WeightFormat::int4_panels: return run(panels_of<DecodeInt4>);
+        case WeightFormat::dict4_panels: return run(panels_of<DecodeDict4>);
+        default: return run(panels_of<DecodeDict3>);
     }
 }
 

@@ -9,7 +9,7 @@
 namespace qbert {
 namespace {
 
-constexpr int64_t kInlineWork = 1 << 19;  // weights to decode plus products, below which a second thread costs more than it brings
+constexpr int64_t kInlineWork = 1 << 19;  // weights plus products, below which a second thread costs more than it brings
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kTaskPanels = 4;  // panels that are computed together; a task takes a multiple
 

@@ -1,0 +1,146 @@
+"""What the models are fed: real sentences as token ids, in padded batches of a fixed or of a realistic, ragged length."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qbert.errors import MissingDependency, QBertError
+from qbert.evaluate import TASKS, load_tokenizer
+from qbert.zoo import resolve_model
+
+DEFAULT_CASES = ("8x128", "1x128", "1x16", "2x16", "32x128", "ragged8", "ragged32")
+MAX_TOKENS = 128
+PADDING_SHARE = 0.5
+_DRAWS = 2000  # of which the one with the share of padding that was asked for is taken
+_DENSE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
+_RAGGED = re.compile(r"ragged([1-9]\d*)")
+
+Sentence = list[int]  # token ids with [CLS] in front and [SEP] at the end
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch to time. `length` is None where the sentences keep their own lengths and the shorter ones are padded."""
+
+    name: str
+    batch: int
+    length: int | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """(batch, width) int64 each; the mask is 1 where a token is and 0 at padding, which stands on the right."""
+
+    ids: Tensor
+    mask: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are not padding."""
+        return int(self.mask.sum())
+
+    @property
+    def padding_share(self) -> float:
+        """Padding of all positions, 0 to 1."""
+        return 1.0 - self.tokens / self.mask.numel()
+
+
+def parse_case(name: str) -> Case:
+    """`8x128`: 8 sequences of 128 tokens; `ragged8`: 8 sentences of their own lengths, about half of the batch padding.
+
+    Raises:
+        QBertError: neither of the two, or longer than BERT's 512 positions.
+    """
+    if dense := _DENSE.fullmatch(name):
+        batch, length = int(dense[1]), int(dense[2])
+        if 2 <= length <= 512:
+            return Case(name, batch, length)
+    if (ragged := _RAGGED.fullmatch(name)) and int(ragged[1]) > 1:
+        return Case(name, int(ragged[1]), None)
+    raise QBertError(f"case {name!r}: allowed are BATCHxLENGTH (length 2 to 512) and raggedBATCH (2 or more)")
+
+
+def make_batch(case: Case, sentences: Sequence[Sentence]) -> Batch:
+    """The batch of a case, the same one every time.
+
+    Args:
+        sentences: a dense case takes their tokens end to end, a ragged one takes whole sentences.
+    """
+    if case.length is None:
+        chosen = pick_ragged([len(each) for each in sentences], case.batch)
+        return pad([sentences[i] for i in chosen])
+    return Batch(*_dense(case.batch, case.length, sentences))
+
+
+def pad(sentences: Sequence[Sentence]) -> Batch:
+    """Sentences side by side, padded on the right with id 0."""
+    width = max(len(each) for each in sentences)
+    ids = torch.tensor([each + [0] * (width - len(each)) for each in sentences])
+    mask = torch.tensor([[1] * len(each) + [0] * (width - len(each)) for each in sentences])
+    return Batch(ids, mask)
+
+
+def pick_ragged(lengths: Sequence[int], batch: int, share: float = PADDING_SHARE, seed: int = 0) -> list[int]:
+    """Indices of `batch` sentences drawn at random, of which about `share` of the padded batch is padding.
+
+    Real lengths, drawn as they come: of many draws, the one nearest to that share. Batches as a server collects them.
+
+    Raises:
+        QBertError: fewer sentences than the batch needs.
+    """
+    if len(lengths) < batch:
+        raise QBertError(f"{len(lengths)} sentences, a ragged batch needs {batch}")
+    draw = random.Random(seed)
+    draws = [draw.sample(range(len(lengths)), batch) for _ in range(_DRAWS)]
+    return min(draws, key=lambda indices: abs(padding_share([lengths[i] for i in indices]) - share))
+
+
+def padding_share(lengths: Sequence[int]) -> float:
+    """Share of padding in a batch of these lengths."""
+    return 1.0 - sum(lengths) / (max(lengths) * len(lengths))
+
+
+def real_sentences(count: int, *, part: str = "test") -> list[str]:
+    """Texts of all the evaluation sets that are installed, in turn, so that short questions and news stand side by side.
+
+    Args:
+        count: how many; all there are if that is fewer.
+        part: "test", or "train" for calibration: no text is in both.
+
+    Raises:
+        MissingDependency: no set is installed.
+    """
+    sets, missing = [], ""
+    for task in TASKS.values():
+        try:
+            sets.append(getattr(task.load(), part).texts)
+        except MissingDependency as error:
+            missing = str(error)
+    sets = [texts for texts in sets if texts]
+    if not sets:
+        raise MissingDependency(f"no evaluation set is installed: {missing}")
+    longest = max(map(len, sets))
+    return [texts[i] for i in range(longest) for texts in sets if i < len(texts)][:count]
+
+
+def tokenize(texts: Sequence[str], max_tokens: int = MAX_TOKENS) -> list[Sentence]:
+    """Token ids by MiniLM's tokenizer: its vocabulary of 30,522 word pieces is BERT's, so it serves every model here."""
+    tokenizer = load_tokenizer(resolve_model("minilm"))
+    ids = tokenizer(list(texts), truncation=True, max_length=max_tokens, return_attention_mask=False)["input_ids"]
+    return [list(each) for each in ids]
+
+
+def _dense(batch: int, length: int, sentences: Sequence[Sentence]) -> tuple[Tensor, Tensor]:
+    """Real tokens end to end, cut to [CLS] ... [SEP] of `length`; over and over if there are too few."""
+    first, last = sentences[0][0], sentences[0][-1]
+    words = [token for each in sentences for token in each[1:-1]]
+    need = batch * (length - 2)
+    stream = torch.tensor((words * (need // max(len(words), 1) + 1))[:need], dtype=torch.int64).view(batch, length - 2)
+    ends = (torch.full((batch, 1), first), stream, torch.full((batch, 1), last))
+    return torch.cat(ends, dim=1), torch.ones(batch, length, dtype=torch.int64)

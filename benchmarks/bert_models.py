@@ -1,0 +1,130 @@
+"""The models that are timed: real ones by name, and BERT's shapes with random weights of a realistic distribution."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qbert.errors import QBertError
+from qbert.evaluate.loading import quiet_transformers
+from qbert.zoo import WEIGHTS_FILE, new_folder, resolve_model, sha256_of_file
+
+# layers, hidden size, heads, width of the feed-forward network
+SHAPES: Mapping[str, tuple[int, int, int, int]] = {
+    "base": (12, 768, 12, 3072),
+    "large": (24, 1024, 16, 4096),
+    "tiny": (2, 64, 2, 256),
+}
+# Of trained encoders: deviation 0.04 to 0.1 a matrix, and a few weights in a thousand far outside (0.32% in MiniLM beyond what
+# GOBO calls an outlier). Weights as they are initialized, normal with 0.02, would have almost none of these.
+DEVIATION = 0.04
+OUTLIER_SHARE = 0.003
+OUTLIER_DEVIATIONS = (4.0, 8.0)
+_SEED = 0
+_DISTRIBUTION = 1  # raised when the weights of a shape change, so that old caches are not used
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk.
+
+    Attributes:
+        name: as it was asked for.
+        folder: what `from_pretrained` reads.
+        work: folder for what is derived from it; its name changes with the weights.
+        random: whether its weights are: then agreement says how exact the arithmetic is, not how good the model stays.
+        float_bytes: of its weights in float32.
+    """
+
+    name: str
+    folder: Path
+    work: Path
+    random: bool
+    float_bytes: int
+
+
+def find_model(name: str, cache: Path) -> ModelFolder:
+    """A shape of `SHAPES`, made once and kept in the cache, or any model that `resolve_model` finds in a folder.
+
+    Raises:
+        QBertError: unknown, a hub id that is no folder here, or no BERT (the peers' graph is written for BertModel).
+    """
+    if name in SHAPES:
+        folder = cache / f"{name}-random{_DISTRIBUTION}"
+        if not folder.is_dir():
+            with new_folder(folder) as fresh, quiet_transformers():
+                _random_model(name).save_pretrained(fresh)
+        return ModelFolder(name, folder, folder / "work", True, _weights_bytes(folder))
+    folder = Path(resolve_model(name))
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise QBertError(f"model {name!r} is no folder with {WEIGHTS_FILE}; allowed: one, or {', '.join(SHAPES)}")
+    if _config(folder).model_type != "bert":
+        raise QBertError(f"model {name!r} is a {_config(folder).model_type}; this benchmark takes bert")
+    label = f"{Path(name).name}-{sha256_of_file(folder / WEIGHTS_FILE)[:12]}"
+    return ModelFolder(name, folder, cache / label / "work", False, _weights_bytes(folder))
+
+
+def load_float32(folder: str | Path) -> Any:
+    """The encoder without its pooler, in float32: all that any system here computes."""
+    from transformers import AutoModel
+
+    with quiet_transformers():
+        return AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False).eval()
+
+
+def fingerprint(*parts: str) -> str:
+    """Short hash that names a cached file by everything it depends on."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:10]
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, shared storage counted once."""
+    tensors: dict[int, Tensor] = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
+
+
+def _weights_bytes(folder: Path) -> int:
+    return (folder / WEIGHTS_FILE).stat().st_size
+
+
+def _random_model(name: str) -> Any:
+    from transformers import BertConfig, BertModel
+
+    layers, hidden, heads, inner = SHAPES[name]
+    config = BertConfig(
+        num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, intermediate_size=inner
+    )
+    model = BertModel(config, add_pooling_layer=False).eval()
+    generator = torch.Generator().manual_seed(_SEED)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(realistic_weights(*parameter.shape, generator=generator))
+            elif parameter.dim() == 1:  # biases; the norms' weights stay around one
+                noise = torch.randn(parameter.shape, generator=generator) * DEVIATION
+                parameter.add_(noise)
+    return model
+
+
+def realistic_weights(rows: int, columns: int, *, generator: torch.Generator) -> Tensor:
+    """(rows, columns) float32: normal, with a few in a thousand weights four to eight deviations from the mean."""
+    weights = torch.randn(rows, columns, generator=generator) * DEVIATION
+    count = int(rows * columns * OUTLIER_SHARE)
+    places = torch.randint(rows * columns, (count,), generator=generator)
+    low, high = OUTLIER_DEVIATIONS
+    sizes = torch.rand(count, generator=generator) * (high - low) + low
+    signs = torch.randint(2, (count,), generator=generator) * 2 - 1
+    weights.view(-1)[places] = DEVIATION * sizes * signs
+    return weights

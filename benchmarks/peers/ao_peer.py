@@ -1,0 +1,111 @@
+"""torchao: int8 by tensor subclass (dynamic), and by torch.export with Intel's X86InductorQuantizer (static); both compiled.
+
+The second is what torch documents for int8 on a CPU ("PyTorch 2 Export Quantization with X86 Backend through Inductor"):
+calibrated, lowered to oneDNN's int8 products, the rest in bfloat16 by autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.bert_inputs import Batch, pad
+from benchmarks.bert_models import fingerprint, load_float32
+from benchmarks.machine import versions
+from benchmarks.peers.base import Ids, Peer, library
+from benchmarks.peers.plain_bert import PlainBert
+from benchmarks.peers.torch_peer import TorchPeer
+from qbert.zoo import new_folder
+
+_CALIBRATION_BATCHES, _CALIBRATION_BATCH = 8, 8  # HistogramObserver, in eager torch, takes most of a second a batch
+
+
+class TorchaoDynamic(TorchPeer):
+    """Int8DynamicActivationInt8WeightConfig on a bfloat16 model: a scale per token, one per output channel."""
+
+    def converted(self, model: Any) -> Any:
+        quantization = library("torchao.quantization")
+        model = model.to(torch.bfloat16)
+        quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+        return model
+
+    def weight_bytes(self) -> int:
+        """Tensor subclasses have no storage of their own to count: int8 linears with float32 scales, bfloat16 for the rest."""
+        linears = [m for m in self.model.modules() if isinstance(m, torch.nn.Linear)]
+        inside = sum(m.weight.numel() for m in linears)
+        scales = sum(m.weight.shape[0] for m in linears)
+        rest = sum(p.numel() for p in self.model.parameters()) - inside
+        return inside + 4 * scales + 2 * rest
+
+
+class TorchaoExport(Peer):
+    """Static int8 by `prepare_pt2e` and `convert_pt2e`; the converted graph is kept as an exported program."""
+
+    def __init__(self, job: Any) -> None:
+        super().__init__(job)
+        self._run: Any = None
+        self._inputs: tuple[Tensor, ...] = ()
+        self._bytes = 0
+
+    @property
+    def _folder(self) -> Path:
+        key = fingerprint(*(f"{k} {v}" for k, v in versions(["torch", "torchao", "transformers"]).items()))
+        return Path(self.job.work) / f"pt2e-{key}"
+
+    def prepare(self) -> None:
+        library("torchao.quantization.pt2e.quantize_pt2e")
+        if self._folder.is_dir():
+            return
+        converted, example, shapes = self._quantized()
+        with new_folder(self._folder) as folder:
+            torch.export.save(torch.export.export(converted, example, dynamic_shapes=shapes), folder / "int8.pt2")
+
+    def _quantized(self) -> tuple[Any, tuple[Tensor, ...], Any]:
+        flow = library("torchao.quantization.pt2e.quantize_pt2e")
+        x86 = library("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+        batches = list(_batches(self.job.calibration))
+        example = _arguments(batches[0])
+        dims = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("width", min=2, max=512)}
+        shapes = tuple(dims for _ in example)
+        model = PlainBert(load_float32(self.job.folder)).eval().requires_grad_(False)
+        graph = torch.export.export(model, example, dynamic_shapes=shapes).module()
+        quantizer = x86.X86InductorQuantizer()
+        quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+        prepared = flow.prepare_pt2e(graph, quantizer)
+        with torch.no_grad():
+            for batch in batches:
+                prepared(*_arguments(batch))
+        return flow.convert_pt2e(prepared), example, shapes
+
+    def load(self) -> None:
+        library("torchao.quantization.pt2e.quantize_pt2e")  # defines the operators in the file
+        torch._inductor.config.freezing = True
+        program = torch.export.load(self._folder / "int8.pt2")
+        model = program.module()
+        self._bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        self._run = torch.compile(model, dynamic=True)
+
+    def bind(self, ids: Ids, mask: Ids) -> None:
+        self._inputs = _arguments(Batch(torch.from_numpy(ids), torch.from_numpy(mask)))
+
+    def forward(self) -> Any:
+        with torch.inference_mode(), torch.amp.autocast("cpu", dtype=torch.bfloat16):
+            return self._run(*self._inputs)
+
+    hidden = TorchPeer.hidden
+
+    def weight_bytes(self) -> int:
+        return self._bytes
+
+
+def _arguments(batch: Batch) -> tuple[Tensor, ...]:
+    return batch.ids, batch.mask, torch.zeros_like(batch.ids)
+
+
+def _batches(sentences: Any) -> Iterator[Batch]:
+    for start in range(0, _CALIBRATION_BATCHES * _CALIBRATION_BATCH, _CALIBRATION_BATCH):
+        yield pad([list(each) for each in sentences[start : start + _CALIBRATION_BATCH]])

@@ -1,0 +1,67 @@
+"""qbert: `quantize_` on the same model, linear by linear or with the fused encoder, with or without calibration."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+import qbert
+from benchmarks.bert_inputs import pad
+from benchmarks.bert_models import fingerprint, load_float32
+from benchmarks.peers.base import Unavailable
+from benchmarks.peers.torch_peer import TorchPeer
+
+_CALIBRATION_BATCH = 16
+
+
+class QBert(TorchPeer):
+    """Options: `scheme`, `fuse`, `static`."""
+
+    def prepare(self) -> None:
+        if self.job.options.get("static") and not self._calibration_file.is_file():
+            calibration = qbert.calibrate(load_float32(self.job.folder), self._batches())
+            self._calibration_file.parent.mkdir(parents=True, exist_ok=True)
+            self._calibration_file.write_text(json.dumps(calibration.to_dict()))
+
+    def converted(self, model: Any) -> Any:
+        fuse, calibration = bool(self.job.options.get("fuse")), None
+        if self.job.options.get("static"):
+            calibration = qbert.Calibration.from_dict(json.loads(self._calibration_file.read_text()))
+        model = qbert.quantize_(model, self.job.options["scheme"], fuse=fuse, calibration=calibration)
+        for encoder in qbert.explain(model).encoders if fuse else ():
+            if encoder.fused == "no":
+                raise Unavailable(f"{encoder.name} is not fused: {encoder.reason}")
+        return model
+
+    @property
+    def _calibration_file(self) -> Path:
+        """Named by the code that calibrates: a change there makes a new one."""
+        code = inspect.getsource(inspect.getmodule(qbert.calibrate) or qbert)
+        return Path(self.job.work) / f"qbert-calibration-{fingerprint(code, repr(self.job.calibration))}.json"
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        sentences = sorted((list(each) for each in self.job.calibration), key=len)
+        for start in range(0, len(sentences), _CALIBRATION_BATCH):
+            batch = pad(sentences[start : start + _CALIBRATION_BATCH])
+            yield {"input_ids": batch.ids, "attention_mask": batch.mask}
+
+    def weight_bytes(self) -> int:
+        """As stored in a file: what is quantized with all its metadata, and the floats that stay."""
+        floats = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return sum(row.stored_bytes for row in qbert.explain(self.model).quantized) + floats
+
+    def notes(self) -> list[str]:
+        explanation = qbert.explain(self.model)
+        kernels = sorted({row.kernel for row in explanation.quantized})
+        return [f"kernel: {', '.join(kernels)}", *map(str, explanation.encoders)]
+
+
+class QBertFused(QBert):
+    """The same with the fused encoder, which takes padding off before the first layer."""
+
+    padding: ClassVar[str] = "not computed"
