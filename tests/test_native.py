@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import subprocess
+import sys
 import sysconfig
 import tomllib
 from pathlib import Path
@@ -56,6 +58,20 @@ def test_every_kernel_file_has_the_flags_of_its_instruction_set() -> None:
     assert files == {*SETUP["ISA_FLAGS"], "kernels_generic"}
     for name, flags in SETUP["ISA_FLAGS"].items():
         assert len(flags) == len(set(flags)), name
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm of binutils")
+def test_kernel_files_share_no_code_with_others() -> None:
+    """Of a function in several object files the linker keeps one, which could be the copy that only newer CPUs can run."""
+    objects = sorted((ROOT / "build").glob(f"objects-*-{sys.implementation.cache_tag}/csrc/cpu/kernels_*.o"))
+    if not objects:
+        pytest.skip("no object files here: the extension was not built in this tree")
+    for obj in objects:
+        listed = subprocess.run(["nm", "--defined-only", str(obj)], capture_output=True, text=True, check=True).stdout
+        symbols = [line.split()[-2:] for line in listed.splitlines()]
+        # The compiler's own pointer to the run-time function for exceptions is data.
+        shared = [name for kind, name in symbols if kind in "WVu" and not name.startswith("DW.ref.")]
+        assert not shared, f"{obj.name}: {shared}"
 
 
 def test_every_package_is_installed() -> None:
