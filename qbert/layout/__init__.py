@@ -9,13 +9,14 @@ bytes. The other layouts serve kernels; each is a bijection of PLAIN, so saving 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from qbert.errors import QBertError
-from qbert.formats import Format, Kind, Role, Scheme
-from qbert.layout import panels
+from qbert.formats import DICT3, DICT4, INT4, INT8, Format, Kind, Role, Scheme
+from qbert.layout import panels, rows
 from qbert.layout.bits import pack_bits, pack_codes, packed_width, signed, unpack_bits, unpack_codes
 
 __all__ = [
@@ -33,16 +34,45 @@ class Layout(enum.Enum):
     INT8_PANELS = "int8_panels"  # 16 output channels a panel, four input channels of each a row, and their sums
     INT4_PANELS = "int4_panels"  # the same with eight input channels a row: four low nibbles, four high ones
     INT3_PANELS = "int3_panels"  # the same with 32 input channels in three rows: two planes of two bits, one of one
+    INT8_ROWS = "int8_rows"  # PLAIN with rows padded to whole 16 bytes
+    NIBBLE_HALVES = "nibble_halves"  # a nibble a code; a byte holds codes 64 input channels apart
+    SELECT_HALVES = "select_halves"  # a nibble a code; a word holds two selectors of `prmt`, 64 input channels apart
 
 
 PANEL_LAYOUTS = (Layout.INT8_PANELS, Layout.INT4_PANELS, Layout.INT3_PANELS)
+# Look-ups read single rows of these; tables that no linear can be tied to have no other layouts.
+_TABLE_LAYOUTS = (Layout.PLAIN, Layout.BYTES)
 _PANELS_OF_BITS = {8: Layout.INT8_PANELS, 4: Layout.INT4_PANELS, 3: Layout.INT3_PANELS}
+_ROWS_OF_FORMAT = {
+    INT8: (Layout.INT8_ROWS,),
+    INT4: (Layout.NIBBLE_HALVES,),
+    DICT4: (Layout.SELECT_HALVES,),
+    DICT3: (Layout.SELECT_HALVES,),
+}
+_ROW_LAYOUTS = frozenset(layout for layouts in _ROWS_OF_FORMAT.values() for layout in layouts)
+_PACK_INT8: dict[Layout, Callable[[Tensor], Tensor]] = {
+    Layout.INT8_PANELS: panels.pack_int8,
+    Layout.INT8_ROWS: rows.pack_int8,
+}
+# Layouts of smaller codes, from and to unsigned codes (n, k).
+_PACK: dict[Layout, Callable[[Tensor], Tensor]] = {
+    Layout.INT4_PANELS: panels.pack_int4,
+    Layout.INT3_PANELS: panels.pack_int3,
+    Layout.NIBBLE_HALVES: rows.pack_nibble_halves,
+    Layout.SELECT_HALVES: rows.pack_select_halves,
+}
+_UNPACK: dict[Layout, Callable[[Tensor, int, int], Tensor]] = {
+    Layout.INT4_PANELS: panels.unpack_int4,
+    Layout.INT3_PANELS: panels.unpack_int3,
+    Layout.NIBBLE_HALVES: lambda qdata, n, k: rows.unpack_nibble_halves(qdata, k),
+    Layout.SELECT_HALVES: lambda qdata, n, k: rows.unpack_select_halves(qdata, k),
+}
 
 
 def layouts_for(fmt: Format, int8_activations: bool) -> tuple[Layout, ...]:
     """The layouts that a linear's weight codes can be in."""
     unpacked = () if fmt.bits == 8 else (Layout.BYTES, Layout.INT8_EXPANDED) if int8_activations else (Layout.BYTES,)
-    return (Layout.PLAIN, *unpacked, _PANELS_OF_BITS[fmt.bits])
+    return (Layout.PLAIN, *unpacked, *_ROWS_OF_FORMAT[fmt], _PANELS_OF_BITS[fmt.bits])
 
 
 def layouts_of(scheme: Scheme) -> tuple[Layout, ...]:
@@ -50,13 +80,15 @@ def layouts_of(scheme: Scheme) -> tuple[Layout, ...]:
     layouts = layouts_for(scheme.weight, scheme.activation is not None)
     if Role.LINEAR in scheme.roles:
         return layouts
-    return tuple(each for each in layouts if each not in PANEL_LAYOUTS)  # look-ups read rows, not panels
+    return tuple(each for each in layouts if each in _TABLE_LAYOUTS)
 
 
 def qdata_shape(layout: Layout, fmt: Format, n: int, k: int) -> tuple[int, ...]:
     """Shape that `qdata` of an (n, k) matrix must have."""
     if layout is Layout.PLAIN:
         return n, packed_width(k, fmt.bits)
+    if layout in _ROW_LAYOUTS:
+        return n, rows.row_bytes(fmt.bits, k)
     return panels.panel_shape(fmt.bits, n, k) if layout in PANEL_LAYOUTS else (n, k)
 
 
@@ -72,14 +104,16 @@ def read_codes(qdata: Tensor, fmt: Format, n: int, k: int, layout: Layout) -> Te
         return unpack_codes(qdata, fmt, k)
     if layout is Layout.INT8_PANELS:
         return panels.unpack_int8(qdata, n, k)
-    if layout is Layout.INT4_PANELS:
-        return signed(panels.unpack_int4(qdata, n, k), fmt)
-    return signed(panels.unpack_int3(qdata, n, k), fmt) if layout is Layout.INT3_PANELS else qdata
+    if layout is Layout.INT8_ROWS:
+        return rows.unpack_int8(qdata, k)
+    if layout in _UNPACK:
+        return signed(_UNPACK[layout](qdata, n, k), fmt)
+    return qdata
 
 
-def select_rows(qdata: Tensor, rows: Tensor, layout: Layout) -> Tensor:
-    """`qdata` of the matrix that consists of `rows` (m,) int64 of this one, in the same layout."""
-    return panels.select_rows(qdata, rows) if layout in PANEL_LAYOUTS else qdata[rows]
+def select_rows(qdata: Tensor, chosen: Tensor, layout: Layout) -> Tensor:
+    """`qdata` of the matrix that consists of the rows `chosen` (m,) int64 of this one, in the same layout."""
+    return panels.select_rows(qdata, chosen) if layout in PANEL_LAYOUTS else qdata[chosen]
 
 
 def from_plain(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], layout: Layout) -> dict[str, Tensor]:
@@ -90,11 +124,10 @@ def from_plain(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int
     codes = unpack_codes(tensors["qdata"], scheme.weight, shape[1])
     if layout is Layout.INT8_EXPANDED:
         codes = _expand(codes, tensors, scheme)
-    elif layout is Layout.INT8_PANELS:
-        codes = panels.pack_int8(codes)
-    elif layout in PANEL_LAYOUTS:
-        pack = panels.pack_int4 if layout is Layout.INT4_PANELS else panels.pack_int3
-        codes = pack(codes.view(torch.uint8) & (scheme.weight.codes - 1))
+    elif layout in _PACK_INT8:
+        codes = _PACK_INT8[layout](codes)
+    elif layout in _PACK:
+        codes = _PACK[layout](codes.view(torch.uint8) & (scheme.weight.codes - 1))
     return {**tensors, "qdata": codes}
 
 

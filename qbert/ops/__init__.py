@@ -19,11 +19,11 @@ from qbert.ops.checks import FLOAT_DTYPES, MAX_K
 from qbert.ops.cpu_torch import CPU_TORCH
 from qbert.ops.fakes import FAKES
 from qbert.ops.schemas import SCHEMAS
-from qbert.ops.triton import TRITON, triton_quantize_per_token
+from qbert.ops.triton import TRITON
 from qbert.reference import REFERENCES
 from qbert.target import native_cpu
 
-__all__ = ["FLOAT_DTYPES", "MAX_K", "NATIVE", "SCHEMAS", "direct", "reference_of", "triton_quantize_per_token"]
+__all__ = ["FLOAT_DTYPES", "MAX_K", "NATIVE", "SCHEMAS", "direct", "reference_of"]
 
 log = logging.getLogger(__name__)
 _library = torch.library.Library("qbert", "DEF")

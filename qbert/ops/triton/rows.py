@@ -1,4 +1,4 @@
-"""L5. Launchers of the Triton kernels, which `torch.ops.qbert.*` runs on CUDA."""
+"""L5. Launchers of the row kernels."""
 
 from __future__ import annotations
 
@@ -39,4 +39,4 @@ def _row_warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-TRITON: dict[str, Callable[..., Any]] = {"quantize_per_token": triton_quantize_per_token}
+KERNELS: dict[str, Callable[..., Any]] = {"quantize_per_token": triton_quantize_per_token}

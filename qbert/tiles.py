@@ -1,0 +1,138 @@
+"""L2. How a Triton kernel cuts its problem: a table for each GPU, nothing tried out at run time.
+
+The tables are `kernels/tuned/<gpu>.json`: operation -> rows. A row says for which problems it holds (`n` and `k`, null or left
+out for any;
+`tokens`, up to how many) and what the tile is; rows for any n and k are the rule where nothing was measured.
+`benchmarks.tune` adds rows for what it measured; `source` says where a row
+comes from.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from qbert.errors import QBertError
+from qbert.target import Target
+
+TUNED = Path(__file__).parent / "kernels" / "tuned"
+# Compute capability -> table. What has none of its own uses the nearest older one's tiles, cut down to its shared memory.
+_TABLES = {90: "nvidia_h100"}
+MIN_SM = 80  # bfloat16 and asynchronous copies
+TMA_SM = 90
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """One way to run one kernel.
+
+    Attributes:
+        road: which variant of the operation's kernel: ``"tma"`` (persistent, copies by descriptor), ``"pointer"`` (plain loads,
+            any GPU and shape), ``"few"`` (few tokens: weight rows as the matrix unit's M, k split over programs).
+        block_t, block_n, block_k: tokens, output channels and input channels of a tile.
+        warps, stages: of a program; copies in flight.
+        group: tiles of the grid's first dimension that run close together, for the L2 cache.
+        split_k: programs that share a tile's input channels.
+        source: where the figures come from.
+    """
+
+    road: str
+    block_t: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group: int = 8
+    split_k: int = 1
+    source: str = "rule"
+
+
+ROADS = ("tma", "pointer", "few")
+_FIELDS = frozenset(each.name for each in fields(TileConfig))
+_KEYS = frozenset({"n", "k", "tokens"})
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: the problems it is for, and the tile."""
+
+    n: int | None
+    k: int | None
+    tokens: int | None
+    tile: TileConfig
+
+    def fits(self, t: int, n: int, k: int) -> bool:
+        """Whether it is for t tokens, n output and k input channels."""
+        return self.n in (None, n) and self.k in (None, k) and (self.tokens is None or t <= self.tokens)
+
+
+def select_tile(operation: str, t: int, n: int, k: int, target: Target) -> TileConfig:
+    """The tile of an operation's problem: of all rows that hold, the most particular one for the fewest tokens.
+
+    Args:
+        operation: with a table; `*_requant` shares its float twin's.
+        t, n, k: tokens, output channels, input channels.
+
+    Raises:
+        QBertError: a GPU that is too old.
+        KeyError: an operation without a table (a mistake in qbert, not in its input).
+    """
+    return _select(operation.removesuffix("_requant"), max(t, 1), n, k, target)
+
+
+@functools.lru_cache(maxsize=4096)
+def _select(operation: str, t: int, n: int, k: int, target: Target) -> TileConfig:
+    require_supported(target)
+    rows = table(_table_name(target))[operation]
+    if target.sm < TMA_SM:
+        rows = [row for row in rows if row.tile.road != "tma"]
+    holding = [row for row in rows if row.fits(t, n, k)]
+    if not holding:
+        raise KeyError(f"{operation}: no tile for t={t}, n={n}, k={k} in {_table_name(target)}")
+    best = min(holding, key=lambda row: (row.n is None, row.k is None, row.tokens is None, row.tokens or 0))
+    return best.tile
+
+
+def require_supported(target: Target) -> None:
+    """
+    Raises:
+        QBertError: a CUDA device that the kernels do not run on.
+    """
+    if target.sm < MIN_SM:
+        raise QBertError(
+            f"this GPU has compute capability {target.sm / 10:.1f}; qbert's kernels need {MIN_SM / 10:.1f} or newer"
+        )
+
+
+def _table_name(target: Target) -> str:
+    return _TABLES[max((sm for sm in _TABLES if sm <= target.sm), default=min(_TABLES))]
+
+
+@functools.cache
+def table(gpu: str) -> dict[str, list[Row]]:
+    """The rows of `kernels/tuned/<gpu>.json` by operation.
+
+    Raises:
+        QBertError: a file that is not such a table.
+    """
+    path = TUNED / f"{gpu}.json"
+    return {operation: [_row(each, path) for each in rows] for operation, rows in json.loads(path.read_text()).items()}
+
+
+def tiles_of(operation: str, gpu: str = "nvidia_h100") -> list[TileConfig]:
+    """The distinct tiles that the table can choose for an operation, sources left out: what tests compile."""
+    return list(dict.fromkeys(replace(row.tile, source="table") for row in table(gpu)[operation]))
+
+
+def _row(record: dict[str, Any], path: Path) -> Row:
+    unknown = set(record) - _FIELDS - _KEYS
+    if unknown or record.get("road") not in ROADS:
+        raise QBertError(
+            f"{path.name}: {record} has {f'unknown fields {sorted(unknown)}' if unknown else 'no known road'}; "
+            f"allowed: {', '.join(sorted(_FIELDS | _KEYS))}; roads: {', '.join(ROADS)}"
+        )
+    tile = TileConfig(**{name: value for name, value in record.items() if name in _FIELDS})
+    return Row(record.get("n"), record.get("k"), record.get("tokens"), tile)
