@@ -1,10 +1,8 @@
 """L2. How a Triton kernel cuts its problem: a table for each GPU, nothing tried out at run time.
 
 The tables are `kernels/tuned/<gpu>.json`: operation -> rows. A row says for which problems it holds (`n` and `k`, null or left
-out for any;
-`tokens`, up to how many) and what the tile is; rows for any n and k are the rule where nothing was measured.
-`benchmarks.tune` adds rows for what it measured; `source` says where a row
-comes from.
+out for any; `tokens`, up to how many) and what the tile is; rows for any n and k are the rule where nothing was measured.
+`benchmarks.tune` adds rows for what it measured; `source` says where a row comes from.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runs Triton kernels in Triton's interpreter: it is chosen when a kernel is decorated, so it needs a process of its own.
 
-A test file calls `run("module:function", cases)`: the function is imported in one interpreter process, is called with each case,
-and what it raises is raised here. Many cases share a process because starting one takes seconds.
+A test file calls `run("module:function", cases)`: the function is imported in one such process, is called with each case, and
+what it raises is raised here. Many cases share a process because starting one takes seconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for an H100 that is not here, and reads what came out: PTX, SASS, resources, the compiler's warnings."""
+"""Compiles Triton kernels for an H100 that is not here, and reads what came out: PTX, SASS, resources, warnings."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def build(
         kernel: the `triton.jit` function.
         arguments: name -> Triton's type (``"*i8"``, ``"i32"``, ``"tensordesc<i8[128, 128]>"``), in the function's order.
         constants: name -> value of each `tl.constexpr` parameter.
-        unaligned: arguments that are not multiples of 16; pointers and integers are, by default, as in a launch with such values.
+        unaligned: arguments that are not multiples of 16; by default pointers and integers are.
         options: of `triton.compile`.
     """
     import triton
@@ -86,11 +86,7 @@ def build(
         read = lambda flag: subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
         sass, usage = read("-sass"), read("-res-usage")
     figure = lambda name: int(re.search(rf"{name}:(\d+)", usage).group(1))
-    # Warp-specialized kernels run more warps than were asked for.
-    total = built.metadata.num_warps if not hasattr(built.metadata, "total_num_warps") else None
-    return Built(
-        built.asm["ptx"], sass, figure("REG"), built.metadata.shared, figure("STACK"), total or warps, "".join(heard)
-    )
+    return Built(built.asm["ptx"], sass, figure("REG"), built.metadata.shared, figure("STACK"), warps, "".join(heard))
 
 
 def problems(
