@@ -8,12 +8,14 @@ export TOKENIZERS_PARALLELISM := false
 # One thread a worker: torch's threads spin while they wait, and two teams on the same cores slow each other tenfold.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
-.PHONY: demo test test-slow lint setup native sanitize wheel clean help
+.PHONY: demo test test-slow test-triton-oldest test-triton-latest lint setup native sanitize wheel clean help
 
 help:
 	@echo "make demo       quantize a real encoder, save, load, evaluate, time it (no hub, no GPU)"
 	@echo "make test       lint and the tests"
 	@echo "make test-slow  the tests that take long"
+	@echo "make test-triton-oldest, make test-triton-latest"
+	@echo "                the GPU kernels (interpreted, and compiled for sm_90) with other releases of Triton"
 	@echo "make lint       ruff and mypy"
 	@echo "make native     compile what has changed in csrc (the others do so first)"
 	@echo "make sanitize   the C++ tests under the address, undefined-behaviour and thread sanitizers"
@@ -38,6 +40,12 @@ test: lint $(NATIVE)
 
 test-slow: $(NATIVE)
 	$(PYTEST) -m slow
+
+test-triton-oldest: $(NATIVE)
+	.ci/triton $(VENV) 3.6.0 -m "(interpreter or compile) and not slow"
+
+test-triton-latest: $(NATIVE)
+	.ci/triton $(VENV) latest
 
 lint: $(READY)
 	$(BIN)/ruff check .

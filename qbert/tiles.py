@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,24 @@ def select_tile(operation: str, t: int, n: int, k: int, target: Target) -> TileC
         QBertError: a GPU that is too old.
         KeyError: an operation without a table (a mistake in qbert, not in its input).
     """
-    return _select(operation.removesuffix("_requant"), max(t, 1), n, k, target)
+    operation = operation.removesuffix("_requant")
+    return _forced.get(operation) or _select(operation, max(t, 1), n, k, target)
+
+
+_forced: dict[str, TileConfig] = {}
+
+
+@contextmanager
+def forced(operation: str, tile: TileConfig) -> Iterator[None]:
+    """Within the block every problem of `operation` takes `tile`, in all threads: for tuning and tests."""
+    before = _forced.get(operation)
+    _forced[operation] = tile
+    try:
+        yield
+    finally:
+        _forced.pop(operation)
+        if before is not None:
+            _forced[operation] = before
 
 
 @functools.lru_cache(maxsize=4096)

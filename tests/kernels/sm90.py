@@ -76,8 +76,8 @@ def build(
         if name not in unaligned and (arguments[name].startswith("*") or arguments[name] in ("i32", "i64"))
     }
     source = ASTSource(kernel, {**arguments, **dict.fromkeys(constants, "constexpr")}, dict(constants), aligned)
-    options = {"num_warps": warps, "num_stages": stages, **options}
-    with _standard_error() as heard:
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False, **options}
+    with _compiled_afresh(), _standard_error() as heard:
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -120,6 +120,21 @@ def problems(
         "no UTMALDG": tma and built.count("UTMALDG") == 0,
     }
     return [what for what, wrong in checks.items() if wrong]
+
+
+@contextmanager
+def _compiled_afresh() -> Iterator[None]:
+    """Warnings are off by default, and a kernel from Triton's cache has none."""
+    wanted = {"MLIR_ENABLE_DIAGNOSTICS": "warnings", "TRITON_ALWAYS_COMPILE": "1"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextmanager

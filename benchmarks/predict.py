@@ -1,0 +1,194 @@
+"""What a GPU that is not here could do at best with each problem, beside the tile chosen for it: computed, not measured.
+
+    python -m benchmarks.predict --target h100                       every scheme at BERT-base's shapes
+    python -m benchmarks.predict --target h100 --tokens 4096 --scheme w8a8 --model large
+
+A tile keeps one multiprocessor's matrix unit busy for a known number of cycles, and tiles come in waves of as many as there are
+multiprocessors: the last wave is rarely full, and the edges of a matrix rarely fill their tiles. The floor is the longer of the
+waves' time and the time for the bytes that must move; no kernel is faster, and none reaches it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qbert.analyze.targets import TARGETS, RooflineTarget
+from qbert.dispatch import linear_operation, select_layout
+from qbert.errors import QBertError
+from qbert.formats import Role, Scheme, get_scheme
+from qbert.layout import qdata_shape
+from qbert.target import Target
+from qbert.tiles import TileConfig, select_tile
+
+# (output channels, input channels) of an encoder layer's products: query, key and value together, attention's output, and the
+# feed-forward network's two.
+SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
+    "base": ((2304, 768), (768, 768), (3072, 768), (768, 3072)),
+    "large": ((3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096)),
+}
+TOKENS = (1, 16, 64, 128, 512, 1024, 4096, 16384)
+# Schemes whose products run on int8 matrix units, and those that only stream their weights.
+INTEGER_SCHEMES, WEIGHT_ONLY_SCHEMES = ("w8a8", "w4a8", "gobo4a8", "gobo3a8"), ("w8a16", "w4a16", "gobo4", "gobo3")
+WEIGHT_ONLY_TOKENS = 64
+_BF16_BYTES = 2
+# Compute capability, multiprocessors and shared memory of a block: from NVIDIA's data sheets and its CUDA programming guide.
+GPUS: dict[str, Target] = {
+    "h100": Target("cuda", "", 90, 132, 232_448),
+    "h200": Target("cuda", "", 90, 132, 232_448),
+    "a100": Target("cuda", "", 80, 108, 166_912),
+    "l40s": Target("cuda", "", 89, 142, 101_376),
+    "a10": Target("cuda", "", 86, 72, 101_376),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The floor of one product.
+
+    Attributes:
+        scheme, t, n, k: the problem; it leaves bfloat16.
+        tile: what would be chosen for it.
+        tiles, waves: of the whole product.
+        busy: share of the waves' arithmetic that the product needs: 1 where all waves and tiles are full.
+        math_s: seconds of the waves.
+        bytes_s: seconds for each byte to move once.
+        bf16_s: floor of the same product in bfloat16, perfectly spread.
+    """
+
+    scheme: str
+    t: int
+    n: int
+    k: int
+    tile: TileConfig
+    tiles: int
+    waves: int
+    busy: float
+    math_s: float
+    bytes_s: float
+    bf16_s: float
+
+    @property
+    def floor_s(self) -> float:
+        """Seconds below which no kernel with this tile can be."""
+        return max(self.math_s, self.bytes_s)
+
+    @property
+    def bound(self) -> str:
+        """What the floor consists of."""
+        return "arithmetic" if self.math_s >= self.bytes_s else "bytes"
+
+    @property
+    def tops(self) -> float:
+        """10^12 operations a second at the floor; a multiply-add is two."""
+        return 2e-12 * self.t * self.n * self.k / self.floor_s
+
+
+def predict(scheme: Scheme, t: int, n: int, k: int, gpu: str) -> Prediction:
+    """The floor of a product of t tokens.
+
+    Args:
+        gpu: a key of `GPUS`.
+
+    Raises:
+        QBertError: an unknown GPU.
+    """
+    if gpu not in GPUS:
+        raise QBertError(f"unknown target {gpu!r}; allowed: {', '.join(GPUS)}")
+    target, rates = GPUS[gpu], TARGETS[gpu]
+    tile = select_tile(linear_operation(scheme), t, n, k, target)
+    tiles = math.ceil(t / tile.block_t) * math.ceil(n / tile.block_n) * tile.split_k
+    waves = math.ceil(tiles / target.sm_count)
+    # One multiprocessor's share of the peak, for the whole blocks of input channels that one of split_k programs takes.
+    depth = math.ceil(math.ceil(k / tile.block_k) / tile.split_k) * tile.block_k
+    wave_operations = 2.0 * tile.block_t * tile.block_n * depth * target.sm_count
+    peak = rates.peak("int8" if scheme.activation else "bf16")
+    return Prediction(
+        scheme=scheme.name, t=t, n=n, k=k, tile=tile, tiles=tiles, waves=waves,
+        busy=2.0 * t * n * k / (waves * wave_operations),
+        math_s=waves * wave_operations / peak,
+        bytes_s=_bytes(scheme, t, n, k, target) / rates.bandwidth,
+        bf16_s=_bf16_floor(t, n, k, rates),
+    )  # fmt: skip
+
+
+def _bytes(scheme: Scheme, t: int, n: int, k: int, target: Target) -> float:
+    """Each operand once: codes as they lie in memory and their scales, activations, a bfloat16 result."""
+    weight = math.prod(qdata_shape(select_layout(scheme, Role.LINEAR, target), scheme.weight, n, k))
+    if scheme.group_size:
+        weight += n * k // scheme.group_size * (1 if scheme.activation else 2)
+    elif not scheme.has_dictionary:
+        weight += 4 * n
+    activations = t * k + 4 * t if scheme.activation else _BF16_BYTES * t * k
+    return weight + activations + _BF16_BYTES * t * n
+
+
+def _bf16_floor(t: int, n: int, k: int, rates: RooflineTarget) -> float:
+    moved = _BF16_BYTES * (n * k + t * k + t * n)
+    return max(2.0 * t * n * k / rates.peak("bf16"), moved / rates.bandwidth)
+
+
+def predictions(
+    gpu: str, *, schemes: Iterable[str] = (*INTEGER_SCHEMES, *WEIGHT_ONLY_SCHEMES), tokens: Iterable[int] = TOKENS,
+    shapes: Sequence[tuple[int, int]] = SHAPES["base"],
+) -> list[Prediction]:  # fmt: skip
+    """Floors of every scheme at every shape and number of tokens; weight-only ones up to `WEIGHT_ONLY_TOKENS`.
+
+    Raises:
+        QBertError: an unknown scheme or GPU.
+    """
+    chosen = [get_scheme(name, Role.LINEAR) for name in schemes]
+    return [
+        predict(scheme, t, n, k, gpu)
+        for n, k in shapes
+        for t in tokens
+        for scheme in chosen
+        if scheme.activation or t <= WEIGHT_ONLY_TOKENS
+    ]
+
+
+def table(rows: Sequence[Prediction], gpu: str) -> Table:
+    """Floors beside the tiles."""
+    rates = TARGETS[gpu]
+    drawn = Table(
+        title=f"Floors on {rates.description}, computed, not measured ({rates.source}; result in bfloat16)",
+        title_justify="left",
+    )
+    for header in ("n x k", "tokens", "scheme", "tile t x n x k", "road", "tiles", "waves", "busy", "floor us", "bound by",
+                   "TOPS", "over bf16's floor"):  # fmt: skip
+        drawn.add_column(header, justify="left" if header in ("scheme", "road", "bound by") else "right")
+    for row in rows:
+        tile = row.tile
+        drawn.add_row(
+            f"{row.n} x {row.k}", str(row.t), row.scheme, f"{tile.block_t} x {tile.block_n} x {tile.block_k}",
+            tile.road + (f", k / {tile.split_k}" if tile.split_k > 1 else ""), str(row.tiles), str(row.waves),
+            f"{row.busy:.0%}", f"{row.floor_s * 1e6:.2f}", row.bound, f"{row.tops:.0f}", f"{row.bf16_s / row.floor_s:.2f}",
+        )  # fmt: skip
+    return drawn
+
+
+def main(
+    target: Annotated[str, typer.Option("--target", help="h100, h200, a100, l40s, a10")] = "h100",
+    scheme: Annotated[list[str] | None, typer.Option("--scheme", help="linear scheme; may be repeated")] = None,
+    tokens: Annotated[list[int] | None, typer.Option("--tokens", help="may be repeated")] = None,
+    model: Annotated[str, typer.Option("--model", help="base or large")] = "base",
+) -> None:
+    """Print the floors of one GPU."""
+    if model not in SHAPES:
+        raise typer.BadParameter(f"{model!r}; allowed: {', '.join(SHAPES)}")
+    chosen = scheme or [*INTEGER_SCHEMES, *WEIGHT_ONLY_SCHEMES]
+    try:
+        rows = predictions(target, schemes=chosen, tokens=tokens or TOKENS, shapes=SHAPES[model])
+    except QBertError as error:
+        raise typer.BadParameter(str(error)) from error
+    Console(width=170).print(table(rows, target))
+
+
+if __name__ == "__main__":
+    typer.run(main)
