@@ -103,12 +103,12 @@ def forced(operation: str, tile: TileConfig) -> Iterator[None]:
 @functools.lru_cache(maxsize=4096)
 def _select(operation: str, t: int, n: int, k: int, target: Target) -> TileConfig:
     require_supported(target)
-    rows = table(_table_name(target))[operation]
+    rows = table(table_name(target))[operation]
     if target.sm < TMA_SM:
         rows = [row for row in rows if row.tile.road != "tma"]
     holding = [row for row in rows if row.fits(t, n, k)]
     if not holding:
-        raise KeyError(f"{operation}: no tile for t={t}, n={n}, k={k} in {_table_name(target)}")
+        raise KeyError(f"{operation}: no tile for t={t}, n={n}, k={k} in {table_name(target)}")
     best = min(holding, key=lambda row: (row.n is None, row.k is None, row.tokens is None, row.tokens or 0))
     return best.tile
 
@@ -124,7 +124,8 @@ def require_supported(target: Target) -> None:
         )
 
 
-def _table_name(target: Target) -> str:
+def table_name(target: Target) -> str:
+    """The table that holds for a GPU: its own, or the nearest older one's."""
     return _TABLES[max((sm for sm in _TABLES if sm <= target.sm), default=min(_TABLES))]
 
 

@@ -1,0 +1,355 @@
+"""Finds the fastest tile for each problem on the GPU that is here, and writes it into that GPU's table.
+
+    python -m benchmarks.tune --minutes 3 --out build/tuned         the table and every measurement go to that folder
+    cp build/tuned/nvidia_h100.json kernels/tuned/                  from then on it is what runs
+
+A tile counts only if its result equals, bit for bit where sums are integers, that of the tile that runs now. Candidates are
+those that fit the shared memory and registers, the best by a computed time first. Problems come in order of value, and the
+table is written after each, so that it may be stopped at any time. Other processes compile before anything is timed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+
+from qbert import ops as _ops  # noqa: F401  (defines torch.ops.qbert)
+from qbert.dispatch import linear_operation, select_layout
+from qbert.errors import QBertError
+from qbert.formats import SCHEMES, Role, Scheme
+from qbert.qtensor import QuantizedTensor
+from qbert.quantizers import quantize
+from qbert.reference import quantize_per_token
+from qbert.target import Target, target_of
+from qbert.testing import random_activations, random_weight, to_device
+from qbert.tiles import MIN_SM, TMA_SM, TUNED, TileConfig, forced, select_tile, table_name
+
+from .machine import describe
+from .peers.base import one_line
+from .predict import INTEGER_SCHEMES, SHAPES, WEIGHT_ONLY_SCHEMES, WEIGHT_ONLY_TOKENS
+from .results_schema import ResultsWriter, TileRow
+from .timing import Candidate, DeviceLost, Samples, measure
+
+ALL_SCHEMES = (*INTEGER_SCHEMES, *WEIGHT_ONLY_SCHEMES)
+# By value: a batch that fills the GPU, the usual small one, a large one, single sentences, and what lies between.
+TOKENS = (4096, 128, 16384, 16, 1024, 512, 1, 64, 256, 2048, 8192, 32, 65536)
+MOST_CANDIDATES = 20
+_SECONDS = 0.06  # of measuring, for each candidate
+_ROUNDS = 15
+_CLEARLY = 1.01  # by how much a tile must be faster than the one that runs now to replace it
+_SUMS_A_THREAD = 128  # 32-bit sums: half of a thread's registers
+_LOOSE = 2e-2  # of the largest value: float sums in another order
+_OUT = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A product: t tokens, n output and k input channels, a weight of `scheme`."""
+
+    scheme: str
+    t: int
+    n: int
+    k: int
+
+    @property
+    def operation(self) -> str:
+        """The operation that computes it."""
+        return linear_operation(SCHEMES[self.scheme])
+
+    @property
+    def exact(self) -> bool:
+        """Whether its sums are integers, so that all tiles give the same bits."""
+        return SCHEMES[self.scheme].activation is not None
+
+
+def problems(schemes: Sequence[str] = ALL_SCHEMES) -> Iterator[list[Problem]]:
+    """All problems in order of value, those of as many tokens together; of schemes that share an operation the first."""
+    leaders = list({linear_operation(SCHEMES[name]): name for name in reversed(schemes)}.values())[::-1]
+    shapes = list(dict.fromkeys(itertools.chain.from_iterable(SHAPES.values())))
+    for t in TOKENS:
+        suited = [name for name in leaders if SCHEMES[name].activation or t <= WEIGHT_ONLY_TOKENS]
+        yield [Problem(name, t, n, k) for name in suited for n, k in shapes]
+
+
+# ---- candidates -----------------------------------------------------------------------------------------------------
+
+
+def candidates(problem: Problem, target: Target) -> list[TileConfig]:
+    """Tiles worth trying: what runs now first, then by computed time, at most `MOST_CANDIDATES`."""
+    now = select_tile(problem.operation, problem.t, problem.n, problem.k, target)
+    found = {_shape(now): now}
+    for tile in sorted(_all_tiles(problem, target), key=partial(_computed, problem, target)):
+        if len(found) < MOST_CANDIDATES:
+            found.setdefault(_shape(tile), tile)
+    return list(found.values())
+
+
+def _shape(tile: TileConfig) -> tuple[object, ...]:
+    return tuple(value for name, value in asdict(tile).items() if name != "source")
+
+
+def _all_tiles(problem: Problem, target: Target) -> Iterator[TileConfig]:
+    choices: tuple[tuple[Any, ...], ...]
+    if problem.t <= WEIGHT_ONLY_TOKENS:
+        block_t = max(16, 1 << (problem.t - 1).bit_length())
+        choices = (("few",), (block_t,), (16, 32, 64, 128), (64, 128, 256, 512), (1, 2, 4, 8))
+    else:
+        road = "tma" if target.sm >= TMA_SM and problem.k % 16 == 0 else "pointer"
+        choices = ((road,), (64, 128, 256), (64, 128, 256), (64, 128, 256), (1,))
+    for road, block_t, block_n, block_k, split_k, warps, stages in itertools.product(*choices, (4, 8), (2, 3, 4, 5, 6)):
+        tile = TileConfig(road, block_t, block_n, block_k, warps, stages, split_k=split_k, source="candidate")
+        if _fits(tile, problem, target):
+            yield tile
+
+
+def _fits(tile: TileConfig, problem: Problem, target: Target) -> bool:
+    """Whether sums fit the registers and all stages the shared memory, and no program is without work."""
+    stage = tile.block_k * (
+        tile.block_t * (1 if problem.exact else 2) + tile.block_n * SCHEMES[problem.scheme].weight_bits / 8
+    )
+    sums = tile.block_t * tile.block_n / (32 * tile.warps)
+    return (
+        stage * tile.stages <= target.shared_memory
+        and sums <= _SUMS_A_THREAD
+        and tile.block_k * tile.split_k <= max(problem.k, tile.block_k)
+        and tile.block_n < 2 * problem.n
+    )
+
+
+def _computed(problem: Problem, target: Target, tile: TileConfig) -> float:
+    """Cycles of one multiprocessor for its share of tiles, up to a factor; deeper pipelines and wider tiles break ties."""
+    programs = math.ceil(problem.t / tile.block_t) * math.ceil(problem.n / tile.block_n) * tile.split_k
+    depth = math.ceil(math.ceil(problem.k / tile.block_k) / tile.split_k)
+    waves = math.ceil(programs / target.sm_count)
+    # A step costs its products, its operands' way through shared memory, and a fixed part for barriers.
+    step = tile.block_k * (tile.block_t * tile.block_n / 4096 + (tile.block_t + tile.block_n) / 64) + 64
+    return waves * (depth * step + 1000) * (1 + 0.01 * (6 - tile.stages))
+
+
+# ---- one problem ----------------------------------------------------------------------------------------------------
+
+
+def arguments(problem: Problem, device: torch.device) -> tuple[Any, ...]:
+    """Random arguments of the problem's operation, with a bias and a bfloat16 result."""
+    scheme = SCHEMES[problem.scheme]
+    x = random_activations(problem.t, problem.k).to(device, _OUT)
+    weight = _weight(scheme, problem.n, problem.k, device)
+    names = [each.name for each in _operator(problem.operation)._schema.arguments]
+    held = [weight.tensors[name] for name in names if name in weight.tensors]
+    bias = torch.linspace(-1, 1, problem.n, device=device, dtype=_OUT)
+    tokens = quantize_per_token(x) if scheme.activation else (x,)
+    out = (_OUT,) if scheme.activation else ()
+    return (*tokens, *held, bias, "none", *out, weight.layout.value)
+
+
+def _weight(scheme: Scheme, n: int, k: int, device: torch.device) -> QuantizedTensor:
+    weight = quantize(random_weight(n, k), scheme).to_layout(select_layout(scheme, Role.LINEAR, target_of(device)))
+    tensors = dict(zip(weight.tensors, to_device(list(weight.tensors.values()), device), strict=True))
+    return QuantizedTensor(scheme, (n, k), weight.layout, tensors)
+
+
+def _operator(operation: str) -> Any:
+    return getattr(torch.ops.qbert, operation).default
+
+
+def run(problem: Problem, tile: TileConfig, given: Sequence[Any]) -> Tensor:
+    """The operation with that tile."""
+    with forced(problem.operation, tile):
+        result: Tensor = _operator(problem.operation)(*given)
+    return result
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came of one problem: the tiles' rows, the winner first among those with a time."""
+
+    problem: Problem
+    winner: TileConfig
+    rows: list[TileRow]
+
+
+Measure = Callable[[Mapping[str, Candidate]], Samples]
+
+
+def tune_one(problem: Problem, tiles: Sequence[TileConfig], given: Sequence[Any], time_all: Measure) -> Tuned:
+    """Times the tiles whose results are right.
+
+    Args:
+        tiles: the first is the one that runs now; the others' results are compared with its result.
+    """
+    now, reasons = tiles[0], {}
+    expected = run(problem, now, given)
+    right: dict[str, TileConfig] = {}
+    for index, tile in enumerate(tiles):
+        reason = _wrong(problem, tile, given, expected)
+        if reason:
+            reasons[index] = reason
+        else:
+            right[str(index)] = tile
+    samples = time_all({name: Candidate(partial(run, problem, tile, given)) for name, tile in right.items()})
+    winner = _fastest(samples)
+    rows = []
+    for index, tile in enumerate(tiles):
+        sample, base = samples.get(str(index)), samples.get("0")
+        rows.append(
+            TileRow(
+                operation=problem.operation, scheme=problem.scheme, t=problem.t, n=problem.n, k=problem.k,
+                tile={**asdict(tile)}, time=sample, chosen=str(index) == winner,
+                speedup=base.median / sample.median if base and sample else None,
+                reason=None if sample else reasons.get(index) or samples.failures.get(str(index), "not timed"),
+            )
+        )  # fmt: skip
+    return Tuned(problem, tiles[int(winner)], rows)
+
+
+def _wrong(problem: Problem, tile: TileConfig, given: Sequence[Any], expected: Tensor) -> str | None:
+    try:
+        result = run(problem, tile, given)
+        if problem.exact:
+            return None if torch.equal(result, expected) else "another result than the tile that runs now"
+        error = (result.float() - expected.float()).abs().max() / expected.float().abs().max()
+        return None if float(error) < _LOOSE else f"off by {float(error):.2g} of the largest value"
+    except Exception as error:  # a tile that cannot be compiled or launched is a row with its reason
+        return one_line(error)
+
+
+def _fastest(samples: Mapping[str, Any]) -> str:
+    """The first tile, unless another is clearly faster; it runs now, so it is kept where nothing could be timed."""
+    if not samples:
+        return "0"
+    best = min(samples, key=lambda name: samples[name].median)
+    return "0" if "0" in samples and samples["0"].median <= _CLEARLY * samples[best].median else best
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def merged(
+    table: Mapping[str, Sequence[Mapping[str, Any]]], tuned: Iterable[Tuned], source: str
+) -> dict[str, list[Any]]:
+    """The table with a row for each problem that was tuned, in place of one for the same shape and tokens."""
+    result: dict[str, list[Any]] = {operation: [dict(row) for row in rows] for operation, rows in table.items()}
+    for each in tuned:
+        problem, tile = each.problem, {**asdict(each.winner), "source": source}
+        key = {"n": problem.n, "k": problem.k, "tokens": problem.t}
+        rows = result.setdefault(problem.operation, [])
+        rows[:] = [row for row in rows if {name: row.get(name) for name in key} != key or row["road"] == "pointer"]
+        rows.append({**key, **tile})
+        rows.sort(
+            key=lambda row: (row.get("n") is None, row.get("n") or 0, row.get("k") or 0, row.get("tokens") or 1 << 40)
+        )
+    return result
+
+
+def dump(table: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """A table as JSON, one row a line, so that a change is a line in a diff."""
+    operations = (
+        f'  "{operation}": [\n' + ",\n".join(f"    {json.dumps(row)}" for row in rows) + "\n  ]"
+        for operation, rows in table.items()
+    )
+    return "{\n" + ",\n".join(operations) + "\n}\n"
+
+
+# ---- all of it ------------------------------------------------------------------------------------------------------
+
+
+def _compile(work: tuple[Problem, TileConfig]) -> None:
+    """In another process: one call, whose kernel stays in Triton's cache on disk. What fails will fail again, with a reason."""
+    problem, tile = work
+    try:
+        run(problem, tile, arguments(problem, torch.device("cuda")))
+    except Exception:
+        return
+
+
+def tune(
+    minutes: float, out: Path, *, schemes: Sequence[str] = ALL_SCHEMES, console: Console | None = None
+) -> list[Tuned]:
+    """Tunes in order of value until the time is up; the table and all rows lie in `out` after each problem.
+
+    Raises:
+        QBertError: no GPU here, or one that the kernels do not run on.
+    """
+    if not torch.cuda.is_available():
+        raise QBertError("no NVIDIA GPU here; tiles are tuned where they run")
+    device, deadline = torch.device("cuda", torch.cuda.current_device()), time.monotonic() + 60 * minutes
+    target, machine = target_of(device), describe(device)
+    if target.sm < MIN_SM:
+        raise QBertError(f"{machine.gpu.name if machine.gpu else device}: compute capability below {MIN_SM / 10:.1f}")
+    name = table_name(target)
+    writer = ResultsWriter(out / f"{name}-tiles.json", machine)
+    time_all: Measure = partial(measure, device=device, seconds=_SECONDS, max_rounds=_ROUNDS)
+    source = f"measured on {torch.cuda.get_device_name(device)}, {machine.date[:10]}"
+    before, done = json.loads((TUNED / f"{name}.json").read_text()), list[Tuned]()
+    workers = min(8, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for group in problems(schemes):
+            work = [(problem, tile) for problem in group for tile in candidates(problem, target)]
+            compiling = [pool.submit(_compile, each) for each in _once_each(work)]
+            wait(compiling, timeout=max(0.0, deadline - time.monotonic()))
+            for problem in group:
+                if time.monotonic() > deadline:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    return done
+                tuned = tune_one(problem, candidates(problem, target), arguments(problem, device), time_all)
+                for row in tuned.rows:
+                    writer.add(row)
+                done.append(tuned)
+                (out / f"{name}.json").write_text(dump(merged(before, done, source)))
+                if console:
+                    console.print(_line(tuned), highlight=False, soft_wrap=True)
+    return done
+
+
+def _once_each(work: Iterable[tuple[Problem, TileConfig]]) -> list[tuple[Problem, TileConfig]]:
+    """One problem for each (operation, tile): kernels are compiled for tiles, not for shapes."""
+    return list({(problem.operation, tile): (problem, tile) for problem, tile in work}.values())
+
+
+def _line(tuned: Tuned) -> str:
+    problem, tile = tuned.problem, tuned.winner
+    chosen = next(row for row in tuned.rows if row.chosen)
+    if chosen.time is None:
+        return f"{problem}: nothing could be timed: {chosen.reason}"
+    tops = 2e-12 * problem.t * problem.n * problem.k / chosen.time.median
+    return (
+        f"{problem.scheme} t={problem.t} n={problem.n} k={problem.k}: {tile.road} {tile.block_t}x{tile.block_n}x{tile.block_k} "
+        f"w{tile.warps} s{tile.stages} k/{tile.split_k}: {chosen.time.median * 1e6:.2f} us, {tops:.0f} TOPS, "
+        f"{chosen.speedup or 1:.2f}x of before ({sum(row.time is not None for row in tuned.rows)} of {len(tuned.rows)} tiles)"
+    )
+
+
+def main(
+    minutes: Annotated[float, typer.Option("--minutes", help="time for all of it")] = 3.0,
+    out: Annotated[Path, typer.Option("--out", help="folder for the table and the measurements")] = Path("build/tuned"),
+    scheme: Annotated[list[str] | None, typer.Option("--scheme", help="linear scheme; may be repeated")] = None,
+) -> None:
+    """Tune this GPU's tiles."""
+    unknown = [name for name in scheme or () if name not in SCHEMES or Role.LINEAR not in SCHEMES[name].roles]
+    if unknown:
+        raise typer.BadParameter(f"unknown scheme {unknown[0]!r}; allowed: {', '.join(ALL_SCHEMES)}")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        tune(minutes, out, schemes=scheme or ALL_SCHEMES, console=Console())
+    except (QBertError, DeviceLost) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)

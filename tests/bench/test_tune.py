@@ -1,0 +1,134 @@
+"""The tuner without a GPU: what it would try, that only right results count, and the table that comes out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import tune
+from benchmarks.predict import SHAPES
+from benchmarks.timing import Candidate, Sample, Samples
+from benchmarks.tune import Problem, Tuned, candidates, dump, merged, problems, tune_one
+from qbert import tiles
+from qbert.errors import QBertError
+from qbert.formats import SCHEMES
+from qbert.target import Target
+from qbert.tiles import TUNED, TileConfig, select_tile
+
+H100 = Target("cuda", "", 90, 132, 232_448)
+A100 = Target("cuda", "", 80, 108, 166_912)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("t", [1, 17, 128, 4096])
+@pytest.mark.parametrize("scheme", ["w8a8", "gobo4a8", "w4a16"])
+@pytest.mark.parametrize("target", [H100, A100], ids=["h100", "a100"])
+def test_candidates_begin_with_what_runs_and_fit(scheme: str, t: int, target: Target) -> None:
+    problem = Problem(scheme, t, 768, 3072)
+    found = candidates(problem, target)
+    assert found[0] == select_tile(problem.operation, t, 768, 3072, target)
+    assert 2 <= len(found) <= tune.MOST_CANDIDATES
+    assert len({tune._shape(tile) for tile in found}) == len(found)
+    for tile in found[1:]:
+        assert tile.block_t * tile.block_n <= 128 * 32 * tile.warps
+        assert tile.road != "tma" or target.sm >= 90
+
+
+def test_problems_come_in_order_of_value_and_once() -> None:
+    groups = list(problems())
+    flat = [problem for group in groups for problem in group]
+    assert len(set(flat)) == len(flat)
+    assert groups[0][0] == Problem("w8a8", 4096, *SHAPES["base"][0])
+    assert {problem.operation for problem in groups[0]} == {"w8a8_linear", "w4a8_linear", "gobo_linear"}
+    assert all(SCHEMES[problem.scheme].activation or problem.t <= 64 for problem in flat)
+    assert {(problem.n, problem.k) for problem in flat} == {shape for shapes in SHAPES.values() for shape in shapes}
+
+
+def _sample(seconds: float) -> Sample:
+    return Sample.of([seconds])
+
+
+def _clock(seconds: dict[str, float]) -> Any:
+    def time_all(named: Mapping[str, Candidate]) -> Samples:
+        for candidate in named.values():
+            assert isinstance(candidate.call(), Tensor)
+        return Samples({name: _sample(seconds[name]) for name in named}, {})
+
+    return time_all
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "gobo3a8", "w8a16", "w4a16", "gobo4"])
+def test_the_fastest_of_the_right_tiles_wins(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(scheme, 5, 48, 128)
+    given = tune.arguments(problem, CPU)
+    listed = [TileConfig("few", 16, 16 * (1 + index), 64, 4, 2) for index in range(4)]
+    honest = tune.run
+
+    def faulty(problem: Problem, tile: TileConfig, given: Any) -> Tensor:
+        if tile == listed[2]:
+            raise RuntimeError("out of resources: shared memory\nand more")
+        return honest(problem, tile, given) + (1 if tile == listed[3] else 0)
+
+    monkeypatch.setattr(tune, "run", faulty)
+    tuned = tune_one(problem, listed, given, _clock({"0": 3e-6, "1": 2e-6, "2": 1e-9, "3": 1e-9}))
+    assert tuned.winner == listed[1]
+    assert [row.chosen for row in tuned.rows] == [False, True, False, False]
+    assert tuned.rows[1].speedup == pytest.approx(1.5)
+    assert "shared memory" in (tuned.rows[2].reason or "")
+    assert tuned.rows[3].time is None
+    assert tuned.rows[3].reason
+
+
+def test_a_draw_keeps_what_runs_now() -> None:
+    problem = Problem("w8a8", 5, 48, 128)
+    listed = [TileConfig("few", 16, 16, 64, 4, 2), TileConfig("few", 16, 32, 64, 4, 2)]
+    tuned = tune_one(problem, listed, tune.arguments(problem, CPU), _clock({"0": 2.01e-6, "1": 2e-6}))
+    assert tuned.winner == listed[0]
+
+
+def test_where_nothing_can_be_timed_nothing_changes() -> None:
+    problem = Problem("w8a8", 5, 48, 128)
+    listed = [TileConfig("few", 16, 16, 64, 4, 2)]
+    tuned = tune_one(problem, listed, tune.arguments(problem, CPU), lambda named: Samples({}, {"0": "no clock"}))
+    assert tuned.winner == listed[0]
+    assert tuned.rows[0].reason == "no clock"
+
+
+def test_measured_rows_replace_their_own_kind_and_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = json.loads((TUNED / "nvidia_h100.json").read_text())
+    winner = TileConfig("tma", 64, 64, 128, 4, 3)
+    problem = Problem("w8a8", 300, 768, 768)
+    once = merged(before, [Tuned(problem, winner, [])], "measured")
+    twice = merged(once, [Tuned(problem, TileConfig("tma", 64, 128, 128, 4, 3), [])], "measured again")
+    assert len(twice["w8a8_linear"]) == len(once["w8a8_linear"]) == len(before["w8a8_linear"]) + 1
+    (tmp_path / "nvidia_h100.json").write_text(dump(twice))
+    monkeypatch.setattr(tiles, "TUNED", tmp_path)
+    tiles.table.cache_clear()
+    tiles._select.cache_clear()
+    try:
+        tile = select_tile("w8a8_linear", 300, 768, 768, H100)
+        assert (tile.block_n, tile.source) == (128, "measured again")
+        assert select_tile("w8a8_linear", 300, 770, 768, H100).source != "measured again"
+        assert select_tile("w8a8_linear", 300, 768, 768, A100).road != "tma"
+    finally:
+        tiles.table.cache_clear()
+        tiles._select.cache_clear()
+
+
+def test_the_table_in_the_repository_is_written_as_the_tuner_writes() -> None:
+    """One row a line: a change of the table is a readable diff."""
+    text = (TUNED / "nvidia_h100.json").read_text()
+    lines = [line for line in text.splitlines() if line.strip().startswith("{") and line.strip() != "{"]
+    assert len(lines) == sum(len(rows) for rows in json.loads(text).values())
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(QBertError, match="no NVIDIA GPU here"):
+        tune.tune(1.0, tmp_path)
