@@ -2,10 +2,9 @@
 
 #include <algorithm>
 #include <chrono>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
+#include "cpu/outliers.h"
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
 
@@ -34,27 +33,12 @@ void pack(const Kernels& k, const LinearArgs& args, int threads, uint8_t* strips
     });
 }
 
-// A column or row pointer outside the matrix would be a read out of bounds; looking at all of them costs microseconds.
-void check_outliers(const LinearArgs& args) {
-    const int32_t* rowptr = args.outlier_rowptr;
-    bool valid = rowptr[0] == 0 && rowptr[args.n] == args.outliers;
-    for (int64_t i = 0; i < args.n; ++i) valid &= rowptr[i] <= rowptr[i + 1];
-    if (!valid) throw std::invalid_argument("outlier_rowptr must ascend from 0 to the number of outliers, " + std::to_string(args.outliers));
-    const auto inside = [&](const auto* col) {
-        bool all = true;
-        for (int64_t i = 0; i < args.outliers; ++i) all &= col[i] >= 0 && col[i] < args.k;
-        return all;
-    };
-    valid = args.outlier_col_wide ? inside(static_cast<const int32_t*>(args.outlier_col)) : inside(static_cast<const int16_t*>(args.outlier_col));
-    if (!valid) throw std::invalid_argument("outlier_col must lie in 0 ... " + std::to_string(args.k - 1));
-}
-
 }  // namespace
 
 void linear(const LinearArgs& wanted_args, int threads) {
     LinearArgs args = wanted_args;
     if (args.t == 0 || args.n == 0) return;
-    if (args.outlier_rowptr != nullptr) check_outliers(args);
+    check_outliers(args);
     const Kernels& k = kernels();
     if (args.t * args.n * args.k <= kInlineProducts) threads = 1;
     args.blocks_ahead = args.t <= kTokensBoundByMemory ? threads : 0;

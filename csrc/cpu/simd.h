@@ -374,17 +374,6 @@ QBERT_INLINE void store_static_codes(int8_t* to, int64_t count, f32x16 v) {
 
 // ---- functions ----
 
-constexpr float kExp[8] = {1.0f, 1.0f, 0.5f, 1.0f / 6, 1.0f / 24, 1.0f / 120, 1.0f / 720, 1.0f / 5040};
-
-// e^v for v <= 0 (and up to 88), relative error about 1e-7; below -87 it is 0, NaN stays NaN.
-QBERT_INLINE f32x16 exp(f32x16 v) {
-    const f32x16 scaled = v * 1.44269504f, n = round_even(scaled);  // v = n ln 2 + r, |r| <= ln 2 / 2
-    const f32x16 r = madd(n, broadcast(2.12194440e-4f), madd(n, broadcast(-0.693359375f), v));  // ln 2 in two parts
-    const f32x16 power = (f32x16)((round_to_int(scaled) + 127) << 23);
-    const f32x16 result = polynomial(kExp, r) * power;
-    return select(v < -87.0f, f32x16{}, result);
-}
-
 constexpr float kGeluAbove[6] = {0.398942235f, 0.0338525307f, 0.00467725338f, 1.68824518e-4f, 6.35211221e-6f, 2.27495037e-8f};
 constexpr float kGeluBelow[6] = {1.0f, 0.251521629f, 0.0286458049f, 0.00188443813f, 7.36471486e-5f, 1.19750761e-6f};
 
