@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 # One thread a worker: torch's threads spin while they wait, and two teams on the same cores slow each other tenfold.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
-.PHONY: demo test test-slow test-triton-oldest test-triton-latest lint setup native sanitize wheel clean help
+.PHONY: demo test test-slow test-triton-oldest test-triton-latest test-gpu sanitize-gpu lint setup native sanitize wheel clean help
 
 help:
 	@echo "make demo       quantize a real encoder, save, load, evaluate, time it (no hub, no GPU)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-slow  the tests that take long"
 	@echo "make test-triton-oldest, make test-triton-latest"
 	@echo "                the GPU kernels (interpreted, and compiled for sm_90) with other releases of Triton"
+	@echo "make test-gpu   the tests that need an NVIDIA GPU; make sanitize-gpu: its kernels under compute-sanitizer"
 	@echo "make lint       ruff and mypy"
 	@echo "make native     compile what has changed in csrc (the others do so first)"
 	@echo "make sanitize   the C++ tests under the address, undefined-behaviour and thread sanitizers"
@@ -46,6 +47,14 @@ test-triton-oldest: $(NATIVE)
 
 test-triton-latest: $(NATIVE)
 	.ci/triton $(VENV) latest
+
+test-gpu: $(NATIVE)
+	$(BIN)/python -m pytest -q -m gpu
+
+# Every tensor an allocation of its own, so that a step beyond one is seen.
+sanitize-gpu: $(NATIVE)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python tests/kernels/every_kernel.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python tests/kernels/every_kernel.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

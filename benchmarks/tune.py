@@ -29,7 +29,7 @@ from rich.console import Console
 from torch import Tensor
 
 from qbert import ops as _ops  # noqa: F401  (defines torch.ops.qbert)
-from qbert.dispatch import linear_operation, select_layout
+from qbert.dispatch import CUDA_OPERATIONS, linear_operation, select_layout
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES, Role, Scheme
 from qbert.qtensor import QuantizedTensor
@@ -46,6 +46,8 @@ from .results_schema import ResultsWriter, TileRow
 from .timing import Candidate, DeviceLost, Samples, measure
 
 ALL_SCHEMES = (*INTEGER_SCHEMES, *WEIGHT_ONLY_SCHEMES)
+# The compiled extension chooses its own tile.
+COMPILED = TileConfig("cuda", 128, 128, 128, 12, 4, source="candidate")
 # By value: a batch that fills the GPU, the usual small one, a large one, single sentences, and what lies between.
 TOKENS = (4096, 128, 16384, 16, 1024, 512, 1, 64, 256, 2048, 8192, 32, 65536)
 MOST_CANDIDATES = 20
@@ -93,6 +95,8 @@ def candidates(problem: Problem, target: Target) -> list[TileConfig]:
     """Tiles worth trying: what runs now first, then by computed time, at most `MOST_CANDIDATES`."""
     now = select_tile(problem.operation, problem.t, problem.n, problem.k, target)
     found = {_shape(now): now}
+    if target.native and problem.operation in CUDA_OPERATIONS:
+        found.setdefault(_shape(COMPILED), COMPILED)
     for tile in sorted(_all_tiles(problem, target), key=partial(_computed, problem, target)):
         if len(found) < MOST_CANDIDATES:
             found.setdefault(_shape(tile), tile)
@@ -248,7 +252,9 @@ def merged(
         problem, tile = each.problem, {**asdict(each.winner), "source": source}
         key = {"n": problem.n, "k": problem.k, "tokens": problem.t}
         rows = result.setdefault(problem.operation, [])
-        rows[:] = [row for row in rows if {name: row.get(name) for name in key} != key or row["road"] == "pointer"]
+        # Where the compiled extension wins, Triton's row stays for machines without it; "pointer" is for older GPUs.
+        kept = ("pointer", "tma", "few") if tile["road"] == "cuda" else ("pointer",)
+        rows[:] = [row for row in rows if {name: row.get(name) for name in key} != key or row["road"] in kept]
         rows.append({**key, **tile})
         rows.sort(
             key=lambda row: (row.get("n") is None, row.get("n") or 0, row.get("k") or 0, row.get("tokens") or 1 << 40)

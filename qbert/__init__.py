@@ -3,6 +3,7 @@
     qbert.quantize_(model, "w8a8")          in place, any torch model with nn.Linear or nn.Embedding
     qbert.quantize_(model, fuse=True)       and BERT, RoBERTa, ELECTRA, DistilBERT as fused encoders without padding
     qbert.calibrate(model, texts)           static scales for the fused encoder: quantize_(..., fuse=True, calibration=...)
+    qbert.compile(model)                    CUDA graphs for fused encoders on a GPU
     qbert.explain(model)                    what runs for every module, and why
     qbert.save(model, folder)               safetensors; model.save_pretrained(folder) writes the same
     qbert.load(folder)                      strict; AutoModel.from_pretrained(folder) after `import qbert` loads the same
@@ -19,7 +20,7 @@ from qbert.calibrate import calibrate
 from qbert.convert import dequantize_, fuse_, quantize_, unfuse_
 from qbert.errors import CheckpointError, MissingDependency, QBertError
 from qbert.explain import explain
-from qbert.nn import Calibration
+from qbert.nn import Calibration, compile
 from qbert.recipe import Recipe
 from qbert.target import cpu_target
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Calibration", "CheckpointError", "MissingDependency", "QBertConfig", "QBertError", "Recipe", "calibrate", "cpu_target",
-    "dequantize_", "explain", "fuse_", "load", "quantize_", "save", "unfuse_",
+    "Calibration", "CheckpointError", "MissingDependency", "QBertConfig", "QBertError", "Recipe", "calibrate", "compile",
+    "cpu_target", "dequantize_", "explain", "fuse_", "load", "quantize_", "save", "unfuse_",
 ]  # fmt: skip
 
 # These need transformers' model code, which takes seconds to import; they are looked up when first used.

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qbert.formats import Role, Scheme
+from qbert.formats import DICT3, INT4, INT8, Role, Scheme
 from qbert.layout import Layout
 from qbert.target import Target
+from qbert.tiles import MIN_SM, select_tile
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,28 @@ NATIVE_LAYOUTS: dict[str, frozenset[Layout]] = {
         ("w8_embedding", "w4_embedding", "gobo_embedding", "embed_layer_norm_quantize"), frozenset({Layout.PLAIN})
     ),
 }
-# Operations with a Triton kernel (kernels/<operation>.py).
-TRITON_OPERATIONS = ("quantize_per_token",)
+# Layouts that the Triton kernels read. Weight-only products read every layout: what they cannot stream they expand first.
+_WEIGHT_ONLY = frozenset(
+    {Layout.INT8_ROWS, Layout.NIBBLE_HALVES, Layout.SELECT_HALVES, Layout.DICT3_WORDS, Layout.PLAIN}
+)
+TRITON_LAYOUTS: dict[str, frozenset[Layout]] = {
+    **dict.fromkeys(("w8a8_linear", "w8a8_linear_requant"), frozenset({Layout.INT8_ROWS, Layout.PLAIN})),
+    **dict.fromkeys(("w4a8_linear", "w4a8_linear_requant"), frozenset({Layout.NIBBLE_HALVES})),
+    **dict.fromkeys(("gobo_linear", "gobo_linear_requant"), frozenset({Layout.SELECT_HALVES})),
+    **dict.fromkeys(_FLOAT_PRODUCTS, _WEIGHT_ONLY),
+    **dict.fromkeys(_ROW_OPERATIONS, frozenset({Layout.PLAIN})),
+}
+
+_TRITON_REASONS: dict[str, str] = {
+    **dict.fromkeys(_ROW_OPERATIONS, "one pass over memory"),
+    **dict.fromkeys(
+        _FLOAT_PRODUCTS, "weights decoded in registers up to 64 tokens, expanded for torch's product above"
+    ),
+    "w8a8_linear": "int8 matrix units",
+    "w4a8_linear": "codes become int8 in registers, int8 matrix units",
+    "gobo_linear": "codes become int8 in registers, int8 matrix units",
+    "attention_int8": "int8 matrix units for the scores, float16 ones for the values",
+}
 
 
 def select_kernel(operation: str, target: Target, layout: Layout | None = None) -> KernelChoice:
@@ -61,8 +82,8 @@ def select_kernel(operation: str, target: Target, layout: Layout | None = None) 
     """
     if operation not in OPERATIONS:
         raise KeyError(operation)
-    if target.device == "cuda" and operation in TRITON_OPERATIONS:
-        return KernelChoice(f"triton {operation}", "one pass over memory")
+    if target.device == "cuda":
+        return _select_cuda(operation, target, layout)
     if target.device != "cpu":
         return KernelChoice(REFERENCE, f"no {target.device} kernel for {operation} in this version; exact but slow")
     readable = NATIVE_LAYOUTS.get(operation)
@@ -75,6 +96,31 @@ def select_kernel(operation: str, target: Target, layout: Layout | None = None) 
     if operation in _FLOAT_PRODUCTS:
         return KernelChoice(TORCH_EXPAND_LINEAR, "weight expanded to float for each call: saves memory, not time")
     return KernelChoice(TORCH_ROWS, "plain torch")
+
+
+def _select_cuda(operation: str, target: Target, layout: Layout | None) -> KernelChoice:
+    if target.sm < MIN_SM:
+        return KernelChoice(REFERENCE, f"no kernel for compute capability {target.sm / 10:.1f}; exact but slow")
+    if layout is not None and layout not in TRITON_LAYOUTS[operation]:
+        return KernelChoice(REFERENCE, f"no CUDA kernel reads layout {layout.value}; exact but slow")
+    if target.prefer == "cuda" and operation in CUDA_OPERATIONS:
+        return KernelChoice(
+            f"cuda {operation}", "QBERT_KERNEL=cuda; Triton's kernel where the compiled one has no tile"
+        )
+    return KernelChoice(f"triton {operation}", _TRITON_REASONS[operation.removesuffix("_requant")])
+
+
+# What the compiled extension for GPUs computes too (csrc/cuda).
+CUDA_OPERATIONS = ("w8a8_linear", "w8a8_linear_requant", "add_layer_norm_quantize")
+
+
+def runs_compiled(operation: str, t: int, n: int, k: int, target: Target) -> bool:
+    """Whether a problem goes to the compiled extension before Triton: where QBERT_KERNEL or the tile's table says so."""
+    if operation not in CUDA_OPERATIONS or target.prefer == "triton":
+        return False
+    return target.prefer == "cuda" or (
+        n > 0 and target.native and select_tile(operation, t, n, k, target).road == "cuda"
+    )
 
 
 def linear_operation(scheme: Scheme) -> str:
@@ -91,8 +137,14 @@ def embedding_operation(scheme: Scheme) -> str:
 
 def select_layout(scheme: Scheme, role: Role, target: Target) -> Layout:
     """The layout that the kernel for a weight of that scheme reads on `target`."""
-    if role is Role.EMBEDDING or target.device != "cpu":
+    if role is Role.EMBEDDING:
         return Layout.PLAIN  # a look-up unpacks the rows it needs
+    if target.device == "cuda" and target.sm >= MIN_SM:
+        if scheme.weight is DICT3 and scheme.activation is None:
+            return Layout.DICT3_WORDS  # bound by bytes, so all three bits count
+        return {INT8: Layout.INT8_ROWS, INT4: Layout.NIBBLE_HALVES}.get(scheme.weight, Layout.SELECT_HALVES)
+    if target.device != "cpu":
+        return Layout.PLAIN
     if target.native:
         return {8: Layout.INT8_PANELS, 4: Layout.INT4_PANELS, 3: Layout.INT3_PANELS}[scheme.weight_bits]
     if scheme.weight_bits == 8:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from torch import nn
 
 from qbert.convert import float_reasons
-from qbert.nn import QTiedLinear, QuantizedModule, encoders, fused_forward, obstacle
+from qbert.nn import GraphReport, QTiedLinear, QuantizedModule, encoders, fused_forward, obstacle
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,19 @@ class EncoderRow:
         fused: ``"static"``, ``"dynamic"`` or ``"no"``.
         reason: what that means, or why not.
         extra_bytes: memory that the fused encoder holds beside the modules' own; 0 before its first call.
+        graphs: what `qbert.compile` captured for it; None where that was not asked for.
     """
 
     name: str
     fused: str
     reason: str
     extra_bytes: int = 0
+    graphs: GraphReport | None = None
 
     def __str__(self) -> str:
         extra = f"; {self.extra_bytes / 1024:.0f} KiB beside the modules' own" if self.extra_bytes else ""
-        return f"{self.name}: fused: {self.fused} ({self.reason}{extra})"
+        graphs = "" if self.graphs is None else f"\n  {self.graphs}"
+        return f"{self.name}: fused: {self.fused} ({self.reason}{extra}){graphs}"
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ def _encoder_rows(model: nn.Module) -> list[EncoderRow]:
     for name, base, _ in found:
         fused, shown = fused_forward(base), name or type(base).__name__
         if fused is not None:
-            rows.append(EncoderRow(shown, fused.variant, _VARIANTS[fused.variant], fused.extra_bytes()))
+            graphs = None if fused.graphs is None else fused.graphs.report()
+            rows.append(EncoderRow(shown, fused.variant, _VARIANTS[fused.variant], fused.extra_bytes(), graphs))
         else:
             rows.append(EncoderRow(shown, "no", obstacle(base) or "not asked for: fuse=True, or qbert.fuse_(model)"))
     return rows

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from qbert.errors import QBertError
+
 
 @dataclass(frozen=True)
 class Target:
@@ -19,6 +21,7 @@ class Target:
         sm_count: number of its multiprocessors, else 0.
         shared_memory: bytes of shared memory that one thread block can use, else 0.
         native: whether the compiled extension for this device is there.
+        prefer: ``"triton"`` or ``"cuda"`` where QBERT_KERNEL says which GPU kernels run, else empty: the tables decide.
         int_mm_exact: whether torch's int8 matrix product gives exact int32 sums there (see `_int_mm_is_exact`).
     """
 
@@ -29,6 +32,7 @@ class Target:
     shared_memory: int = 0
     native: bool = False
     int_mm_exact: bool = True
+    prefer: str = ""
 
 
 def native_cpu() -> Any | None:
@@ -40,6 +44,15 @@ def native_cpu() -> Any | None:
     except ImportError:
         return None
     return _cpu
+
+
+def native_cuda() -> Any | None:
+    """The compiled extension `qbert._cuda`, or None where it was not built or does not load."""
+    try:
+        from qbert import _cuda
+    except ImportError:
+        return None
+    return _cuda
 
 
 @functools.cache
@@ -65,12 +78,20 @@ def _int_mm_is_exact() -> bool:
 
 @functools.cache
 def cuda_target(index: int = 0) -> Target:
-    """CUDA device `index`."""
+    """CUDA device `index`.
+
+    Raises:
+        QBertError: QBERT_KERNEL names no kernels.
+    """
     import torch
 
+    prefer = os.environ.get("QBERT_KERNEL", "")
+    if prefer not in ("", "triton", "cuda"):
+        raise QBertError(f"QBERT_KERNEL is {prefer!r}; allowed: triton, cuda, or not set")
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return Target("cuda", "", properties.major * 10 + properties.minor, properties.multi_processor_count, shared)
+    sm, count = properties.major * 10 + properties.minor, properties.multi_processor_count
+    return Target("cuda", "", sm, count, shared, native=native_cuda() is not None, prefer=prefer)
 
 
 def target_of(device: Any) -> Target:

@@ -31,7 +31,8 @@ class TileConfig:
 
     Attributes:
         road: which variant of the operation's kernel: ``"tma"`` (persistent, copies by descriptor), ``"pointer"`` (plain loads,
-            any GPU and shape), ``"few"`` (few tokens: weight rows as the matrix unit's M, k split over programs).
+            any GPU and shape), ``"few"`` (few tokens: weight rows as the matrix unit's M, k split over programs), ``"cuda"``
+            (the compiled extension, which chooses its own tile).
         block_t, block_n, block_k: tokens, output channels and input channels of a tile.
         warps, stages: of a program; copies in flight.
         group: tiles of the grid's first dimension that run close together, for the L2 cache.
@@ -50,7 +51,7 @@ class TileConfig:
     source: str = "rule"
 
 
-ROADS = ("tma", "pointer", "few")
+ROADS = ("tma", "pointer", "few", "cuda")
 _FIELDS = frozenset(each.name for each in fields(TileConfig))
 _KEYS = frozenset({"n", "k", "tokens"})
 
@@ -104,12 +105,15 @@ def forced(operation: str, tile: TileConfig) -> Iterator[None]:
 def _select(operation: str, t: int, n: int, k: int, target: Target) -> TileConfig:
     require_supported(target)
     rows = table(table_name(target))[operation]
-    if target.sm < TMA_SM:
-        rows = [row for row in rows if row.tile.road != "tma"]
+    closed = {"tma": target.sm < TMA_SM, "cuda": not target.native}
+    rows = [row for row in rows if not closed.get(row.tile.road)]
     holding = [row for row in rows if row.fits(t, n, k)]
     if not holding:
         raise KeyError(f"{operation}: no tile for t={t}, n={n}, k={k} in {table_name(target)}")
-    best = min(holding, key=lambda row: (row.n is None, row.k is None, row.tokens is None, row.tokens or 0))
+    best = min(
+        holding,
+        key=lambda row: (row.n is None, row.k is None, row.tokens is None, row.tokens or 0, row.tile.road != "cuda"),
+    )
     return best.tile
 
 

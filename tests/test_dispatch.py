@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from qbert.formats import SCHEMES, TIED_LINEAR_SCHEME, Role, Scheme
 from qbert.layout import Layout, layouts_of
 from qbert.ops import cpu_torch
 from qbert.target import Target, cpu_target
+from qbert.tiles import TileConfig, forced
 
 TARGETS = {
     "cpu-plain": Target(),
@@ -106,6 +108,27 @@ def test_the_native_kernels_run_what_they_can_read(role: Role, scheme: Scheme, i
         assert not select_kernel(operation, target, Layout.BYTES).name.startswith("native")
 
 
+@pytest.mark.parametrize("gpu", ["h100", "a100", "b200"])
+@ROLE_AND_SCHEME
+def test_the_gpu_kernels_read_the_layout_that_is_chosen(role: Role, scheme: Scheme, gpu: str) -> None:
+    target = TARGETS[gpu]
+    operation = (linear_operation if role is Role.LINEAR else embedding_operation)(scheme)
+    layout = select_layout(scheme, role, target)
+    assert select_kernel(operation, target, layout).name == f"triton {operation}"
+    for other in layouts_of(scheme):
+        choice = select_kernel(operation, target, other)
+        known = other in dispatch.TRITON_LAYOUTS[operation]
+        assert choice.name == (f"triton {operation}" if known else dispatch.REFERENCE)
+        assert known or choice.reason == f"no CUDA kernel reads layout {other.value}; exact but slow"
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_gpu_that_is_too_old_runs_the_reference_and_says_so(operation: str) -> None:
+    choice = select_kernel(operation, Target("cuda", "", 75, 40, 65_536))
+    assert choice.name == dispatch.REFERENCE
+    assert choice.reason == "no kernel for compute capability 7.5; exact but slow"
+
+
 @TARGET
 @pytest.mark.parametrize("name", list(TIED_LINEAR_SCHEME))
 def test_a_tied_linear_can_read_the_embedding_s_layout(name: str, target: Target) -> None:
@@ -152,3 +175,23 @@ def test_torch_runs_what_select_kernel_says(monkeypatch: pytest.MonkeyPatch) -> 
 def test_this_machine_has_a_choice_for_everything() -> None:
     for operation in OPERATIONS:
         assert select_kernel(operation, cpu_target()).name
+
+
+@pytest.mark.parametrize("operation", ["w8a8_linear", "w8a8_linear_requant", "add_layer_norm_quantize", "gobo_linear"])
+def test_the_compiled_gpu_kernels_run_where_they_are_asked_for(operation: str) -> None:
+    h100 = TARGETS["h100"]
+    asked = replace(h100, native=True, prefer="cuda")
+    n = 768 if "linear" in operation else 0
+    compiled = operation in dispatch.CUDA_OPERATIONS
+    assert dispatch.runs_compiled(operation, 4096, n, 768, asked) == compiled
+    assert select_kernel(operation, asked).name == f"{'cuda' if compiled else 'triton'} {operation}"
+    for target in (h100, replace(h100, native=True, prefer="triton")):
+        assert not dispatch.runs_compiled(operation, 4096, n, 768, target)
+
+
+def test_a_tile_of_the_table_can_ask_for_the_compiled_kernel() -> None:
+    h100 = replace(TARGETS["h100"], native=True)
+    with forced("w8a8_linear", TileConfig("cuda", 128, 128, 128, 12, 4)):
+        assert dispatch.runs_compiled("w8a8_linear_requant", 4096, 768, 768, h100)
+        assert not dispatch.runs_compiled("w8a8_linear", 4096, 768, 768, replace(h100, prefer="triton"))
+        assert not dispatch.runs_compiled("w8a8_linear", 4096, 768, 768, TARGETS["h100"])

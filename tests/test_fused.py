@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import io
 import logging
@@ -14,40 +13,35 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from small_encoders import (
+    A8,
+    CONFIGS,
+    FOUR,
+    HEADS,
+    LEAST_SQNR_DB,
+    SIZES,
+    VARIANTS,
+    calibrated,
+    calibration_of,
+    encoder_of,
+    float_model,
+    fused_model,
+    hidden_of,
+    padded_batch,
+)
 from torch import Tensor, nn
-from transformers import BertConfig, DistilBertConfig, ElectraConfig, PretrainedConfig, RobertaConfig
 
-import qbert
 from qbert import QBertError, Recipe, dequantize_, explain, fuse_, quantize_, unfuse_
 from qbert.bert import FAMILIES
 from qbert.metrics import sqnr_db
-from qbert.nn import Calibration, QuantizedModule, encoders, fused_forward, obstacle
-from qbert.nn.padding import packing_of
+from qbert.nn import QuantizedModule, fused_forward, obstacle
+from qbert.nn.encoder import residual_dtype
+from qbert.nn.padding import Tokens, nonzero_of, packing_of
 from qbert.nn.stack import joined, rescaled, stacked
 from qbert.quantizers import quantize
 from qbert.reference import dequantize
+from qbert.target import Target
 from qbert.testing import random_weight
-
-SIZES = {
-    "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
-    "max_position_embeddings": 40,
-}  # fmt: skip
-CONFIGS: dict[str, PretrainedConfig] = {
-    "Bert": BertConfig(**SIZES),
-    "Roberta": RobertaConfig(**SIZES),
-    "XLMRoberta": transformers.XLMRobertaConfig(**SIZES),
-    "Camembert": transformers.CamembertConfig(**SIZES),
-    "DistilBert": DistilBertConfig(
-        vocab_size=97, dim=64, n_layers=2, n_heads=2, hidden_dim=128, max_position_embeddings=40
-    ),
-    "Electra": ElectraConfig(**SIZES, embedding_size=32),
-}
-FOUR = ("Bert", "Roberta", "DistilBert", "Electra")
-HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
-A8 = ("w8a8", "w4a8", "gobo3a8", "gobo4a8")
-VARIANTS = ("dynamic", "static")
-# What int8 queries, keys, values and 8-bit probabilities may add to the error of the unfused quantized model.
-LEAST_SQNR_DB = {"dynamic": 25.0, "static": 20.0}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,62 +50,6 @@ def _quiet() -> Iterator[None]:
     transformers.logging.set_verbosity_error()
     yield
     transformers.logging.set_verbosity(verbosity)
-
-
-def _float_model(name: str = "BertModel", seed: int = 0, **changes: Any) -> Any:
-    """Random weights with outliers, large enough that attention is not uniform."""
-    family = next(family for family in CONFIGS if name.startswith(family))
-    config = copy.deepcopy(CONFIGS[family])
-    for key, value in changes.items():
-        setattr(config, key, value)
-    torch.manual_seed(seed)
-    model = getattr(transformers, name)(config).eval()
-    with torch.no_grad():
-        for index, module in enumerate(model.modules()):
-            if isinstance(module, nn.Linear | nn.Embedding):
-                module.weight.copy_(random_weight(*module.weight.shape, seed=seed + index) * 3)
-            if getattr(module, "bias", None) is not None:
-                module.bias.normal_(std=0.1)
-    return model
-
-
-def _batch(rows: int = 4, width: int = 11, seed: int = 1, kind: str = "right") -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, 97, (rows, width), generator=generator)
-    mask = torch.ones_like(ids)
-    for row in range(rows):
-        padding = (3 * row) % (width - 1)
-        if padding and kind == "right":
-            mask[row, -padding:] = 0
-        elif padding and kind == "left":
-            mask[row, :padding] = 0
-        elif kind == "holes":
-            mask[row, row::3] = 0
-    pad = 1 if kind != "holes" else 0
-    return {"input_ids": ids.masked_fill(mask == 0, pad) if kind != "holes" else ids, "attention_mask": mask}
-
-
-def _calibration(model: Any) -> Calibration:
-    return qbert.calibrate(model, [_batch(8, 17, seed) for seed in range(4)])
-
-
-@functools.cache
-def _calibrated(name: str, changes: tuple[tuple[str, Any], ...]) -> Calibration:
-    return _calibration(_float_model(name, **dict(changes)))
-
-
-def _fused(name: str = "BertModel", variant: str = "dynamic", recipe: Recipe | str = "w8a8", **changes: Any) -> Any:
-    calibration = _calibrated(name, tuple(changes.items())) if variant == "static" else None
-    return quantize_(_float_model(name, **changes), recipe, fuse=True, calibration=calibration)
-
-
-def _base(model: Any) -> Any:
-    return next(base for _, base, _ in encoders(model))
-
-
-@torch.no_grad()
-def _hidden(model: Any, **inputs: Any) -> Tensor:
-    return model(**inputs)[0]
 
 
 @torch.no_grad()
@@ -125,9 +63,9 @@ def _outputs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_bare_encoders_compute_what_unfused_ones_do(family: str, variant: str) -> None:
-    model = _fused(f"{family}Model", variant)
+    model = fused_model(f"{family}Model", variant)
     assert fused_forward(model).variant == variant
-    inputs = _batch()
+    inputs = padded_batch()
     found = _outputs(model, inputs)
     expected = _outputs(unfuse_(copy.deepcopy(model)), inputs)
     there = inputs["attention_mask"].bool()
@@ -142,9 +80,9 @@ def test_bare_encoders_compute_what_unfused_ones_do(family: str, variant: str) -
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", FOUR)
 def test_heads_on_a_fused_encoder(family: str, head: str, variant: str) -> None:
-    model = _fused(family + head, variant)
-    assert fused_forward(_base(model)).variant == variant
-    inputs = _batch()
+    model = fused_model(family + head, variant)
+    assert fused_forward(encoder_of(model)).variant == variant
+    inputs = padded_batch()
     there = inputs["attention_mask"].bool()
     for found, exact in zip(_outputs(model, inputs), _outputs(unfuse_(copy.deepcopy(model)), inputs), strict=True):
         assert found.shape == exact.shape
@@ -157,43 +95,43 @@ def test_heads_on_a_fused_encoder(family: str, head: str, variant: str) -> None:
 @pytest.mark.parametrize("linear", A8)
 @pytest.mark.parametrize("embedding", [None, "w8", "w4", "gobo3", "gobo4"])
 def test_every_scheme(linear: str, embedding: str | None, variant: str) -> None:
-    model = _fused("BertModel", variant, Recipe(linear, embedding), hidden_size=128, intermediate_size=192)
+    model = fused_model("BertModel", variant, Recipe(linear, embedding), hidden_size=128, intermediate_size=192)
     assert fused_forward(model) is not None  # heads of size 64 here, of 32 elsewhere
-    inputs = _batch()
+    inputs = padded_batch()
     there = inputs["attention_mask"].bool()
-    expected = _hidden(unfuse_(copy.deepcopy(model)), **inputs)[there]
-    assert sqnr_db(expected, _hidden(model, **inputs)[there]) > LEAST_SQNR_DB[variant]
+    expected = hidden_of(unfuse_(copy.deepcopy(model)), **inputs)[there]
+    assert sqnr_db(expected, hidden_of(model, **inputs)[there]) > LEAST_SQNR_DB[variant]
 
 
 def test_schemes_may_differ_between_and_within_layers() -> None:
     overrides = {"layer.0.output": "gobo4a8", "layer.1.attention.self": "gobo3a8", "intermediate": "w4a8"}
     for variant in VARIANTS:
-        model = _fused("BertModel", variant, Recipe("w8a8", "gobo4", overrides=overrides))
-        inputs = _batch()
+        model = fused_model("BertModel", variant, Recipe("w8a8", "gobo4", overrides=overrides))
+        inputs = padded_batch()
         there = inputs["attention_mask"].bool()
-        expected = _hidden(unfuse_(copy.deepcopy(model)), **inputs)[there]
-        assert sqnr_db(expected, _hidden(model, **inputs)[there]) > LEAST_SQNR_DB[variant]
+        expected = hidden_of(unfuse_(copy.deepcopy(model)), **inputs)[there]
+        assert sqnr_db(expected, hidden_of(model, **inputs)[there]) > LEAST_SQNR_DB[variant]
 
 
 @pytest.mark.parametrize("family", FOUR)
 @pytest.mark.parametrize("kind", ["right", "left", "holes"])
 def test_padding_wherever_it_stands(family: str, kind: str) -> None:
-    model = _fused(f"{family}Model")
-    inputs = _batch(kind=kind)
+    model = fused_model(f"{family}Model")
+    inputs = padded_batch(kind=kind)
     there = inputs["attention_mask"].bool()
-    expected = _hidden(unfuse_(copy.deepcopy(model)), **inputs)
+    expected = hidden_of(unfuse_(copy.deepcopy(model)), **inputs)
     for mask in (inputs["attention_mask"], there, inputs["attention_mask"].float()):
-        found = _hidden(model, input_ids=inputs["input_ids"], attention_mask=mask)
+        found = hidden_of(model, input_ids=inputs["input_ids"], attention_mask=mask)
         assert sqnr_db(expected[there], found[there]) > LEAST_SQNR_DB["dynamic"]
         assert torch.all(found[~there] == 0)
 
 
 @pytest.mark.parametrize("family", FOUR)
 def test_positions_types_and_embeddings_of_the_callers(family: str) -> None:
-    model = _fused(f"{family}Model")
+    model = fused_model(f"{family}Model")
     plain = unfuse_(copy.deepcopy(model))
-    ids = _batch(3, 9)["input_ids"]
-    embeds = torch.randn(3, 9, _base(model).get_input_embeddings().weight.shape[1]) * 0.1
+    ids = padded_batch(3, 9)["input_ids"]
+    embeds = torch.randn(3, 9, encoder_of(model).get_input_embeddings().weight.shape[1]) * 0.1
     positions = torch.arange(20, 29)
     calls: list[dict[str, Tensor]] = [
         {"input_ids": ids, "position_ids": positions[None]},
@@ -205,46 +143,78 @@ def test_positions_types_and_embeddings_of_the_callers(family: str) -> None:
         types = torch.randint(0, 2, (3, 9))
         calls += [{"input_ids": ids, "token_type_ids": types}, {"inputs_embeds": embeds, "token_type_ids": types[:1]}]
     for call in calls:
-        assert sqnr_db(_hidden(plain, **call), _hidden(model, **call)) > LEAST_SQNR_DB["dynamic"], list(call)
+        assert sqnr_db(hidden_of(plain, **call), hidden_of(model, **call)) > LEAST_SQNR_DB["dynamic"], list(call)
 
 
 def test_ids_of_any_integer_type_and_stride() -> None:
-    model, batch = _fused(), _batch()
-    expected = _hidden(model, **batch)
+    model, batch = fused_model(), padded_batch()
+    expected = hidden_of(model, **batch)
     narrow = {name: each.to(torch.int32) for name, each in batch.items()}
     strided = {name: each.repeat_interleave(2, dim=1)[:, ::2] for name, each in batch.items()}
     for inputs in (narrow, strided):
-        assert torch.equal(_hidden(model, **inputs), expected)
+        assert torch.equal(hidden_of(model, **inputs), expected)
 
 
 def test_own_embeddings_are_the_same_bits_as_ids() -> None:
     for name in ("BertModel", "ElectraModel"):
-        model = _fused(name)
-        batch = _batch()
+        model = fused_model(name)
+        batch = padded_batch()
         rows = model.embeddings.word_embeddings(batch["input_ids"])
-        by_row = _hidden(model, inputs_embeds=rows, attention_mask=batch["attention_mask"])
-        assert torch.equal(by_row, _hidden(model, **batch))
+        by_row = hidden_of(model, inputs_embeds=rows, attention_mask=batch["attention_mask"])
+        assert torch.equal(by_row, hidden_of(model, **batch))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_half_precision_models(variant: str, dtype: torch.dtype) -> None:
-    calibration = _calibrated("BertModel", ()) if variant == "static" else None
-    model = quantize_(_float_model().to(dtype), fuse=True, calibration=calibration)
-    batch = _batch()
+    calibration = calibrated("BertModel", ()) if variant == "static" else None
+    model = quantize_(float_model().to(dtype), fuse=True, calibration=calibration)
+    batch = padded_batch()
     with torch.no_grad():
         found = model(**batch, output_hidden_states=True)
     assert {each.dtype for each in (found[0], found.pooler_output, *found.hidden_states)} == {dtype}
     there = batch["attention_mask"].bool()
-    expected = _hidden(unfuse_(copy.deepcopy(model)), **batch)[there].float()
+    expected = hidden_of(unfuse_(copy.deepcopy(model)), **batch)[there].float()
     assert sqnr_db(expected, found[0][there].float()) > 18  # half precision has errors of its own
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FOUR)
+def test_a_residual_stream_of_the_models_type(
+    family: str, variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, by the CPU's operators."""
+    monkeypatch.setattr("qbert.nn.encoder.residual_dtype", lambda target, dtype: dtype)
+    calibration = calibrated(f"{family}Model", ()) if variant == "static" else None
+    model = quantize_(float_model(f"{family}Model").to(dtype), fuse=True, calibration=calibration)
+    batch = padded_batch()
+    there = batch["attention_mask"].bool()
+    expected = hidden_of(unfuse_(copy.deepcopy(model)), **batch)[there].float()
+    assert sqnr_db(expected, hidden_of(model, **batch)[there].float()) > 18
+    encoder = fused_forward(model).encoder()
+    assert encoder.residual == encoder.embedding.positions.dtype == encoder.embedding.token_types.dtype == dtype
+    tokens = Tokens(*torch.zeros(3, 5, dtype=torch.int64).unbind(), torch.tensor([0, 2, 5], dtype=torch.int32))
+    assert encoder.last_hidden(tokens).dtype == dtype
+    rows = model.get_input_embeddings()(batch["input_ids"])
+    by_row = hidden_of(model, inputs_embeds=rows, attention_mask=batch["attention_mask"])
+    if family != "Roberta":  # whose positions are another's without ids
+        assert torch.equal(by_row, hidden_of(model, **batch))
+
+
+def test_the_residual_streams_type_is_a_rule() -> None:
+    cpu, gpu = Target("cpu", "generic"), Target("cuda", sm=90)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert residual_dtype(cpu, dtype) == torch.float32
+        assert residual_dtype(gpu, dtype) == dtype
+    assert residual_dtype(gpu, torch.float64) == torch.float32
 
 
 @pytest.mark.parametrize("asked", [True, -1, [0, 2], [1], 0, [7]], ids=str)
 @pytest.mark.parametrize("family", FOUR)
 def test_hidden_states(family: str, asked: Any) -> None:
-    model = _fused(f"{family}Model")
-    batch = _batch()
+    model = fused_model(f"{family}Model")
+    batch = padded_batch()
     there = batch["attention_mask"].bool()
     with torch.no_grad():
         found = model(**batch, output_hidden_states=asked)
@@ -259,9 +229,9 @@ def test_hidden_states(family: str, asked: Any) -> None:
 
 @pytest.mark.parametrize("family", FOUR)
 def test_output_types(family: str) -> None:
-    model = _fused(f"{family}Model")
+    model = fused_model(f"{family}Model")
     plain = unfuse_(copy.deepcopy(model))
-    batch = _batch()
+    batch = padded_batch()
     for keywords in (
         {},
         {"return_dict": True},
@@ -281,19 +251,21 @@ def test_output_types(family: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", FOUR)
 def test_nothing_to_compute(family: str, variant: str) -> None:
-    model = _fused(f"{family}Model", variant)
+    model = fused_model(f"{family}Model", variant)
     hidden = 64
-    assert _hidden(model, input_ids=torch.zeros(0, 5, dtype=torch.int64)).shape == (0, 5, hidden)
+    assert hidden_of(model, input_ids=torch.zeros(0, 5, dtype=torch.int64)).shape == (0, 5, hidden)
     padding = torch.zeros(2, 5, dtype=torch.int64)
-    nothing = _hidden(model, input_ids=padding, attention_mask=padding)
+    nothing = hidden_of(model, input_ids=padding, attention_mask=padding)
     assert nothing.shape == (2, 5, hidden)
     assert torch.all(nothing == 0)
-    batch = _batch(3, 5)
+    batch = padded_batch(3, 5)
     batch["attention_mask"][1] = 0
-    found = _hidden(model, **batch)
+    found = hidden_of(model, **batch)
     assert torch.all(found[1] == 0)
     for row in (0, 2):
-        assert torch.equal(found[row], _hidden(model, **{name: each[row : row + 1] for name, each in batch.items()})[0])
+        assert torch.equal(
+            found[row], hidden_of(model, **{name: each[row : row + 1] for name, each in batch.items()})[0]
+        )
 
 
 def test_families_are_what_transformers_has() -> None:
@@ -315,14 +287,14 @@ def _tokens(model: Any, rows: list[Tensor], width: int, side: str) -> list[Tenso
     for index, row in enumerate(rows):
         where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
         ids[index, where], mask[index, where], positions[index, where] = row, 1, torch.arange(len(row)) + 2
-    hidden = _hidden(model, input_ids=ids, attention_mask=mask, position_ids=positions)
+    hidden = hidden_of(model, input_ids=ids, attention_mask=mask, position_ids=positions)
     return [hidden[index][mask[index].bool()] for index in range(len(rows))]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("linear", A8)
 def test_a_sequence_gives_the_same_bits_in_every_batch(linear: str, variant: str) -> None:
-    model = _fused("BertModel", variant, linear)
+    model = fused_model("BertModel", variant, linear)
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randint(5, 97, (length,), generator=generator) for length in (1, 2, 7, 16, 17, 31)]
     alone = [_tokens(model, [row], len(row), "right")[0] for row in rows]
@@ -337,21 +309,21 @@ def test_a_sequence_gives_the_same_bits_in_every_batch(linear: str, variant: str
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", FOUR)
 def test_all_families_give_the_same_bits_in_every_batch(family: str, variant: str) -> None:
-    model = _fused(f"{family}Model", variant)
-    batch = _batch(5, 13, kind="right")
-    together = _hidden(model, **batch)
+    model = fused_model(f"{family}Model", variant)
+    batch = padded_batch(5, 13, kind="right")
+    together = hidden_of(model, **batch)
     for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
         ids = batch["input_ids"][row : row + 1, :length]
-        assert torch.equal(_hidden(model, input_ids=ids)[0], together[row, :length])
+        assert torch.equal(hidden_of(model, input_ids=ids)[0], together[row, :length])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_large_batch_in_portions_gives_the_same_bits(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = _fused("BertModel", variant), _batch(7, 23, kind="right")
-    expected = _hidden(model, **batch)
+    model, batch = fused_model("BertModel", variant), padded_batch(7, 23, kind="right")
+    expected = hidden_of(model, **batch)
     for tokens in (1, 20, 23, 50, 1000):
         monkeypatch.setattr("qbert.nn.encoder.tokens_at_once", lambda _, tokens=tokens: tokens)
-        assert torch.equal(_hidden(model, **batch), expected), tokens
+        assert torch.equal(hidden_of(model, **batch), expected), tokens
 
 
 def test_portions_are_whole_sequences_of_about_equal_size() -> None:
@@ -369,14 +341,19 @@ def test_portions_are_whole_sequences_of_about_equal_size() -> None:
             assert bounds[-1] <= most or int((bounds.diff() > 0).sum()) == 1
 
 
+def test_indices_without_counting_twice() -> None:
+    for there in (torch.rand(50) < 0.5, torch.zeros(5, dtype=torch.bool), torch.ones(5, dtype=torch.bool)):
+        assert torch.equal(nonzero_of(there, int(there.sum())), there.nonzero().view(-1))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_any_number_of_threads_gives_the_same_bits(variant: str) -> None:
-    model, batch = _fused("BertModel", variant), _batch(9, 23)
-    expected, before = _hidden(model, **batch), torch.get_num_threads()
+    model, batch = fused_model("BertModel", variant), padded_batch(9, 23)
+    expected, before = hidden_of(model, **batch), torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            assert torch.equal(_hidden(model, **batch), expected), threads
+            assert torch.equal(hidden_of(model, **batch), expected), threads
     finally:
         torch.set_num_threads(before)
 
@@ -385,11 +362,11 @@ def test_any_number_of_threads_gives_the_same_bits(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", FOUR)
 def test_a_bad_token_stays_in_its_sequence(family: str, variant: str, bad: float) -> None:
-    model = _fused(f"{family}Model", variant)
+    model = fused_model(f"{family}Model", variant)
     embeds = torch.randn(4, 8, model.get_input_embeddings().weight.shape[1], generator=torch.Generator().manual_seed(0))
-    clean = _hidden(model, inputs_embeds=embeds)
+    clean = hidden_of(model, inputs_embeds=embeds)
     embeds[2, 5, 10] = bad
-    spoiled = _hidden(model, inputs_embeds=embeds)
+    spoiled = hidden_of(model, inputs_embeds=embeds)
     others = [0, 1, 3]
     assert clean.isfinite().all()
     assert torch.equal(spoiled[others], clean[others])
@@ -403,9 +380,9 @@ def test_a_bad_token_stays_in_its_sequence(family: str, variant: str, bad: float
 
 def test_state_dict_class_and_modules_are_those_of_the_unfused_model() -> None:
     for variant in VARIANTS:
-        model = _fused("BertForSequenceClassification", variant, Recipe("w8a8", "w8"))
-        plain = quantize_(_float_model("BertForSequenceClassification"), Recipe("w8a8", "w8"))
-        _outputs(model, _batch())
+        model = fused_model("BertForSequenceClassification", variant, Recipe("w8a8", "w8"))
+        plain = quantize_(float_model("BertForSequenceClassification"), Recipe("w8a8", "w8"))
+        _outputs(model, padded_batch())
         assert type(model) is type(plain)
         assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
         state, expected = model.state_dict(), plain.state_dict()
@@ -416,7 +393,7 @@ def test_state_dict_class_and_modules_are_those_of_the_unfused_model() -> None:
 
 def test_signature_is_that_of_the_class() -> None:
     for family in FOUR:
-        model = _fused(f"{family}Model")
+        model = fused_model(f"{family}Model")
         bound = inspect.signature(unfuse_(copy.deepcopy(model)).forward)
         assert inspect.signature(model.forward) == bound
         assert model.forward.__doc__ == type(model).forward.__doc__
@@ -424,8 +401,8 @@ def test_signature_is_that_of_the_class() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_copies_and_pickles_are_models_of_their_own(variant: str) -> None:
-    model, batch = _fused("BertModel", variant), _batch()
-    expected = _hidden(model, **batch)
+    model, batch = fused_model("BertModel", variant), padded_batch()
+    expected = hidden_of(model, **batch)
     stream = io.BytesIO()
     torch.save(model, stream)
     stream.seek(0)
@@ -436,18 +413,18 @@ def test_copies_and_pickles_are_models_of_their_own(variant: str) -> None:
     ]
     for each in copies:
         assert fused_forward(each).base is each
-        assert torch.equal(_hidden(each, **batch), expected)
+        assert torch.equal(hidden_of(each, **batch), expected)
     with torch.no_grad():  # the copies do not follow the original
         model.encoder.layer[0].output.LayerNorm.weight.mul_(2.0)
-    assert not torch.equal(_hidden(model, **batch), expected)
+    assert not torch.equal(hidden_of(model, **batch), expected)
     for each in copies:
-        assert torch.equal(_hidden(each, **batch), expected)
+        assert torch.equal(hidden_of(each, **batch), expected)
 
 
 def test_codes_of_queries_keys_and_values_are_held_once() -> None:
     for linear in A8:
-        model = _fused("BertModel", "static", linear)
-        _hidden(model, **_batch())
+        model = fused_model("BertModel", "static", linear)
+        hidden_of(model, **padded_batch())
         attention = model.encoder.layer[0].attention.self
         parts = [each.qdata for each in (attention.query, attention.key, attention.value)]
         assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
@@ -458,22 +435,22 @@ def test_codes_of_queries_keys_and_values_are_held_once() -> None:
 
 
 def test_changes_of_the_model_are_followed() -> None:
-    model, batch = _fused(), _batch()
-    before = _hidden(model, **batch)
+    model, batch = fused_model(), padded_batch()
+    before = hidden_of(model, **batch)
 
     def changed() -> Tensor:
-        found = _hidden(model, **batch)
-        assert torch.equal(found, _hidden(copy.deepcopy(model), **batch))  # which is prepared anew
+        found = hidden_of(model, **batch)
+        assert torch.equal(found, hidden_of(copy.deepcopy(model), **batch))  # which is prepared anew
         return found
 
     with torch.no_grad():
         model.encoder.layer[1].attention.self.key.bias.add_(1.0)  # in place
     first = changed()
     assert not torch.equal(first, before)
-    other = quantize_(_float_model(seed=5))
+    other = quantize_(float_model(seed=5))
     model.load_state_dict(other.state_dict())
     loaded = changed()
-    assert torch.equal(loaded, _hidden(fuse_(other), **batch))
+    assert torch.equal(loaded, hidden_of(fuse_(other), **batch))
     model.encoder.layer[0].output.LayerNorm = nn.LayerNorm(64)  # another module
     assert not torch.equal(changed(), loaded)
     model.encoder.layer = model.encoder.layer[:1]
@@ -484,56 +461,56 @@ def test_changes_of_the_model_are_followed() -> None:
 
 
 def test_what_is_prepared_under_inference_mode_serves_outside() -> None:
-    model, batch = _fused(), _batch()
+    model, batch = fused_model(), padded_batch()
     with torch.inference_mode():
         inside = model(**batch).last_hidden_state.clone()
-    assert torch.equal(_hidden(model, **batch), inside)
+    assert torch.equal(hidden_of(model, **batch), inside)
     model.load_state_dict(model.state_dict())
-    assert torch.equal(_hidden(model, **batch), inside)
+    assert torch.equal(hidden_of(model, **batch), inside)
 
 
 def test_a_compiler_leaves_it_alone() -> None:
-    model, batch = _fused("BertModel", "static"), _batch()
+    model, batch = fused_model("BertModel", "static"), padded_batch()
     compiled = torch.compile(model, backend="eager")
-    assert torch.equal(_hidden(compiled, **batch), _hidden(model, **batch))
+    assert torch.equal(hidden_of(compiled, **batch), hidden_of(model, **batch))
     with torch.no_grad():
         model.encoder.layer[1].attention.self.key.bias.add_(1.0)
     model.encoder.layer[0].output.LayerNorm = nn.LayerNorm(64)
-    assert torch.equal(_hidden(compiled, **batch), _hidden(model, **batch))
+    assert torch.equal(hidden_of(compiled, **batch), hidden_of(model, **batch))
 
 
 def test_dequantize_and_quantize_again() -> None:
-    model, batch = _fused("BertForMaskedLM", "static"), _batch()
+    model, batch = fused_model("BertForMaskedLM", "static"), padded_batch()
     dequantize_(model)
-    assert fused_forward(_base(model)) is None
-    assert "forward" not in _base(model).__dict__
+    assert fused_forward(encoder_of(model)) is None
+    assert "forward" not in encoder_of(model).__dict__
     plain = copy.deepcopy(model)
     quantize_(model, "w8a8", fuse=True)
-    assert fused_forward(_base(model)).variant == "dynamic"
-    assert torch.equal(_hidden(model, **batch), _hidden(quantize_(plain, "w8a8", fuse=True), **batch))
+    assert fused_forward(encoder_of(model)).variant == "dynamic"
+    assert torch.equal(hidden_of(model, **batch), hidden_of(quantize_(plain, "w8a8", fuse=True), **batch))
 
 
 def test_fuse_and_unfuse_a_quantized_model() -> None:
-    model, batch = quantize_(_float_model()), _batch()
-    plain = _hidden(model, **batch)
+    model, batch = quantize_(float_model()), padded_batch()
+    plain = hidden_of(model, **batch)
     assert fuse_(model) is model
-    dynamic = _hidden(model, **batch)
-    calibration = _calibration(model)  # of a fused model: it is run module by module, and left fused
-    assert torch.equal(_hidden(model, **batch), dynamic)
+    dynamic = hidden_of(model, **batch)
+    calibration = calibration_of(model)  # of a fused model: it is run module by module, and left fused
+    assert torch.equal(hidden_of(model, **batch), dynamic)
     fuse_(model, calibration)
     assert fused_forward(model).variant == "static"
-    assert not torch.equal(_hidden(model, **batch), dynamic)
+    assert not torch.equal(hidden_of(model, **batch), dynamic)
     assert unfuse_(model) is model
-    assert torch.equal(_hidden(model, **batch), plain)
+    assert torch.equal(hidden_of(model, **batch), plain)
     with pytest.raises(QBertError, match="has no quantized module"):
-        fuse_(_float_model())
+        fuse_(float_model())
 
 
 def test_an_encoder_inside_something_else() -> None:
     class Sentence(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.auto_model = _float_model("DistilBertModel")
+            self.auto_model = float_model("DistilBertModel")
 
         def forward(self, batch: dict[str, Tensor]) -> Tensor:
             takes = inspect.signature(self.auto_model.forward).parameters
@@ -541,28 +518,28 @@ def test_an_encoder_inside_something_else() -> None:
 
     model = quantize_(Sentence(), fuse=True).eval()
     assert fused_forward(model.auto_model) is not None
-    batch = _batch() | {"token_type_ids": torch.zeros(4, 11, dtype=torch.int64)}
+    batch = padded_batch() | {"token_type_ids": torch.zeros(4, 11, dtype=torch.int64)}
     with torch.no_grad():
         assert sqnr_db(unfuse_(copy.deepcopy(model))(batch), model(batch)) > LEAST_SQNR_DB["dynamic"]
     assert [row.name for row in explain(model).encoders] == ["auto_model"]
 
 
 def test_hooks_on_the_encoder_itself_and_on_its_pooler_are_called() -> None:
-    model, seen = _fused(), []
+    model, seen = fused_model(), []
     model.register_forward_hook(lambda module, args, output: seen.append(type(output).__name__))
     model.pooler.register_forward_hook(lambda module, args, output: seen.append("pooler"))
-    _hidden(model, **_batch())
+    hidden_of(model, **padded_batch())
     assert seen == ["pooler", "BaseModelOutputWithPoolingAndCrossAttentions"]
 
 
 def test_hooks_of_transformers_own_do_not_hinder() -> None:
-    model = _float_model()
+    model = float_model()
     with torch.no_grad():
-        model(**_batch(), output_hidden_states=True)  # installs hooks on every layer
+        model(**padded_batch(), output_hidden_states=True)  # installs hooks on every layer
     quantize_(model, fuse=True)
     assert fused_forward(model) is not None
     with torch.no_grad():
-        assert len(model(**_batch(), output_hidden_states=True).hidden_states) == 3
+        assert len(model(**padded_batch(), output_hidden_states=True).hidden_states) == 3
 
 
 # ---- what is refused at the call ------------------------------------------------------------------------------------
@@ -592,27 +569,27 @@ def test_hooks_of_transformers_own_do_not_hinder() -> None:
 )
 def test_what_cannot_be_honoured_is_refused_by_name(keywords: dict[str, Any], words: str) -> None:
     for variant in VARIANTS:
-        model = _fused("BertModel", variant)
-        inputs = {"input_ids": _batch()["input_ids"]} | keywords
+        model = fused_model("BertModel", variant)
+        inputs = {"input_ids": padded_batch()["input_ids"]} | keywords
         with pytest.raises(QBertError, match=words), torch.no_grad():
             model(**inputs)
 
 
 def test_training_is_refused() -> None:
-    model = _fused().train()
+    model = fused_model().train()
     with pytest.raises(QBertError, match=r"does not take training mode: call model\.eval\(\) first"):
-        model(**_batch())
-    _hidden(model.eval(), **_batch())
+        model(**padded_batch())
+    hidden_of(model.eval(), **padded_batch())
 
 
 def test_too_many_tokens_are_refused() -> None:
     for name, most in (("BertModel", 40), ("DistilBertModel", 40)):
         with pytest.raises(QBertError, match=f"41 tokens; the model has positions for {most}"):
-            _hidden(_fused(name), input_ids=torch.ones(1, 41, dtype=torch.int64))
+            hidden_of(fused_model(name), input_ids=torch.ones(1, 41, dtype=torch.int64))
 
 
 def test_python_errors_are_pythons() -> None:
-    model, ids = _fused(), _batch()["input_ids"]
+    model, ids = fused_model(), padded_batch()["input_ids"]
     with pytest.raises(TypeError, match="several values for argument 'input_ids'"):
         model(ids, input_ids=ids)
     with pytest.raises(TypeError, match="at most 9 positional arguments"):
@@ -620,24 +597,24 @@ def test_python_errors_are_pythons() -> None:
 
 
 def test_what_means_nothing_to_an_encoder_is_taken() -> None:
-    model = _fused("BertForSequenceClassification")
-    batch = _batch()
+    model = fused_model("BertForSequenceClassification")
+    batch = padded_batch()
     with torch.no_grad():
         found = model(**batch, num_items_in_batch=4, use_cache=False, output_attentions=False)
     assert torch.equal(found.logits, model(**batch).logits)
 
 
 def test_a_hook_or_a_module_that_comes_later_is_refused_at_the_call() -> None:
-    model = _fused()
-    _hidden(model, **_batch())
+    model = fused_model()
+    hidden_of(model, **padded_batch())
     handle = model.encoder.layer[1].register_forward_hook(lambda module, args, output: None)
     with pytest.raises(QBertError, match=r"is fused, but now encoder\.layer\.1 has a hook.*qbert\.unfuse_\(model\)"):
-        _hidden(model, **_batch())
+        hidden_of(model, **padded_batch())
     handle.remove()
-    _hidden(model, **_batch())
+    hidden_of(model, **padded_batch())
     model.encoder.layer[0].output.dense = nn.Linear(128, 64)
     with pytest.raises(QBertError, match=r"but now encoder\.layer\.0\.output\.dense is float"):
-        _hidden(model, **_batch())
+        hidden_of(model, **padded_batch())
 
 
 # ---- what stays unfused, and that it says why -----------------------------------------------------------------------
@@ -651,33 +628,33 @@ def _with(model: Any, change: Any) -> Any:
 @pytest.mark.parametrize(
     ("model", "recipe", "reason"),
     [
-        (lambda: _float_model("BertLMHeadModel", is_decoder=True), "w8a8", "is_decoder is set: only encoders are fused"),
-        (lambda: _float_model(hidden_act="gelu_new"), "w8a8", "its activation is 'gelu_new', not the exact 'gelu'"),
-        (lambda: _float_model("DistilBertModel", activation="relu"), "w8a8", "its activation is 'relu'"),
-        (lambda: _float_model(position_embedding_type="relative_key"), "w8a8", "its position embeddings are 'relative_key'"),
-        (lambda: _float_model(num_attention_heads=4), "w8a8", "its heads are of size 16; fused are 32 and 64"),
-        (_float_model, "w8a16", "query has scheme w8a16, which has no integer activations"),
-        (_float_model, Recipe(exclude=["layer.1.output"]), "encoder.layer.1.output.dense is float"),
-        (_float_model, Recipe(overrides={"key": "w4a8"}), "query, key and value of encoder.layer.0 have different schemes"),
-        (lambda: _float_model("ElectraModel"), Recipe(exclude=["embeddings_project"]), "embeddings_project is float"),
+        (lambda: float_model("BertLMHeadModel", is_decoder=True), "w8a8", "is_decoder is set: only encoders are fused"),
+        (lambda: float_model(hidden_act="gelu_new"), "w8a8", "its activation is 'gelu_new', not the exact 'gelu'"),
+        (lambda: float_model("DistilBertModel", activation="relu"), "w8a8", "its activation is 'relu'"),
+        (lambda: float_model(position_embedding_type="relative_key"), "w8a8", "its position embeddings are 'relative_key'"),
+        (lambda: float_model(num_attention_heads=4), "w8a8", "its heads are of size 16; fused are 32 and 64"),
+        (float_model, "w8a16", "query has scheme w8a16, which has no integer activations"),
+        (float_model, Recipe(exclude=["layer.1.output"]), "encoder.layer.1.output.dense is float"),
+        (float_model, Recipe(overrides={"key": "w4a8"}), "query, key and value of encoder.layer.0 have different schemes"),
+        (lambda: float_model("ElectraModel"), Recipe(exclude=["embeddings_project"]), "embeddings_project is float"),
         (
-            lambda: _with(_float_model(), lambda m: m.encoder.layer[1].register_forward_hook(lambda *_: None)),
+            lambda: _with(float_model(), lambda m: m.encoder.layer[1].register_forward_hook(lambda *_: None)),
             "w8a8", "encoder.layer.1 has a hook, which a fused encoder would not call",
         ),
         (
-            lambda: _with(_float_model(), lambda m: setattr(m.encoder.layer[0].output, "LayerNorm", nn.Identity())),
+            lambda: _with(float_model(), lambda m: setattr(m.encoder.layer[0].output, "LayerNorm", nn.Identity())),
             "w8a8", "encoder.layer.0.output.LayerNorm is not a LayerNorm with weight and bias",
         ),
         (
-            lambda: _with(_float_model(), lambda m: setattr(m.embeddings.word_embeddings, "max_norm", 1.0)),
+            lambda: _with(float_model(), lambda m: setattr(m.embeddings.word_embeddings, "max_norm", 1.0)),
             "w8a8", "embeddings.word_embeddings is not a plain table",
         ),
         (
-            lambda: _with(_float_model(), lambda m: setattr(m.encoder.layer[0], "intermediate", nn.Identity())),
+            lambda: _with(float_model(), lambda m: setattr(m.encoder.layer[0], "intermediate", nn.Identity())),
             "w8a8", "it is not built like BERT",
         ),
         (
-            lambda: _with(_float_model(), lambda m: setattr(m.encoder, "layer", nn.ModuleList())),
+            lambda: _with(float_model(), lambda m: setattr(m.encoder, "layer", nn.ModuleList())),
             Recipe("w8a8", "w8"), "it has no layers",
         ),
         (
@@ -712,33 +689,33 @@ def test_a_subclass_is_not_its_family() -> None:
 
 
 def test_explain_says_what_runs() -> None:
-    model = quantize_(_float_model("BertForSequenceClassification"))
+    model = quantize_(float_model("BertForSequenceClassification"))
     assert [(row.name, row.fused) for row in explain(model).encoders] == [("bert", "no")]
     assert "not asked for" in explain(model).encoders[0].reason
     fuse_(model)
     assert explain(model).encoders[0].fused == "dynamic"
-    calibration = _calibration(model)
+    calibration = calibration_of(model)
     before = explain(model).rows
     fuse_(model, calibration)
     explanation = explain(model)
     assert explanation.encoders[0].fused == "static"
     assert str(explanation).splitlines()[-1].startswith("bert: fused: static (")
     assert explanation.rows == before  # each row's kernel stays
-    assert explain(_float_model()).encoders == []
+    assert explain(float_model()).encoders == []
 
 
 def test_arguments_of_quantize_that_do_not_fit() -> None:
-    model = _float_model()
-    calibration = _calibration(model)
-    other = _calibration(_float_model(num_hidden_layers=3))
+    model = float_model()
+    calibration = calibration_of(model)
+    other = calibration_of(float_model(num_hidden_layers=3))
     with pytest.raises(QBertError, match="a calibration is for the fused encoder; pass fuse=True"):
         quantize_(model, calibration=calibration)
     with pytest.raises(QBertError, match=r"has a layer 'encoder\.layer\.2'; BertModel has"):
         quantize_(model, fuse=True, calibration=other)
     with pytest.raises(QBertError, match=r"lacks layer 'encoder\.layer\.2'; it has 2 of 3"):
-        quantize_(_float_model(num_hidden_layers=3), fuse=True, calibration=calibration)
+        quantize_(float_model(num_hidden_layers=3), fuse=True, calibration=calibration)
     with pytest.raises(QBertError, match="is of one encoder; ModuleList has 2"):
-        quantize_(nn.ModuleList([_float_model(), _float_model()]), fuse=True, calibration=calibration)
+        quantize_(nn.ModuleList([float_model(), float_model()]), fuse=True, calibration=calibration)
     assert not any(isinstance(module, QuantizedModule) for module in model.modules())
 
 

@@ -598,7 +598,7 @@ def test_cuda_says_once_that_it_runs_the_reference(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING, logger="qbert.ops"):
         assert [slow(1), slow(2)] == [2, 3]
     assert [record.getMessage() for record in caplog.records if "some_operation" in record.getMessage()] == [
-        "qbert::some_operation runs as the plain-torch reference on CUDA in this version: exact, but not fast"
+        "qbert::some_operation runs as the plain-torch reference on CUDA: exact, but slow"
     ]
 
 
@@ -689,16 +689,16 @@ def test_one_value_is_not_broadcast_to_all_channels(operation: str, name: str) -
 @pytest.mark.parametrize(
     ("operation", "layout", "allowed"),
     [
-        ("w8a8_linear", "bytes", "plain, int8_panels"),
-        ("w8a8_linear_requant", "int4_panels", "plain, int8_panels"),
-        ("w8a16_linear", "PLAIN", "plain, int8_panels"),
-        ("w4a8_linear", "int8_panels", "plain, bytes, int8_expanded, int4_panels"),
-        ("w4a16_linear", "int8_expanded", "plain, bytes, int4_panels"),
-        ("gobo_linear", "int4_panels", "plain, bytes, int8_expanded, int3_panels"),
-        ("gobo_a16_linear", "", "plain, bytes, int3_panels"),
-        ("gobo_embedding", "int8_expanded", "plain, bytes, int3_panels"),
+        ("w8a8_linear", "bytes", "plain, int8_rows, int8_panels"),
+        ("w8a8_linear_requant", "int4_panels", "plain, int8_rows, int8_panels"),
+        ("w8a16_linear", "PLAIN", "plain, int8_rows, int8_panels"),
+        ("w4a8_linear", "int8_panels", "plain, bytes, int8_expanded, nibble_halves, int4_panels"),
+        ("w4a16_linear", "int8_expanded", "plain, bytes, nibble_halves, int4_panels"),
+        ("gobo_linear", "int4_panels", "plain, bytes, int8_expanded, select_halves, int3_panels"),
+        ("gobo_a16_linear", "", "plain, bytes, select_halves, dict3_words, int3_panels"),
+        ("gobo_embedding", "int8_expanded", "plain, bytes, select_halves, dict3_words, int3_panels"),
         ("w4_embedding", "int4_panels", "plain, bytes"),
-        ("embed_layer_norm_quantize", "int8_panels", "plain, bytes, int3_panels"),
+        ("embed_layer_norm_quantize", "int8_panels", "plain, bytes, select_halves, dict3_words, int3_panels"),
     ],
 )
 def test_a_layout_that_an_operation_does_not_read_is_an_error(operation: str, layout: str, allowed: str) -> None:

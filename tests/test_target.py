@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from qbert import dispatch, target
+from qbert.errors import QBertError
 from qbert.ops import cpu_torch
 from qbert.target import Target, cpu_target, cuda_target, target_of
 from qbert.testing import random_arguments
@@ -149,14 +150,24 @@ def test_cuda_target_is_read_from_the_device(optin: bool, monkeypatch: pytest.Mo
         return types.SimpleNamespace(**fields)
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr("qbert.target.native_cuda", lambda: object() if optin else None)
+    monkeypatch.setenv("QBERT_KERNEL", "cuda" if optin else "")
     cuda_target.cache_clear()
     try:
         found = target_of(torch.device("cuda", 1))
-        assert found == Target("cuda", "", 90, 132, 232_448 if optin else 49_152)
+        shared = 232_448 if optin else 49_152
+        assert found == Target("cuda", "", 90, 132, shared, native=optin, prefer="cuda" if optin else "")
         assert target_of(torch.device("cuda", 1)) is found
         assert asked == [1]
     finally:
         cuda_target.cache_clear()
+
+
+def test_kernels_that_do_not_exist_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QBERT_KERNEL", "cudnn")
+    cuda_target.cache_clear()
+    with pytest.raises(QBertError, match="QBERT_KERNEL is 'cudnn'; allowed: triton, cuda, or not set"):
+        cuda_target(0)
 
 
 def test_operators_ask_the_same_target() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qbert.errors import QBertError
 from qbert.formats import DICT3, DICT4, INT4, INT8, Format, Kind, Role, Scheme
-from qbert.layout import panels, rows
+from qbert.layout import panels, rows, words
 from qbert.layout.bits import pack_bits, pack_codes, packed_width, signed, unpack_bits, unpack_codes
 
 __all__ = [
@@ -37,6 +37,7 @@ class Layout(enum.Enum):
     INT8_ROWS = "int8_rows"  # PLAIN with rows padded to whole 16 bytes
     NIBBLE_HALVES = "nibble_halves"  # a nibble a code; a byte holds codes 64 input channels apart
     SELECT_HALVES = "select_halves"  # a nibble a code; a word holds two selectors of `prmt`, 64 input channels apart
+    DICT3_WORDS = "dict3_words"  # three bits a code; three words hold six selectors of `prmt` and the bits of two more
 
 
 PANEL_LAYOUTS = (Layout.INT8_PANELS, Layout.INT4_PANELS, Layout.INT3_PANELS)
@@ -47,9 +48,11 @@ _ROWS_OF_FORMAT = {
     INT8: (Layout.INT8_ROWS,),
     INT4: (Layout.NIBBLE_HALVES,),
     DICT4: (Layout.SELECT_HALVES,),
-    DICT3: (Layout.SELECT_HALVES,),
+    DICT3: (Layout.SELECT_HALVES, Layout.DICT3_WORDS),
 }
-_ROW_LAYOUTS = frozenset(layout for layouts in _ROWS_OF_FORMAT.values() for layout in layouts)
+_ROW_LAYOUTS = frozenset({Layout.INT8_ROWS, Layout.NIBBLE_HALVES, Layout.SELECT_HALVES})
+# Layouts that only the weight-only kernel reads: what is to become int8 has no time for three bits.
+_FLOAT_LAYOUTS = frozenset({Layout.DICT3_WORDS})
 _PACK_INT8: dict[Layout, Callable[[Tensor], Tensor]] = {
     Layout.INT8_PANELS: panels.pack_int8,
     Layout.INT8_ROWS: rows.pack_int8,
@@ -60,19 +63,22 @@ _PACK: dict[Layout, Callable[[Tensor], Tensor]] = {
     Layout.INT3_PANELS: panels.pack_int3,
     Layout.NIBBLE_HALVES: rows.pack_nibble_halves,
     Layout.SELECT_HALVES: rows.pack_select_halves,
+    Layout.DICT3_WORDS: words.pack_dict3,
 }
 _UNPACK: dict[Layout, Callable[[Tensor, int, int], Tensor]] = {
     Layout.INT4_PANELS: panels.unpack_int4,
     Layout.INT3_PANELS: panels.unpack_int3,
     Layout.NIBBLE_HALVES: lambda qdata, n, k: rows.unpack_nibble_halves(qdata, k),
     Layout.SELECT_HALVES: lambda qdata, n, k: rows.unpack_select_halves(qdata, k),
+    Layout.DICT3_WORDS: lambda qdata, n, k: words.unpack_dict3(qdata, k),
 }
 
 
 def layouts_for(fmt: Format, int8_activations: bool) -> tuple[Layout, ...]:
     """The layouts that a linear's weight codes can be in."""
     unpacked = () if fmt.bits == 8 else (Layout.BYTES, Layout.INT8_EXPANDED) if int8_activations else (Layout.BYTES,)
-    return (Layout.PLAIN, *unpacked, *_ROWS_OF_FORMAT[fmt], _PANELS_OF_BITS[fmt.bits])
+    in_rows = (each for each in _ROWS_OF_FORMAT[fmt] if not int8_activations or each not in _FLOAT_LAYOUTS)
+    return (Layout.PLAIN, *unpacked, *in_rows, _PANELS_OF_BITS[fmt.bits])
 
 
 def layouts_of(scheme: Scheme) -> tuple[Layout, ...]:
@@ -89,6 +95,8 @@ def qdata_shape(layout: Layout, fmt: Format, n: int, k: int) -> tuple[int, ...]:
         return n, packed_width(k, fmt.bits)
     if layout in _ROW_LAYOUTS:
         return n, rows.row_bytes(fmt.bits, k)
+    if layout is Layout.DICT3_WORDS:
+        return n, words.row_bytes(k)
     return panels.panel_shape(fmt.bits, n, k) if layout in PANEL_LAYOUTS else (n, k)
 
 

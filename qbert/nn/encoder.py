@@ -1,8 +1,8 @@
-"""L7. The fused encoder: seven operator calls a layer on packed tokens; between them int8 and one float32 residual stream.
+"""L7. The fused encoder: seven operator calls a layer on packed tokens; between them int8 and one float residual stream.
 
 It holds no weights of its own: everything here is prepared from a model's quantized modules, which stay where they are.
 Per layer and token: ZeroQuant's scales per token (Yao et al., 2022) after a norm, where the row is at hand anyway; elsewhere
-static scales from calibration, or, without one, scales per token from one more pass over a float32 tensor.
+static scales from calibration, or, without one, scales per token from one more pass over a float tensor.
 """
 
 from __future__ import annotations
@@ -21,19 +21,28 @@ from qbert.formats import INT8, SCHEMES, Role
 from qbert.layout import Layout
 from qbert.nn.calibration import Calibration, LayerScales, Overflow
 from qbert.nn.modules import QEmbedding, QLinear
-from qbert.nn.padding import Packing
+from qbert.nn.padding import Packing, Tokens
 from qbert.nn.stack import Call, linear_call, rescaled, share_rows, stacked
 from qbert.nn.watch import Watch
-from qbert.ops import direct
+from qbert.ops import FLOAT_DTYPES, direct
 from qbert.qtensor import QuantizedTensor
 from qbert.quantizers import quantize
 from qbert.reference import FLOAT_TABLE, dequantize
-from qbert.target import target_of
+from qbert.target import Target, target_of
 
 # gamma, beta, eps
 Norm = tuple[Tensor, Tensor, float]
-# the residual stream (t, h) float32, its codes (t, h) int8 and their scales (t,)
+# the residual stream (t, h), its codes (t, h) int8 and their scales (t,)
 State = tuple[Tensor, Tensor, Tensor]
+
+
+def residual_dtype(target: Target, dtype: torch.dtype) -> torch.dtype:
+    """Type of the residual stream, and of every other float tensor between two operators, of a model of `dtype` on `target`.
+
+    On a CPU float32: a portion of the batch stays in the cache, and a conversion costs more than the bytes. On a GPU the
+    model's own, as unfused: its bytes are what the operators around a layer's products wait for, and float32 has twice as many.
+    """
+    return dtype if target.device == "cuda" and dtype in FLOAT_DTYPES else torch.float32
 
 
 class _Layer(Protocol):
@@ -42,11 +51,16 @@ class _Layer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DynamicLayer:
-    """A layer without calibration: what does not come out of a norm is written as float32 and scaled token by token."""
+    """A layer without calibration: what does not come out of a norm is written as a float and scaled token by token.
+
+    Attributes:
+        residual: type of the residual stream.
+    """
 
     qkv: Call
     heads: int
     softmax_scale: float
+    residual: torch.dtype
     attention_output: Call
     attention_norm: Norm
     ffn_in: Call
@@ -59,7 +73,7 @@ class DynamicLayer:
         qkv = self.qkv.operator(q, s, *self.qkv.arguments)
         q, s = do.quantize_per_token(qkv.view(3 * t, -1))
         context = do.attention_int8(
-            q.view(t, -1), s.view(t, 3), cu_seqlens, self.heads, self.softmax_scale, torch.float32
+            q.view(t, -1), s.view(t, 3), cu_seqlens, self.heads, self.softmax_scale, self.residual
         )
         y = self.attention_output.operator(*do.quantize_per_token(context), *self.attention_output.arguments)
         hidden, q, s = do.add_layer_norm_quantize(y, hidden, *self.attention_norm)
@@ -114,7 +128,8 @@ class Embedding:
 
     Attributes:
         words, scheme, layout: as `embed_layer_norm_quantize` takes them.
-        positions, token_types: (p, k) and (types, k) float32; one row of zeros where a family has no token types.
+        positions, token_types: (p, k) and (types, k) of the residual stream's type, which `embed_layer_norm_quantize` gives
+            its result; one row of zeros where a family has no token types.
         padding_idx: of the position table, where positions start after it.
     """
 
@@ -152,28 +167,30 @@ class Encoder:
     Attributes:
         watch: whether they are still what this was prepared from.
         dtype: of the model: what comes out is cast to it.
+        residual: type of the residual stream.
     """
 
     def __init__(self, base: nn.Module, family: EncoderFamily, calibration: Calibration | None) -> None:
         self.watch = Watch()
-        self.embedding = _embedding(self.watch, base, family.embeddings)
+        norm = base.get_submodule(family.embeddings.norm).get_parameter("weight")
+        self.dtype, self.device = norm.dtype, norm.device
+        self.residual = residual_dtype(target_of(self.device), self.dtype)
+        self.embedding = _embedding(self.watch, base, family.embeddings, self.residual)
         heads = int(getattr(base.config, family.heads))
         self.layers: list[_Layer] = []
         for index in range(self.watch.layers(base, family.layers)):
             path = f"{family.layers}.{index}"
-            parts = _Parts(self.watch, self.watch.module(base, path), family.layer)
+            parts = _Parts(self.watch, self.watch.module(base, path), family.layer, self.residual)
             scales = None if calibration is None else calibration.layers[path]
             self.layers.append(_dynamic_layer(parts, heads) if scales is None else _static_layer(parts, heads, scales))
         for name, module in base.named_modules():
             if name and name.partition(".")[0] != family.pooler:
                 self.watch.calls(module)
-        self.dtype = base.get_submodule(family.embeddings.norm).get_parameter("weight").dtype
-        self.device = self.embedding.positions.device
         self.hidden_size = parts.output_norm[0].shape[0]
-        self._ones = torch.ones(0, device=self.device)
+        self._ones = torch.ones(0)
 
     def run(self, state: State, packing: Packing, wanted: Collection[int]) -> list[Tensor | None]:
-        """The residual stream (t, h) float32 before the first layer (0) and after each (1 ...).
+        """The residual stream (t, h) before the first layer (0) and after each (1 ...).
 
         Args:
             state: of the embedded tokens.
@@ -187,6 +204,16 @@ class Encoder:
             return parts[0]
         return [None if stream[0] is None else torch.cat(stream) for stream in zip(*parts, strict=True)]
 
+    def last_hidden(self, tokens: Tokens) -> Tensor:
+        """The residual stream (t, h) after the last layer, from ids.
+
+        Launches the same operators on the same addresses whatever the values are, as a CUDA graph needs it. Tokens after the
+        last sequence's end belong to none: their rows are of no meaning, and no other row depends on them.
+        """
+        last = self._through(self.embedding.of_ids(*tokens[:3]), tokens.cu_seqlens, ())[-1]
+        assert last is not None
+        return last
+
     def _through(self, state: State, cu_seqlens: Tensor, wanted: Collection[int]) -> list[Tensor | None]:
         streams = [state[0] if 0 in wanted else None]
         ones = self._one_each(state[0].shape[0])
@@ -197,6 +224,9 @@ class Encoder:
 
     def _one_each(self, tokens: int) -> Tensor:
         """(tokens,) ones: token scales of codes whose static scale is in the weight's already."""
+        if self.device.type != "cpu":
+            # Kept from call to call, they could be read on another stream before they are written on this one.
+            return torch.ones(tokens, device=self.device)
         ones = self._ones
         if ones.shape[0] < tokens:
             self._ones = ones = torch.ones(tokens, device=self.device)
@@ -218,9 +248,9 @@ def _rows_of(state: State, tokens: slice) -> State:
 
 
 class _Parts:
-    """The modules of one layer."""
+    """The modules of one layer, and the type of what goes in and out of it."""
 
-    def __init__(self, watch: Watch, layer: nn.Module, paths: LayerPaths) -> None:
+    def __init__(self, watch: Watch, layer: nn.Module, paths: LayerPaths, residual: torch.dtype) -> None:
         qkv: list[Any] = [watch.module(layer, path) for path in (paths.query, paths.key, paths.value)]
         linears: list[Any] = [
             watch.module(layer, path) for path in (paths.attention_output, paths.ffn_in, paths.ffn_out)
@@ -232,6 +262,7 @@ class _Parts:
         self.qkv: list[QLinear] = qkv
         self.attention_output, self.ffn_in, self.ffn_out = linears
         self.attention_norm, self.output_norm = (_norm(module) for module in norms)
+        self.residual = residual
 
     def softmax_scale(self, heads: int) -> float:
         return (self.qkv[0].out_features // heads) ** -0.5
@@ -240,13 +271,14 @@ class _Parts:
 def _dynamic_layer(parts: _Parts, heads: int) -> DynamicLayer:
     qkv = stacked([module.quantized for module in parts.qkv])
     return DynamicLayer(
-        qkv=linear_call(qkv, _stacked_biases(parts.qkv, (1.0, 1.0, 1.0)), "none", torch.float32),
+        qkv=linear_call(qkv, _stacked_biases(parts.qkv, (1.0, 1.0, 1.0)), "none", parts.residual),
         heads=heads,
         softmax_scale=parts.softmax_scale(heads),
-        attention_output=_float_call(parts.attention_output),
+        residual=parts.residual,
+        attention_output=_float_call(parts.attention_output, parts.residual),
         attention_norm=parts.attention_norm,
-        ffn_in=_float_call(parts.ffn_in, "gelu"),
-        ffn_out=_float_call(parts.ffn_out),
+        ffn_in=_float_call(parts.ffn_in, parts.residual, "gelu"),
+        ffn_out=_float_call(parts.ffn_out, parts.residual),
         output_norm=parts.output_norm,
     )
 
@@ -263,10 +295,10 @@ def _static_layer(parts: _Parts, heads: int, scales: LayerScales) -> StaticLayer
         heads=heads,
         softmax_scale=parts.softmax_scale(heads),
         context_scale=scales.attention_output,
-        attention_output=linear_call(attention_output, _bias(parts.attention_output), "none", torch.float32),
+        attention_output=linear_call(attention_output, _bias(parts.attention_output), "none", parts.residual),
         attention_norm=parts.attention_norm,
         ffn_in=linear_call(parts.ffn_in.quantized, _bias(parts.ffn_in), "gelu", scales.gelu),
-        ffn_out=linear_call(ffn_out, _bias(parts.ffn_out), "none", torch.float32),
+        ffn_out=linear_call(ffn_out, _bias(parts.ffn_out), "none", parts.residual),
         overflow=None if scales.overflow is None else _overflow(parts, scales.gelu, scales.overflow),
         output_norm=parts.output_norm,
     )
@@ -281,7 +313,7 @@ def _overflow(parts: _Parts, gelu_scale: float, overflow: Overflow) -> tuple[Cal
     shifted = (up.new_zeros(len(neurons)) if bias is None else bias[neurons]) - INT8.qmax * gelu_scale
     return (
         linear_call(_small_weight(up), shifted, "gelu", overflow.scale),
-        linear_call(rescaled(_small_weight(down), overflow.scale), None, "none", torch.float32),
+        linear_call(rescaled(_small_weight(down), overflow.scale), None, "none", parts.residual),
     )
 
 
@@ -291,11 +323,11 @@ def _small_weight(weight: Tensor) -> QuantizedTensor:
     return quantized.to_layout(select_layout(quantized.scheme, Role.LINEAR, target_of(weight.device)))
 
 
-def _float_call(module: QLinear, activation: str = "none") -> Call:
-    return linear_call(module.quantized, _bias(module), activation, torch.float32)
+def _float_call(module: QLinear, out: torch.dtype, activation: str = "none") -> Call:
+    return linear_call(module.quantized, _bias(module), activation, out)
 
 
-def _embedding(watch: Watch, base: nn.Module, paths: EmbeddingPaths) -> Embedding:
+def _embedding(watch: Watch, base: nn.Module, paths: EmbeddingPaths, residual: torch.dtype) -> Embedding:
     words, norm = watch.module(base, paths.words), watch.module(base, paths.norm)
     positions: Any = watch.module(base, paths.positions)
     types = None if paths.token_types is None else watch.module(base, paths.token_types)
@@ -310,29 +342,29 @@ def _embedding(watch: Watch, base: nn.Module, paths: EmbeddingPaths) -> Embeddin
         table, scheme, layout = list(weight.tensors.values()), weight.scheme.name, weight.layout
     else:
         table, scheme, layout = [words.get_parameter("weight").detach()], FLOAT_TABLE, Layout.PLAIN
-    places = _float_table(positions)
+    places = _float_table(positions, residual)
     return Embedding(
         words=table,
         scheme=scheme,
         layout=layout.value,
         positions=places,
-        token_types=places.new_zeros(1, places.shape[1]) if types is None else _float_table(types),
+        token_types=places.new_zeros(1, places.shape[1]) if types is None else _float_table(types, residual),
         norm=_norm(norm),
-        projection=None if projection is None else _float_call(projection),
+        projection=None if projection is None else _float_call(projection, residual),
         padding_idx=positions.padding_idx,
     )
 
 
-def _float_table(module: nn.Module) -> Tensor:
-    """(rows, k) float32: these tables are small, so a quantized one is expanded once."""
+def _float_table(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """(rows, k) of `dtype`: these tables are small, so a quantized one is expanded once."""
     if isinstance(module, QEmbedding):
-        return dequantize(module.quantized)
-    return module.get_parameter("weight").detach().to(torch.float32)
+        return dequantize(module.quantized).to(dtype)
+    return module.get_parameter("weight").detach().to(dtype)
 
 
 def _rows(table: Tensor, ids: Tensor) -> Tensor:
-    """Rows of a small table, with the ids checked: indexing would count negative ones from the end."""
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= table.shape[0]):
+    """Rows of a small table. On a GPU torch checks the ids there; on a CPU it would count negative ones from the end."""
+    if ids.device.type == "cpu" and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= table.shape[0]):
         raise QBertError(
             f"position or token type ids must be 0 ... {table.shape[0] - 1} here, got {ids.tolist()!r:.80}"
         )

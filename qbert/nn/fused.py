@@ -20,8 +20,9 @@ from qbert.bert import FAMILIES, EncoderFamily, LayerPaths, family_of
 from qbert.errors import QBertError
 from qbert.nn.calibration import Calibration
 from qbert.nn.encoder import Encoder
+from qbert.nn.graphs import GraphCache
 from qbert.nn.modules import QEmbedding, QLinear
-from qbert.nn.padding import Packing, packing_of
+from qbert.nn.padding import Packing, Tokens, packing_of
 
 HEAD_SIZES = (32, 64)  # what the attention operator is made for
 GELU = "gelu"  # the exact one; every other name is an approximation or another function
@@ -49,6 +50,9 @@ class FusedForward:
     Args:
         base: a bare encoder of `family`.
         calibration: its static scales; None to take scales token by token.
+
+    Attributes:
+        graphs: CUDA graphs of its sizes of batches, where `qbert.compile` asked for them.
     """
 
     __name__ = _FORWARD
@@ -58,6 +62,7 @@ class FusedForward:
         self.base = base
         self.family = family
         self.calibration = calibration
+        self.graphs: GraphCache | None = None
         self.__doc__ = type(base).forward.__doc__
         self.__setstate__({})
 
@@ -99,7 +104,7 @@ class FusedForward:
         encoder = self.encoder()
         wanted = _selected(hidden_states, len(encoder.layers) + 1)
         with torch.no_grad():
-            states = _run(encoder, self.family, wanted, **inputs)
+            states = _run(encoder, self.graphs, self.family, wanted, **inputs)
         last = states[-1]
         fields: dict[str, Any] = {"last_hidden_state": last}
         if self.family.pooler is not None:
@@ -125,7 +130,10 @@ class FusedForward:
             name = type(self.base).__name__
             raise QBertError(f"{name} is fused, but now {why}; undo that or call qbert.unfuse_(model)")
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be moved or loaded into later
-            self._encoder = encoder = Encoder(self.base, self.family, self.calibration)
+            encoder = Encoder(self.base, self.family, self.calibration)
+        if encoder.device.type == "cuda":  # other threads' streams will read what this one's is still writing
+            torch.cuda.current_stream(encoder.device).synchronize()
+        self._encoder = encoder
         return encoder
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -148,30 +156,45 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inp
 
 
 def _run(
-    encoder: Encoder, family: EncoderFamily, wanted: set[int], input_ids: Tensor | None, attention_mask: Tensor | None,
-    token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None,
+    encoder: Encoder, graphs: GraphCache | None, family: EncoderFamily, wanted: set[int], input_ids: Tensor | None,
+    attention_mask: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None,
 ) -> list[Tensor | None]:  # fmt: skip
     """The wanted hidden states (batch, width, h) in the model's type, zeros at padding; the last is always there."""
     if (input_ids is None) == (inputs_embeds is None):
         raise QBertError("a model takes exactly one of input_ids and inputs_embeds")
-    tokens = inputs_embeds if input_ids is None else input_ids
-    assert tokens is not None
-    if tokens.dim() != (3 if input_ids is None else 2):
+    words = inputs_embeds if input_ids is None else input_ids
+    assert words is not None
+    if words.dim() != (3 if input_ids is None else 2):
         allowed = "inputs_embeds (batch, tokens, k)" if input_ids is None else "input_ids (batch, tokens)"
-        raise QBertError(f"input is {tuple(tokens.shape)}; allowed: {allowed}")
-    batch, width = tokens.shape[:2]
+        raise QBertError(f"input is {tuple(words.shape)}; allowed: {allowed}")
+    batch, width = words.shape[:2]
     packing = packing_of(batch, width, attention_mask, encoder.device)
+    layers = len(encoder.layers)
     if packing.tokens == 0:
-        streams: list[Tensor | None] = [torch.zeros(0, encoder.hidden_size, device=encoder.device)]
-        streams = streams * (len(encoder.layers) + 1)
-    else:
-        positions = _positions(encoder, family, packing, input_ids, position_ids)
-        # DistilBERT has no token types; transformers takes and forgets them.
-        typed = token_type_ids is not None and family.embeddings.token_types is not None
-        types = packing.pack(_batched(token_type_ids, packing)) if typed else torch.zeros_like(positions)
-        embed = encoder.embedding.of_rows if input_ids is None else encoder.embedding.of_ids
-        streams = encoder.run(embed(packing.pack(tokens), positions, types), packing, wanted)
+        nothing = torch.zeros(0, encoder.hidden_size, device=encoder.device)
+        return [packing.unpack(nothing, encoder.dtype, copy=True) for _ in range(layers + 1)]
+    positions = _positions(encoder, family, packing, input_ids, position_ids)
+    # DistilBERT has no token types; transformers takes and forgets them.
+    typed = token_type_ids is not None and family.embeddings.token_types is not None
+    types = packing.pack(_batched(token_type_ids, packing)) if typed else torch.zeros_like(positions)
+    tokens = Tokens(packing.pack(words), positions, types, packing.cu_seqlens)
+    if graphs is not None:
+        last = _replayed(encoder, graphs, tokens, packing, input_ids is None, wanted)
+        if last is not None:
+            return [*[None] * layers, last]
+    embed = encoder.embedding.of_rows if input_ids is None else encoder.embedding.of_ids
+    streams = encoder.run(embed(*tokens[:3]), packing, wanted)
     return [None if stream is None else packing.unpack(stream, encoder.dtype) for stream in streams]
+
+
+def _replayed(
+    encoder: Encoder, graphs: GraphCache, tokens: Tokens, packing: Packing, by_row: bool, wanted: set[int]
+) -> Tensor | None:
+    """The last hidden state (batch, width, h) by a CUDA graph, None where the batch is for none."""
+    if by_row or wanted - {len(encoder.layers)}:
+        graphs.decline("inputs_embeds were given" if by_row else "hidden states were asked for")
+        return None
+    return graphs.run(encoder, tokens, lambda hidden: packing.unpack(hidden, encoder.dtype, copy=True))
 
 
 def _positions(
@@ -222,10 +245,12 @@ def fused_forward(base: nn.Module) -> FusedForward | None:
 
 
 def set_fused(base: nn.Module, calibration: Calibration | None) -> None:
-    """Fuses an encoder that has no `obstacle`."""
-    family = family_of(base)
+    """Fuses an encoder that has no `obstacle`. One that was fused and compiled stays compiled."""
+    family, former = family_of(base), fused_forward(base)
     assert family is not None
-    base.__dict__[_FORWARD] = FusedForward(base, family, calibration)
+    forward = base.__dict__[_FORWARD] = FusedForward(base, family, calibration)
+    if former is not None and former.graphs is not None:
+        forward.graphs = GraphCache(former.graphs.limits)
 
 
 def remove_fused(base: nn.Module) -> None:

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qbert.errors import QBertError
+
+
+class Tokens(NamedTuple):
+    """A batch without padding: t tokens of all its sequences, one after the other.
+
+    Attributes:
+        ids, position_ids, token_type_ids: (t,) integers; in place of ids, word rows (t, k) that the caller looked up.
+        cu_seqlens: (sequences + 1,) int32, where each sequence starts and the last one ends.
+    """
+
+    ids: Tensor
+    position_ids: Tensor
+    token_type_ids: Tensor
+    cu_seqlens: Tensor
 
 
 @dataclass(frozen=True)
@@ -36,9 +51,9 @@ class Packing:
         flat = x.reshape(self.batch * self.width, *x.shape[2:])
         return flat if self.kept is None else flat.index_select(0, self.kept)
 
-    def unpack(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(tokens, k) to (batch, width, k) of `dtype`, zeros at padding."""
-        x = x.to(dtype)
+    def unpack(self, x: Tensor, dtype: torch.dtype, *, copy: bool = False) -> Tensor:
+        """(tokens, k) to (batch, width, k) of `dtype`, zeros at padding; with `copy` never a view of `x`."""
+        x = x.to(dtype, copy=copy and self.kept is None)
         if self.kept is not None:
             x = x.new_zeros(self.batch * self.width, x.shape[1]).index_copy_(0, self.kept, x)
         return x.view(self.batch, self.width, x.shape[1])
@@ -67,8 +82,12 @@ class Packing:
 def packing_of(batch: int, width: int, mask: Tensor | None, device: torch.device) -> Packing:
     """Where the tokens of a batch go.
 
+    The one number that the host must know is how many tokens there are. So a mask on a GPU costs one wait for that GPU; a mask
+    on the CPU, or none, costs none.
+
     Args:
         mask: (batch, width), not 0 where a token is; None where nothing is padding. Padding may stand anywhere.
+        device: where the tokens are.
 
     Raises:
         QBertError: a mask of another shape.
@@ -76,9 +95,27 @@ def packing_of(batch: int, width: int, mask: Tensor | None, device: torch.device
     if mask is not None:
         if mask.shape != (batch, width):
             raise QBertError(f"attention_mask is {tuple(mask.shape)}; allowed with a fused encoder: ({batch}, {width})")
-        there = mask.to(device=device, dtype=torch.bool)
-        if not bool(there.all()):
-            bounds = torch.zeros(batch + 1, dtype=torch.int32, device=device)
-            torch.cumsum(there.sum(1, dtype=torch.int32), 0, dtype=torch.int32, out=bounds[1:])
-            return Packing(batch, width, bounds, there.view(-1).nonzero().view(-1))
+        there = (mask if mask.device.type == "cpu" else mask.to(device)).to(torch.bool)
+        bounds = torch.zeros(batch + 1, dtype=torch.int32, device=there.device)
+        torch.cumsum(there.sum(1, dtype=torch.int32), 0, dtype=torch.int32, out=bounds[1:])
+        tokens = int(bounds[-1])
+        if tokens < batch * width:
+            return Packing(batch, width, _sent(bounds, device), _sent(_kept(there.reshape(-1), tokens), device))
     return Packing(batch, width, torch.arange(batch + 1, dtype=torch.int32, device=device) * width, None)
+
+
+def _kept(there: Tensor, tokens: int) -> Tensor:
+    """Indices (tokens,) of the true values."""
+    return there.nonzero().view(-1) if there.device.type == "cpu" else nonzero_of(there, tokens)
+
+
+def nonzero_of(there: Tensor, count: int) -> Tensor:
+    """Indices (count,) of so many true values, from the counts: `nonzero` would make the host wait for their number again."""
+    return torch.searchsorted(there.cumsum(0), torch.arange(1, count + 1, device=there.device))
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`, without waiting: a copy out of pinned memory is queued like a kernel."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 
+from qbert.dispatch import runs_compiled
 from qbert.ops.checks import FLOAT_DTYPES, MAX_K
 from qbert.ops.cpu_torch import CPU_TORCH
+from qbert.ops.cuda import KERNELS as COMPILED
 from qbert.ops.fakes import FAKES
 from qbert.ops.schemas import SCHEMAS
 from qbert.ops.triton import TRITON
 from qbert.reference import REFERENCES
-from qbert.target import native_cpu
+from qbert.target import native_cpu, target_of
 
 __all__ = ["FLOAT_DTYPES", "MAX_K", "NATIVE", "SCHEMAS", "direct", "reference_of"]
 
@@ -65,22 +67,49 @@ def _cpu(operation: str) -> Callable[..., Any]:
 
 
 def _cuda(operation: str) -> Callable[..., Any]:
-    """What runs on CUDA tensors: a Triton kernel, or the reference where there is none yet."""
-    return TRITON.get(operation) or _logged_once(operation, reference_of(operation))
+    """What runs on CUDA tensors: a kernel where one knows the layout, else the reference: exact, slow, and it says so."""
+    reference, launcher = _logged_once(operation, reference_of(operation)), TRITON.get(operation)
+    compiled = COMPILED.get(operation)
+    if launcher is None:
+        return reference
+
+    def implementation(*arguments: Any) -> Any:
+        device = arguments[0].device
+        if (
+            device.index != torch.cuda.current_device()
+        ):  # Triton launches on the current device, wherever its arguments are
+            with torch.cuda.device(device):
+                return implementation(*arguments)
+        result = NotImplemented
+        if compiled is not None and runs_compiled(operation, *_problem(operation, arguments), target_of(device)):
+            result = compiled(*arguments)
+        if result is NotImplemented:
+            result = launcher(*arguments)
+        return reference(*arguments) if result is NotImplemented else result
+
+    return implementation
+
+
+def _problem(operation: str, arguments: tuple[Any, ...]) -> tuple[int, int, int]:
+    """Tokens, output channels (0 where there are none) and input channels."""
+    t, k = arguments[0].shape
+    return t, arguments[3].shape[0] if "linear" in operation else 0, k
 
 
 def _logged_once(operation: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """The reference as a CUDA implementation: exact, slow, and it says so the first time."""
+    """The reference as a CUDA implementation; the log hears of it the first time."""
 
     @functools.cache
-    def warn() -> None:
+    def warn(layout: str) -> None:
         log.warning(
-            "qbert::%s runs as the plain-torch reference on CUDA in this version: exact, but not fast", operation
+            "qbert::%s runs as the plain-torch reference on CUDA%s: exact, but slow",
+            operation,
+            layout and f" in {layout}",
         )
 
     @functools.wraps(implementation)
     def logged(*args: Any) -> Any:
-        warn()
+        warn(args[-1] if isinstance(args[-1], str) else "")
         return implementation(*args)
 
     return logged
@@ -93,8 +122,9 @@ def direct(device_type: str) -> SimpleNamespace:
     The dispatcher costs more than a small kernel: 7 us a call on a CPU, of which a fused BERT-base makes 85. Only for code
     that is neither traced nor differentiated.
     """
-    if device_type == "cpu":
-        return SimpleNamespace(**{operation: _cpu(operation) for operation in SCHEMAS})
+    implementation = {"cpu": _cpu, "cuda": _cuda}.get(device_type)
+    if implementation is not None:
+        return SimpleNamespace(**{operation: implementation(operation) for operation in SCHEMAS})
     return SimpleNamespace(**{operation: getattr(torch.ops.qbert, operation).default for operation in SCHEMAS})
 
 

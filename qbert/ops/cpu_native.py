@@ -84,7 +84,10 @@ def w8a8_linear(
 ) -> Tensor:  # fmt: skip
     """Also of `w8a8_linear_requant`."""
     n = checks.w8a8_linear(q, s, qdata, scale, bias, layout)
-    return _linear(q, s, n, _W8A8_FORMATS[layout], qdata, scale, bias, activation, out)
+    fmt = _W8A8_FORMATS.get(layout)
+    if fmt is None:
+        return NotImplemented
+    return _linear(q, s, n, fmt, qdata, scale, bias, activation, out)
 
 
 def w4a8_linear(

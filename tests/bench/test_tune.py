@@ -121,6 +121,22 @@ def test_measured_rows_replace_their_own_kind_and_are_found(monkeypatch: pytest.
         tiles._select.cache_clear()
 
 
+def test_where_the_compiled_kernel_wins_triton_s_row_stays() -> None:
+    problem, key = Problem("w8a8", 300, 768, 768), {"n": 768, "k": 768, "tokens": 300}
+    table = merged({}, [Tuned(problem, TileConfig("tma", 64, 64, 128, 4, 3), [])], "first")
+    table = merged(table, [Tuned(problem, tune.COMPILED, [])], "second")
+    assert [row["road"] for row in table["w8a8_linear"] if key.items() <= row.items()] == ["tma", "cuda"]
+    table = merged(table, [Tuned(problem, TileConfig("tma", 64, 128, 128, 4, 3), [])], "third")
+    assert [(row["road"], row["block_n"]) for row in table["w8a8_linear"]] == [("tma", 128)]
+
+
+def test_the_compiled_kernel_is_a_candidate_where_it_is_built() -> None:
+    native = Target("cuda", "", 90, 132, 232_448, native=True)
+    assert tune.COMPILED in candidates(Problem("w8a8", 4096, 768, 768), native)
+    assert tune.COMPILED not in candidates(Problem("w8a8", 4096, 768, 768), H100)
+    assert tune.COMPILED not in candidates(Problem("w4a8", 4096, 768, 768), native)
+
+
 def test_the_table_in_the_repository_is_written_as_the_tuner_writes() -> None:
     """One row a line: a change of the table is a readable diff."""
     text = (TUNED / "nvidia_h100.json").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def target_for(tensor: Tensor) -> Target:
         QBertError: a device that the kernels do not run on.
     """
     if tensor.device.type == "cuda":
-        target = target_of(tensor.device)
+        target = replace(target_of(tensor.device), native=False)  # the compiled extension's tiles are not Triton's
     elif INTERPRETED and tensor.device.type == "cpu":
         target = _H100
     else:
