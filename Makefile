@@ -53,8 +53,8 @@ test-gpu: $(NATIVE)
 
 # Every tensor an allocation of its own, so that a step beyond one is seen.
 sanitize-gpu: $(NATIVE)
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python tests/kernels/every_kernel.py
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python tests/kernels/every_kernel.py
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m benchmarks.every_kernel
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m benchmarks.every_kernel
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import qbert
+from qbert.benchmarks.results_schema import RESULTS, load_results
 
 expected = sys.argv[1]
 assert Path(qbert.__file__).is_relative_to(sys.prefix), f"{qbert.__file__} is not the installed package"
@@ -33,3 +34,8 @@ for scheme in ("w8a8", "w4a16", "gobo3a8"):
     assert error < 0.35, scheme
     native = {kernel for kernel in kernels if kernel.startswith("native")}
     assert native == (kernels if expected == "native" else set()), (scheme, kernels)
+
+# `qbert bench report` and `qbert advise` read them.
+stored = [load_results(path) for path in sorted(RESULTS.rglob("*.json"))]
+assert stored, f"no results in {RESULTS}"
+print("stored results:", ", ".join(f"{results.machine.slug} {results.machine.date[:10]}" for results in stored))
