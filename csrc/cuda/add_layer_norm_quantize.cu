@@ -1,0 +1,39 @@
+#include "cuda/rows_kernel.cuh"
+#include "cuda/runtime.h"
+
+namespace qbert::cuda {
+namespace {
+
+template <int kSteps, int kYBytes, int kResidualBytes>
+void launch_kernel(const AddLayerNormQuantize& a, const Launch& launch) {
+    const auto blocks = static_cast<unsigned>((a.t + kRowWarps - 1) / kRowWarps);
+    const auto kernel = add_layer_norm_quantize_kernel<kSteps, kYBytes, kResidualBytes>;
+    AddLayerNormQuantize copy = a;
+    void* arguments[] = {&copy};
+    check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(kRowWarps * 32), arguments, 0,
+                                static_cast<cudaStream_t>(launch.stream)),
+               "launching add_layer_norm_quantize, t = ", a.t, ", k = ", a.k, ", ", blocks, " blocks of ", kRowWarps * 32,
+               " threads, device ", launch.device.index);
+}
+
+template <int kSteps>
+void launch_steps(const AddLayerNormQuantize& a, const Launch& launch) {
+    const bool wide_y = a.y.type == FloatType::f32, wide_residual = a.residual.type == FloatType::f32;
+    if (wide_y && wide_residual) return launch_kernel<kSteps, 4, 4>(a, launch);
+    if (wide_y) return launch_kernel<kSteps, 4, 2>(a, launch);
+    if (wide_residual) return launch_kernel<kSteps, 2, 4>(a, launch);
+    return launch_kernel<kSteps, 2, 2>(a, launch);
+}
+
+}  // namespace
+
+// Encoders are 256, 384, 512, 768 and 1024 wide; few are wider, and take the widest kernel.
+void launch_add_layer_norm_quantize(const AddLayerNormQuantize& a, const Launch& launch) {
+    const int64_t steps = (a.k + kStepColumns - 1) / kStepColumns;
+    if (steps <= 2) return launch_steps<2>(a, launch);
+    if (steps == 3) return launch_steps<3>(a, launch);
+    if (steps == 4) return launch_steps<4>(a, launch);
+    return launch_steps<kMaxSteps>(a, launch);
+}
+
+}  // namespace qbert::cuda

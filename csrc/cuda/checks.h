@@ -1,0 +1,29 @@
+// What every operation asks of its arguments before a launch: nothing here needs a GPU. All throw Error.
+#pragma once
+
+#include <cstdint>
+
+namespace qbert::cuda {
+
+// As qbert/ops/cpu_native.py counts them.
+enum class FloatType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+inline int64_t bytes_of(FloatType type) { return type == FloatType::f32 ? 4 : 2; }
+
+// Bytes: what the copy engine asks of addresses and row pitches, and the widest load and store.
+inline constexpr int64_t kAlignment = 16;
+
+// 1 ... limit.
+void check_extent(const char* name, int64_t extent, int64_t limit, const char* because = "");
+
+// An aligned address, and rows that start aligned too and do not overlap. Pitch and columns in elements.
+void check_matrix(const char* name, const void* address, int64_t columns, int64_t pitch, int64_t element_bytes);
+
+// An address that is a multiple of `alignment`.
+void check_vector(const char* name, const void* address, int64_t alignment);
+
+// An enum's code, which came from Python as a number.
+void check_code(const char* name, int code, int count);
+inline void check_type(const char* name, FloatType type) { check_code(name, static_cast<int>(type), 3); }
+
+}  // namespace qbert::cuda

@@ -1,0 +1,46 @@
+// The tiles that the W8A8 kernels are compiled for, and which one a problem gets. Plain C++, tested without a GPU.
+#pragma once
+
+#include <cstdint>
+
+namespace qbert::cuda {
+
+struct Tile {
+    const char* name;  // tokens x channels x k, schedule
+    int t, n, k;
+    int cluster;    // blocks along the tokens that share one tile of the weight: each fetches a part, all get it (multicast)
+    bool pingpong;  // two warp groups, each with a tile of its own, one in the matrix units while the other finishes; else
+                    // both share a tile (cooperative)
+};
+
+enum TileIndex { k128x256, k128x192, k128x128, k64x128, kTileCount };
+
+// One multiprocessor's registers hold the sums of 128 x 256 at most, and k = 128 is one row of TMA's widest swizzle.
+inline constexpr Tile kTiles[kTileCount] = {
+    // Fewest bytes from L2 and shared memory for a product: large problems, above all long k. BERT-large at 4,096 tokens
+    // is 128, 384 and 512 of these tiles on 132 multiprocessors, 97% of one, three and four whole waves.
+    {"128x256x128 cooperative", 128, 256, 128, 2, false},
+    // BERT-base's n = 768 and 2,304 at 4,096 tokens are 128 and 384 of these: 97% again, where 256 channels would leave 27%
+    // of the multiprocessors idle.
+    {"128x192x128 cooperative", 128, 192, 128, 2, false},
+    // The end of a tile is hidden behind the next one's products: short k, and GELU, which costs as much as k = 384.
+    {"128x128x128 pingpong", 128, 128, 128, 2, true},
+    // Few tokens: twice as many tiles.
+    {"64x128x128 pingpong", 64, 128, 128, 2, true},
+};
+
+struct Problem {
+    int64_t t, n, k;
+    bool gelu;
+};
+
+// Cycles that a problem takes with a tile on a GPU of so many multiprocessors, by a model: good for comparing tiles only.
+double model_cycles(const Tile& tile, const Problem& problem, int multiprocessors);
+
+// The tile with the fewest model cycles; of equals, the first.
+TileIndex choose(const Problem& problem, int multiprocessors);
+
+// The tile of that name. Throws Error.
+TileIndex tile_named(const char* name);
+
+}  // namespace qbert::cuda

@@ -1,0 +1,152 @@
+"""Row kernels and GELU of csrc/cuda without a GPU: their own source runs on the CPU, threads being the lanes of a warp."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+
+import builds
+import pytest
+import torch
+
+from qbert import testing
+from qbert.ops import cuda
+from qbert.target import Target
+
+pytestmark = pytest.mark.skipif(
+    builds.host_compiler() is None or builds.cuda_headers() is None, reason="needs a C++ compiler and CUDA's headers"
+)
+
+OPERATION = "add_layer_norm_quantize"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_C_TYPES = {"t": ctypes.c_int64, "k": ctypes.c_int64, "eps": ctypes.c_float}
+_ORDER = ("t", "k", "y", "y_type", "residual", "residual_type", "gamma", "gamma_type", "beta", "beta_type", "eps")
+_ORDER += ("normed", "codes", "scale")
+
+
+class OnCpu:
+    """What the launcher takes for the extension."""
+
+    def __init__(self):
+        self.library = builds.kernels_on_cpu()
+
+    def add_layer_norm_quantize(self, *, stream, **a):
+        types = [_C_TYPES.get(name, ctypes.c_int if name.endswith("_type") else ctypes.c_void_p) for name in _ORDER]
+        self.library.add_layer_norm_quantize(*(kind(a[name]) for kind, name in zip(types, _ORDER, strict=True)))
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    emulated = OnCpu()
+    monkeypatch.setattr(cuda, "extension", lambda: emulated)
+    monkeypatch.setattr(cuda, "target_of", lambda device: Target("cuda", "", sm=90, sm_count=132))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+
+
+def run(arguments):
+    found = cuda.add_layer_norm_quantize(*arguments)
+    assert found is not NotImplemented
+    return found
+
+
+@pytest.mark.parametrize("y_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("t", "k"), [(1, 8), (3, 264), (5, 768)])
+def test_matches_the_reference(t, k, y_dtype, dtype):
+    y, *rest = testing.random_arguments(OPERATION, t, 0, k, dtype=dtype, seed=k)
+    arguments = (y.to(y_dtype), *rest)
+    testing.assert_matches_reference(OPERATION, arguments, run(arguments))
+
+
+@pytest.mark.parametrize("k", [16, 248, 256, 384, 512, 520, 1016, 1024, 1032, 2048])
+def test_every_width(k):
+    arguments = testing.random_arguments(OPERATION, 2, 0, k, seed=k)
+    testing.assert_matches_reference(OPERATION, arguments, run(arguments))
+
+
+def test_parameters_of_another_type():
+    y, residual, gamma, beta, eps = testing.random_arguments(OPERATION, 2, 0, 128, dtype=torch.bfloat16)
+    arguments = (y, residual, gamma.float(), beta.half(), eps)
+    testing.assert_matches_reference(OPERATION, arguments, run(arguments))
+
+
+def test_codes_are_those_of_the_scale():
+    """Given the norm in float32, codes and scales are IEEE operations: bit for bit `quantize_per_token`'s."""
+    normed, codes, scale = run(testing.random_arguments(OPERATION, 6, 0, 768))
+    expected = testing.reference_of("quantize_per_token")(normed)
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(scale, expected[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_stays_alone(value):
+    arguments = testing.random_arguments(OPERATION, 5, 0, 264)
+    arguments[0][3, 263] = value
+    found = run(arguments)
+    testing.assert_matches_reference(OPERATION, arguments, found)
+    assert found[2].isnan().tolist() == [False, False, False, True, False]
+    assert not found[1][3].any()
+
+
+def test_rows_without_deviation_and_rows_of_zeros():
+    """Nothing but eps to divide by, then nothing to scale: the scale stays a normal number."""
+    y, residual, zeros = torch.full((2, 64), 3.0), torch.zeros(2, 64), torch.zeros(64)
+    for beta in (zeros, zeros + 0.5):
+        arguments = (y, residual, torch.ones(64), beta, 1e-12)
+        for found, expected in zip(run(arguments), testing.reference_of(OPERATION)(*arguments), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_nothing_beyond_the_rows_is_written(monkeypatch):
+    """Outputs in the middle of poisoned memory, and blocks with more warps than rows are left."""
+    t, k = 3, 520
+    held = []
+
+    def poisoned(*shape, dtype):
+        length = shape[0] * (shape[1] if len(shape) > 1 else 1)
+        memory = torch.full((length + 64,), 77, dtype=dtype)
+        held.append((memory, length))
+        return memory[32 : 32 + length].view(shape)
+
+    residual = testing.random_arguments(OPERATION, t, 0, k)[1]
+    monkeypatch.setattr(torch, "empty_like", lambda tensor: poisoned(*tensor.shape, dtype=tensor.dtype))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape, dtype: poisoned(*shape, dtype=dtype))
+    found = cuda.add_layer_norm_quantize(residual, residual, torch.ones(k), torch.zeros(k), 1e-12)
+    monkeypatch.undo()
+    arguments = (residual, residual, torch.ones(k), torch.zeros(k), 1e-12)
+    testing.assert_matches_reference(OPERATION, arguments, found)
+    for memory, length in held:
+        assert bool((memory[:32] == 77).all())
+        assert bool((memory[32 + length :] == 77).all())
+
+
+# ---- GELU -----------------------------------------------------------------------------------------------------------
+
+
+def gelu(x):
+    y = torch.empty_like(x)
+    library, address = builds.kernels_on_cpu(), ctypes.c_void_p
+    library.gelu(address(x.data_ptr()), address(y.data_ptr()), ctypes.c_int64(x.numel()))
+    return y
+
+
+def test_gelu_is_closer_to_the_truth_than_torch():
+    x = torch.cat((torch.linspace(-14, 14, 560_001), torch.logspace(-30, 30, 10_001), -torch.logspace(-30, 30, 10_001)))
+    exact = torch.nn.functional.gelu(x.double())
+    error = lambda y: float(((y.double() - exact).abs() / exact.abs().clamp(min=1.0)).max())
+    assert error(gelu(x)) <= min(error(torch.nn.functional.gelu(x)), 2.5e-7)
+
+
+def test_gelu_of_small_values_keeps_their_digits():
+    """Where torch's 1 + erf cancels: relative to the result, which is x / 2 near 0 and vanishes far below it."""
+    x = torch.linspace(-5, 0.01, 100_001)
+    exact = x.double() * 0.5 * torch.special.erfc(-x.double() / 2**0.5)
+    near = exact.abs() > 1e-3
+    assert float(((gelu(x).double() - exact) / exact)[near].abs().max()) < 3e-6
+
+
+def test_gelu_of_what_is_not_finite():
+    x = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, 3e38, -3e38])
+    y = gelu(x)
+    assert y[:3].isnan().all()
+    assert y[3:].tolist() == [0.0, x[4].item(), 0.0]
