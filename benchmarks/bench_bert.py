@@ -1,47 +1,58 @@
-"""BERT's latency end to end: qbert beside torch, torchao, ONNX Runtime, OpenVINO and bitsandbytes, measured in turns.
+"""BERT's latency end to end: qbert beside torch, torchao, ONNX Runtime, OpenVINO, bitsandbytes and gemlite, measured in turns.
 
     python -m benchmarks.bench_bert --target cpu --peers all                  base, about ten minutes
+    python -m benchmarks.bench_bert --target cuda --model large --json out.json
     python -m benchmarks.bench_bert --model minilm --sentences                sentences per second on real text
     python -m benchmarks.bench_bert --prepare                                 convert once, measure nothing
 
 Every system is a process of its own with all the threads and its own defaults. The parent lets one run at a time, in rounds,
-and goes on only when that one's threads are idle. A system that is missing, broken or refuses a shape is a row with its reason.
+and goes on only when that one's threads are idle; on a GPU only loading and first forwards, which compile, are done at once. A
+system that is missing, broken or refuses a shape is a row with its reason.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 import typer
 from rich.console import Console
 
-from benchmarks.bert_inputs import (
+from qbert.errors import QBertError
+from qbert.zoo import cache_dir
+
+from .bert_inputs import (
     DEFAULT_CASES,
+    QUICK_CASES,
     Batch,
     Sentence,
+    any_sentences,
     make_batch,
     pad,
     parse_case,
     real_sentences,
     tokenize,
 )
-from benchmarks.bert_models import ModelFolder, find_model, load_float32
-from benchmarks.bert_report import CaseRow, Cell, Report, SystemRow, add_ratios, cosines, spread, tables
-from benchmarks.machine import Machine, describe, memory_bytes, physical_cores
-from benchmarks.peers import ISAS, ROWS, Job, RowSpec, Unavailable, isa_environment, one_line, rows_of
-from benchmarks.peers.base import Bound, Floats, Loaded
-from benchmarks.peers.child import come_to_rest, mean_pooled
-from benchmarks.peers.driver import Child
-from qbert.errors import QBertError
-from qbert.zoo import cache_dir
+from .bert_models import ModelFolder, find_model, load_float32
+from .bert_report import add_ratios, cosines, sample, tables
+from .bert_work import work_of
+from .linears import true_float32
+from .machine import memory_bytes, physical_cores
+from .peers import BASELINES, ISAS, ROWS, TARGETS, Job, RowSpec, Unavailable, isa_environment, rows_of
+from .peers.base import Bound, Floats, Loaded
+from .peers.child import mean_pooled
+from .peers.driver import Child
+from .recorder import QUIET_LOAD, Recorder, Setting, check_picture, device_of, run_command, table_console
+from .results_schema import BertRow, SystemRow
+from .timing import GpuState, come_to_rest, gpu_state
 
 TURN_SECONDS = 0.15  # short forwards are repeated for that long in each turn
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
@@ -50,13 +61,21 @@ CALIBRATION_SENTENCES = 300
 POOL = 2000  # sentences that batches are drawn from
 WAIT_POLICIES = ("default", "passive", "active")
 ALL = "all"
+# Without what compiles for a minute (torchao on a CPU).
+QUICK_ROWS = {
+    "cpu": ("torch-bf16", "torch-bf16-compile", "onnxruntime-int8", "openvino-bf16", "bitsandbytes-int8", "qbert-w8a8",
+            "qbert-w8a8-static"),
+    "cuda": ("torch-bf16-compile", "torch-bf16-graph", "torch-bf16-unpadded", "torchao-int8-dynamic", "bitsandbytes-int8",
+             "gemlite-a8w8", "qbert-w8a8", "qbert-w8a8-static", "qbert-w8a8-static-graph", "qbert-gobo3a8-static-graph"),
+}  # fmt: skip
 _SLOW, _LONG = 600.0, 1800.0  # seconds that a first forward and a conversion may take
+_LEAST_COSINE = 0.5  # of a result that may count as one; 3-bit codes of random weights have 0.67, unrelated ones 0
+_PATIENCE = 120.0  # for a first forward on a GPU, whose time is borrowed
 _MEMORY_PER_MODEL, _SPARE_MEMORY = 3, 1 << 29  # a system loads a float model, converts it and keeps a packed copy
 _CONVERTED_SECONDS = 2.0  # a longer preparation left memory behind: the system gets a fresh process
-_QUIET_LOAD = 0.5
-_FILE_WIDTH = 160
 
 Rounds = dict[str, list[list[float]]]
+Item = TypeVar("Item")
 
 
 class Caller(Protocol):
@@ -71,14 +90,15 @@ class Settings:
 
     model: str = "base"
     rows: list[RowSpec] = field(default_factory=list)
-    cases: tuple[str, ...] = DEFAULT_CASES
+    target: str = "cpu"
+    cases: tuple[str, ...] = DEFAULT_CASES["cpu"]
     minutes: float = 10.0
     threads: int = 1
     isa: str | None = None
     wait_policy: str = "default"
     cache: Path = field(default_factory=lambda: cache_dir() / "peers")
     sentences: bool = False
-    machine: Machine = field(default_factory=describe)  # before anything runs: its load average is that of the others
+    json_path: Path | None = None
     say: Callable[[str], None] = lambda text: None
 
 
@@ -88,31 +108,34 @@ class Settings:
 class Team:
     """All systems that could be started, each in its process."""
 
-    def __init__(self, settings: Settings, model: ModelFolder, calibration: Sequence[str]) -> None:
+    def __init__(self, settings: Settings, model: ModelFolder) -> None:
         self._settings = settings
         self._model = model
-        self._texts = tuple(calibration)
-        self._calibration = tuple(map(tuple, tokenize(calibration)))
+        sentences, texts = any_sentences(CALIBRATION_SENTENCES, part="train")
+        self._texts = tuple(texts)
+        self._calibration = tuple(map(tuple, sentences))
         self.children: dict[str, Child] = {}
-        self.systems = {row.name: _system(row) for row in settings.rows}
+        self.systems = {row.name: _system(row, model.name) for row in settings.rows}
 
     def start(self) -> None:
-        """Processes first, all at once, because they import for seconds; then one after the other prepares and loads."""
+        """Processes first, all at once, because they import for seconds; then each prepares and loads."""
         for row in self._settings.rows:
             with self._or_reason(row.name):
-                self.children[row.name] = Child(row.name, self._environment(row))
-        for row in self._settings.rows:
-            if row.name in self.children:
-                self._settings.say(f"loading {row.name}")
-                with self._or_reason(row.name):
-                    self._load(row)
+                self.children[row.name] = Child(row.name, self._environment(row), self._settings.target)
+        started = [row for row in self._settings.rows if row.name in self.children]
+        for_each(self._load_or_reason, started, at_once=self._settings.target == "cuda")
+
+    def _load_or_reason(self, row: RowSpec) -> None:
+        self._settings.say(f"loading {row.name}")
+        with self._or_reason(row.name):
+            self._load(row)
 
     def prepare_only(self) -> None:
         """Conversions of all rows, one process at a time."""
         for row in self._settings.rows:
             self._settings.say(f"preparing {row.name}")
             with self._or_reason(row.name):
-                self.children[row.name] = Child(row.name, self._environment(row))
+                self.children[row.name] = Child(row.name, self._environment(row), self._settings.target)
                 self.systems[row.name].prepare_seconds = self._prepare(row)
             self.close(row.name)
 
@@ -132,13 +155,19 @@ class Team:
                 system.notes = child.call("notes", timeout=_SLOW)
         return list(self.systems.values())
 
+    def sign(self, rows: list[BertRow]) -> list[BertRow]:
+        """The rows, with whose they are."""
+        for row in rows:
+            row.library, row.configuration = self.systems[row.name].library, self.systems[row.name].configuration
+        return rows
+
     def _load(self, row: RowSpec) -> None:
         system = self.systems[row.name]
         self._check_memory()
         system.prepare_seconds = self._prepare(row)
-        if system.prepare_seconds > _CONVERTED_SECONDS:
+        if system.prepare_seconds > _CONVERTED_SECONDS and self._settings.target == "cpu":
             self.close(row.name)
-            self.children[row.name] = Child(row.name, self._environment(row))
+            self.children[row.name] = Child(row.name, self._environment(row), self._settings.target)
             self._prepare(row)
         loaded: Loaded = self.children[row.name].call("load", timeout=_LONG)
         system.weight_bytes, system.padding, system.load_seconds = loaded.weight_bytes, loaded.padding, loaded.seconds
@@ -147,7 +176,7 @@ class Team:
         settings = self._settings
         job = Job(
             self._model.folder, self._model.work, settings.threads, dict(row.options), settings.sentences,
-            self._calibration, self._texts,
+            self._calibration, self._texts, settings.target,
         )  # fmt: skip
         seconds: float = self.children[row.name].call("prepare", job, timeout=_LONG)
         return seconds
@@ -177,11 +206,28 @@ class Team:
             self.close(name)
 
 
-def _system(row: RowSpec) -> SystemRow:
-    return SystemRow(name=row.name, library=row.library, configuration=row.configuration, source=row.source)
+def _system(row: RowSpec, model: str) -> SystemRow:
+    return SystemRow(
+        name=row.name, library=row.library, model=model, configuration=row.configuration, source=row.source
+    )
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def for_each(do: Callable[[Item], None], items: Iterable[Item], *, at_once: bool) -> None:
+    """One item after the other; or all at once, where what is waited for is done by other processes that compile.
+
+    Never at once on a CPU that is measured: they would fight for its cores and its memory.
+    """
+    if not at_once:
+        for item in items:
+            do(item)
+        return
+    waiting = list(items)
+    with ThreadPoolExecutor(max(1, len(waiting))) as pool:
+        for done in [pool.submit(do, item) for item in waiting]:
+            done.result()
 
 
 def in_rounds(systems: Mapping[str, Caller], command: Sequence[Any], seconds: float) -> tuple[Rounds, dict[str, str]]:
@@ -215,12 +261,13 @@ def _rotated(names: list[str], by: int) -> list[str]:
 
 
 def measure_case(
-    systems: Mapping[str, Caller], case: str, inputs: Sequence[Any], reference: Floats, keep: Any, seconds: float,
-    commands: tuple[str, Sequence[Any], str] = ("bind", ("turn", TURN_SECONDS), "memory"),
-) -> list[Cell]:  # fmt: skip
+    systems: Mapping[str, Caller], case: BertRow, inputs: Sequence[Any], reference: Floats, keep: Any, seconds: float,
+    commands: tuple[str, Sequence[Any], str] = ("bind", ("turn", TURN_SECONDS), "memory"), target: str = "cpu",
+) -> list[BertRow]:  # fmt: skip
     """All systems on one case.
 
     Args:
+        case: a row of it, whose name and figures are nobody's.
         inputs: arguments of the first command.
         reference: (rows, k), torch's float32 result, and `keep`: which rows of a system's result belong to it.
         seconds: to spend, first forwards included.
@@ -228,41 +275,60 @@ def measure_case(
     """
     first, timed, memory = commands
     begin = time.perf_counter()
-    cells = {name: Cell(row=name, case=case) for name in systems}
-    for name, system in systems.items():
-        with _reason_in(cells[name]):
-            bound: Bound = system.call(first, *inputs, timeout=_SLOW)
-            cells[name].first_seconds = bound.seconds
-            cells[name].cosine_mean, cells[name].cosine_min = cosines(reference, bound.hidden[keep])
-    able = {name: system for name, system in systems.items() if cells[name].reason is None}
+    rows = {name: case.model_copy(update={"name": name}) for name in systems}
+    cuda = target == "cuda"
+    patience = min(_SLOW, max(_PATIENCE, seconds)) if cuda else _SLOW
+
+    def first_forward(name: str) -> None:
+        with _reason_in(rows[name]):
+            bound: Bound = systems[name].call(first, *inputs, timeout=patience)
+            rows[name].first_seconds = None if cuda else bound.seconds  # at once, all of them are slower
+            rows[name].cosine_mean, rows[name].cosine_min = mean, _ = cosines(reference, bound.hidden[keep])
+            if not mean > _LEAST_COSINE:
+                raise Unavailable(
+                    f"wrong result: mean cosine {mean:.3f} to torch float32, at least {_LEAST_COSINE:g} is right"
+                )
+
+    for_each(first_forward, systems, at_once=cuda)
+    able = {name: system for name, system in systems.items() if rows[name].reason is None}
+    before = _state(target)
     rounds, failed = in_rounds(able, timed, seconds - (time.perf_counter() - begin))
+    after = _state(target)
     for name, reason in failed.items():
-        cells[name].reason = reason
+        rows[name].reason = reason
     for name, times in rounds.items():
-        cells[name].time = spread(times)
-        with _reason_in(cells[name]):
-            cells[name].peak_bytes = systems[name].call(memory, timeout=_SLOW)
-    add_ratios(cells, rounds)
-    return list(cells.values())
+        rows[name].time = sample(times, before, after)
+        with _reason_in(rows[name]):
+            rows[name].peak_bytes = systems[name].call(memory, timeout=_SLOW)
+    add_ratios(rows, BASELINES[target])
+    return list(rows.values())
+
+
+def _state(target: str) -> GpuState | None:
+    return gpu_state(torch.device(target)) if target == "cuda" else None
 
 
 @contextmanager
-def _reason_in(cell: Cell) -> Iterator[None]:
+def _reason_in(row: BertRow) -> Iterator[None]:
     try:
         yield
     except Unavailable as reason:
-        cell.reason = str(reason)
+        row.reason = str(reason)
 
 
-def reference_hidden(folder: Path, batches: Mapping[str, Batch], threads: int) -> dict[str, Floats]:
+def reference_hidden(folder: Path, batches: Mapping[str, Batch], settings: Settings) -> dict[str, Floats]:
     """torch's float32 hidden states at all tokens that are not padding: (tokens, hidden) a batch."""
-    torch.set_num_threads(threads)
-    model = load_float32(folder)
-    with torch.inference_mode():
-        found = {
-            name: model(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state[batch.mask.bool()].numpy()
-            for name, batch in batches.items()
-        }
+    torch.set_num_threads(settings.threads)
+    device = device_of(settings.target)
+    model = load_float32(folder).to(device)
+    found = {}
+    with torch.inference_mode(), true_float32():
+        for name, batch in batches.items():
+            hidden = model(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device)).last_hidden_state.cpu()
+            found[name] = hidden[batch.mask.bool()].numpy()
+    del model
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     come_to_rest()
     return found
 
@@ -270,61 +336,75 @@ def reference_hidden(folder: Path, batches: Mapping[str, Batch], threads: int) -
 # ---- the two benchmarks ---------------------------------------------------------------------------------------------
 
 
-def bench_cases(settings: Settings) -> Report:
+def bench_cases(settings: Settings) -> Recorder:
     """Latency on batches of given shapes."""
     begin = time.perf_counter()
+    recorder = _recorder(settings)
     model = find_model(settings.model, settings.cache)
-    sentences = tokenize(real_sentences(POOL))
+    sentences, _ = any_sentences(POOL)
     batches = {name: make_batch(parse_case(name), sentences) for name in settings.cases}
     settings.say("float32 reference")
-    references = reference_hidden(model.folder, batches, settings.threads)
-    team = Team(settings, model, real_sentences(CALIBRATION_SENTENCES, part="train"))
-    cells: list[Cell] = []
+    references = reference_hidden(model.folder, batches, settings)
+    team = Team(settings, model)
     try:
         team.start()
-        # From small to large, so that memory which an allocator keeps from a larger batch is not counted for a smaller one.
-        for index, name in enumerate(sorted(batches, key=lambda name: batches[name].mask.numel())):
+        for index, name in enumerate(_order(batches, settings.target)):
             batch = batches[name]
             left = 60 * settings.minutes - (time.perf_counter() - begin)
+            if left <= 0 and settings.target == "cuda":
+                settings.say(f"{name} is left out: the {settings.minutes:g} minutes are over")
+                continue
             settings.say(f"{name}: {len(team.children)} systems, {left / 60:.1f} minutes left")
-            keep = batch.mask.bool().numpy()
-            inputs = (batch.ids.numpy(), batch.mask.numpy())
+            inputs, keep = (batch.ids.numpy(), batch.mask.numpy()), batch.mask.bool().numpy()
             share = left / (len(batches) - index)
-            cells += measure_case(team.children, name, inputs, references[name], keep, share)
-        systems = team.finish()
+            rows = measure_case(
+                team.children, _case(model, name, batch), inputs, references[name], keep, share, target=settings.target
+            )
+            for row in rows:
+                if row.time is not None:
+                    row.work = work_of(model.folder, batch, row.name, team.systems[row.name].weight_bytes or 0)
+            recorder.extend(team.sign(rows))
+        recorder.extend(team.finish())
     finally:
         team.close()
-    cases = [_case(name, batch) for name, batch in batches.items()]
-    return _report(settings, model, time.perf_counter() - begin, systems, cases, cells)
+    return recorder
 
 
-def bench_sentences(settings: Settings) -> Report:
+def _order(batches: Mapping[str, Batch], target: str) -> list[str]:
+    """On a GPU, whose time may end, in order of value: as they were given.
+
+    On a CPU from small to large, so that memory which an allocator keeps from a larger batch is not counted for a smaller one.
+    """
+    return list(batches) if target == "cuda" else sorted(batches, key=lambda name: batches[name].mask.numel())
+
+
+def bench_sentences(settings: Settings) -> Recorder:
     """Time to embed real sentences, in batches of like length as sentence-transformers sorts them."""
     begin = time.perf_counter()
+    recorder = _recorder(settings)
     model = find_model(settings.model, settings.cache)
     texts = real_sentences(SENTENCES)
     sentences = tokenize(texts, max_tokens=MAX_SENTENCE_TOKENS)
     order, batches = sorted_batches(sentences)
-    named = {str(index): batch for index, batch in enumerate(batches)}
     settings.say("float32 reference")
-    reference = _reference_embeddings(model.folder, named, settings.threads)
+    reference = _reference_embeddings(model.folder, batches, settings)
     inputs = ([(b.ids.numpy(), b.mask.numpy()) for b in batches], [texts[i] for i in order], SENTENCE_BATCH)
-    team = Team(settings, model, real_sentences(CALIBRATION_SENTENCES, part="train"))
-    name = f"{len(texts)} sentences"
+    team = Team(settings, model)
+    tokens, positions = sum(b.tokens for b in batches), sum(b.mask.numel() for b in batches)
+    case = BertRow(
+        name="", library="", model=model.name, random_weights=model.random, case=f"{len(texts)} sentences", batch=len(texts),
+        width=max(b.mask.shape[1] for b in batches), tokens=tokens, padding_share=1 - tokens / positions,
+    )  # fmt: skip
     try:
         team.start()
         left = 60 * settings.minutes - (time.perf_counter() - begin)
         commands = ("sentences", ("sweep",), "sweep_memory")
-        cells = measure_case(team.children, name, inputs, reference, slice(None), left, commands)
-        systems = team.finish()
+        rows = measure_case(team.children, case, inputs, reference, slice(None), left, commands, settings.target)
+        recorder.extend(team.sign(rows))
+        recorder.extend(team.finish())
     finally:
         team.close()
-    tokens, positions = sum(b.tokens for b in batches), sum(b.mask.numel() for b in batches)
-    case = CaseRow(
-        name=name, sequences=len(texts), width=max(b.mask.shape[1] for b in batches), tokens=tokens,
-        padding_share=1 - tokens / positions,
-    )  # fmt: skip
-    return _report(settings, model, time.perf_counter() - begin, systems, [case], cells)
+    return recorder
 
 
 MAX_SENTENCE_TOKENS = 256  # MiniLM's own limit
@@ -337,50 +417,49 @@ def sorted_batches(sentences: Sequence[Sentence], size: int = SENTENCE_BATCH) ->
     return order, [pad([sentences[i] for i in group]) for group in groups]
 
 
-def _reference_embeddings(folder: Path, batches: Mapping[str, Batch], threads: int) -> Floats:
-    torch.set_num_threads(threads)
-    model = load_float32(folder)
+def _reference_embeddings(folder: Path, batches: Sequence[Batch], settings: Settings) -> Floats:
+    hidden = reference_hidden(folder, {str(i): batch for i, batch in enumerate(batches)}, settings)
     parts = []
-    with torch.inference_mode():
-        for batch in batches.values():
-            hidden = model(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
-            parts.append(mean_pooled(hidden.numpy(), batch.mask.numpy()))
-    come_to_rest()
+    for packed, batch in zip(hidden.values(), batches, strict=True):
+        padded = np.zeros((*batch.mask.shape, packed.shape[1]), dtype=np.float32)
+        padded[batch.mask.bool().numpy()] = packed
+        parts.append(mean_pooled(padded, batch.mask.numpy()))
     return np.concatenate(parts)
 
 
-def prepare(settings: Settings) -> Report:
+def prepare(settings: Settings) -> Recorder:
     """Everything that is done once and kept."""
-    begin = time.perf_counter()
-    model = find_model(settings.model, settings.cache)
-    team = Team(settings, model, real_sentences(CALIBRATION_SENTENCES, part="train"))
+    recorder = _recorder(settings)
+    team = Team(settings, find_model(settings.model, settings.cache))
     try:
         team.prepare_only()
     finally:
         team.close()
-    return _report(settings, model, time.perf_counter() - begin, list(team.systems.values()), [], [])
+    recorder.extend(team.systems.values())
+    return recorder
 
 
-def _case(name: str, batch: Batch) -> CaseRow:
-    rows, width = batch.mask.shape
-    return CaseRow(name=name, sequences=rows, width=width, tokens=batch.tokens, padding_share=batch.padding_share)
-
-
-def _report(
-    settings: Settings, model: ModelFolder, seconds: float, systems: list[SystemRow], cases: list[CaseRow],
-    cells: list[Cell],
-) -> Report:  # fmt: skip
-    return Report(
-        machine=settings.machine, model=model.name, random_weights=model.random, threads=settings.threads, isa=settings.isa,
-        wait_policy=settings.wait_policy, minutes=settings.minutes, seconds=seconds, systems=systems, cases=cases,
-        cells=cells,
+def _case(model: ModelFolder, name: str, batch: Batch) -> BertRow:
+    sequences, width = batch.mask.shape
+    return BertRow(
+        name="", library="", model=model.name, random_weights=model.random, case=name, batch=sequences, width=width,
+        tokens=batch.tokens, padding_share=batch.padding_share,
     )  # fmt: skip
+
+
+def _recorder(settings: Settings) -> Recorder:
+    """Before anything runs: the load average that it notes is that of others."""
+    told: dict[str, Setting] = {
+        "target": settings.target, "model": settings.model, "threads": settings.threads, "isa": settings.isa,
+        "wait_policy": settings.wait_policy, "minutes": settings.minutes, "cases": list(settings.cases),
+    }  # fmt: skip
+    return Recorder("bert", told, settings.json_path, settings.target)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def select_rows(peers: str, patterns: Sequence[str], *, sentences: bool) -> list[RowSpec]:
+def select_rows(peers: str, patterns: Sequence[str], *, sentences: bool, target: str = "cpu") -> list[RowSpec]:
     """Rows by library and by name.
 
     Args:
@@ -390,12 +469,12 @@ def select_rows(peers: str, patterns: Sequence[str], *, sentences: bool) -> list
     Raises:
         QBertError: an unknown library, or a pattern that fits no row.
     """
-    libraries = frozenset(row.library for row in ROWS.values())
+    libraries = frozenset(row.library for row in ROWS[target].values())
     asked = libraries if peers == ALL else frozenset(filter(None, peers.split(",")) if peers != "none" else ())
     if asked - libraries:
         known = ", ".join(sorted(libraries))
         raise QBertError(f"peers {', '.join(sorted(asked - libraries))}: allowed are {ALL}, none, or some of {known}")
-    rows = rows_of(asked, texts=sentences)
+    rows = rows_of(asked, texts=sentences, target=target)
     for pattern in patterns:
         if not any(fnmatchcase(row.name, pattern) for row in rows):
             raise QBertError(f"rows {pattern!r} fits none of {', '.join(row.name for row in rows)}")
@@ -407,47 +486,56 @@ def _split(text: str | None) -> tuple[str, ...]:
 
 
 def main(
-    target: Annotated[str, typer.Option(help="what to measure on: cpu")] = "cpu",
+    target: Annotated[str, typer.Option(help=f"what to measure on: {', '.join(TARGETS)}")] = "cpu",
     peers: Annotated[str, typer.Option(help="all, none, or libraries with commas between them")] = ALL,
     model: Annotated[str, typer.Option(help="base, large or tiny (random weights), or a model by name")] = "base",
     rows: Annotated[str | None, typer.Option(help="wildcards of rows, with commas")] = None,
-    cases: Annotated[str | None, typer.Option(help="BATCHxLENGTH and raggedBATCH, with commas")] = None,
+    cases: Annotated[str | None, typer.Option(help="BATCHxLENGTH, raggedBATCH and squadBATCH, with commas")] = None,
     sentences: Annotated[bool, typer.Option(help="embed real sentences instead of cases")] = False,
     minutes: Annotated[float, typer.Option(help="rounds are chosen to fit, three at least")] = 10.0,
-    quick: Annotated[bool, typer.Option(help="two cases, two minutes")] = False,
+    quick: Annotated[bool, typer.Option(help="few cases and rows, two minutes")] = False,
     threads: Annotated[int | None, typer.Option(help="of every system; all physical cores by default")] = None,
-    isa: Annotated[str | None, typer.Option(help=f"limit every system to: {', '.join(ISAS)}")] = None,
+    isa: Annotated[str | None, typer.Option(help=f"limit every system on a CPU to: {', '.join(ISAS)}")] = None,
     wait_policy: Annotated[str, typer.Option(help=f"OMP_WAIT_POLICY: {', '.join(WAIT_POLICIES)}")] = "default",
     prepare_only: Annotated[bool, typer.Option("--prepare", help="convert and calibrate, measure nothing")] = False,
     cache: Annotated[Path | None, typer.Option(help="where conversions are kept")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="write everything to this file")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="append every row to this results file")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="write a picture (.png, .svg, .pdf)")] = None,
 ) -> None:
     """Times qbert and its peers on BERT."""
     errors = Console(stderr=True)
-    try:
-        settings = Settings(
-            model=model, rows=select_rows(peers, _split(rows), sentences=sentences),
-            cases=_split(cases) or (("8x128", "1x16") if quick else DEFAULT_CASES), minutes=2.0 if quick else minutes,
-            threads=threads or physical_cores(), isa=isa, wait_policy=wait_policy, sentences=sentences,
-            say=lambda text: errors.print(f"[dim]{text}[/dim]"),
-        )  # fmt: skip
-        settings.cache = cache or settings.cache
-        _check(settings, target)
-        report = (prepare if prepare_only else bench_sentences if sentences else bench_cases)(settings)
-    except QBertError as error:
-        errors.print(one_line(error))
-        raise typer.Exit(2) from None
-    if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(report.model_dump_json(indent=1))
-    _print(report)
+    device_of(target)
+    check_picture(plot)
+    patterns = _split(rows) or (_quick_rows(target, peers) if quick else ())
+    settings = Settings(
+        model=model, target=target, rows=select_rows(peers, patterns, sentences=sentences, target=target),
+        cases=_split(cases) or (QUICK_CASES if quick else DEFAULT_CASES)[target], minutes=2.0 if quick else minutes,
+        threads=threads or physical_cores(), isa=isa, wait_policy=wait_policy, sentences=sentences, json_path=json_path,
+        say=lambda text: errors.print(f"[dim]{text}[/dim]"),
+    )  # fmt: skip
+    settings.cache = cache or settings.cache
+    _check(settings)
+    recorder = (prepare if prepare_only else bench_sentences if sentences else bench_cases)(settings)
+    _print(recorder, settings)
+    if plot is not None:
+        from .plots import speedup_bars
+
+        speedup_bars(recorder.of(BertRow), plot)
 
 
-def _check(settings: Settings, target: str) -> None:
-    if target != "cpu":
-        raise QBertError(f"target {target!r}: allowed is cpu")
-    if settings.isa is not None and settings.isa not in ISAS:
-        raise QBertError(f"isa {settings.isa!r}: allowed are {', '.join(ISAS)}")
+def _quick_rows(target: str, peers: str) -> tuple[str, ...]:
+    """Rows that start within a quick run's two minutes; of each library the one that is fastest as a rule."""
+    wanted = [
+        name
+        for name in QUICK_ROWS[target]
+        if peers == ALL or ROWS[target][name].library in (*peers.split(","), "qbert")
+    ]
+    return tuple(dict.fromkeys((BASELINES[target], *wanted)))
+
+
+def _check(settings: Settings) -> None:
+    if settings.isa is not None and (settings.isa not in ISAS or settings.target != "cpu"):
+        raise QBertError(f"isa {settings.isa!r}: allowed on a CPU are {', '.join(ISAS)}")
     if settings.wait_policy not in WAIT_POLICIES:
         raise QBertError(f"wait policy {settings.wait_policy!r}: allowed are {', '.join(WAIT_POLICIES)}")
     if settings.threads < 1 or settings.minutes <= 0:
@@ -456,17 +544,14 @@ def _check(settings: Settings, target: str) -> None:
         parse_case(name)
 
 
-def _print(report: Report) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
-    for table in tables(report):
+def _print(recorder: Recorder, settings: Settings) -> None:
+    console, machine = table_console(), recorder.machine
+    limit = f", all limited to {settings.isa}" if settings.isa else ""
+    for table in tables(recorder.of(SystemRow), recorder.of(BertRow), machine, limit):
         console.print(table)
-    if report.machine.load_average > report.threads + _QUIET_LOAD:
-        console.print(
-            f"load average {report.machine.load_average:.1f}: something else was running; these are no measurements"
-        )
+    if settings.target == "cpu" and machine.load_average > settings.threads + QUIET_LOAD:
+        console.print(f"load average {machine.load_average:.1f}: something else was running; these are no measurements")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -1,8 +1,8 @@
 """How long quantizing takes and how much memory it needs, scheme by scheme.
 
-    python -m benchmarks.bench_quantize --model minilm --model bert-base
+    python -m benchmarks.bench_quantize --model minilm --model base
 
-Each row runs in a process of its own, so that its peak memory is its own.
+Each row runs in a process of its own, so that its peak memory is its own. One that fails is a row with its reason.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -21,91 +23,139 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from qbert import quantize_
-from qbert.analyze.targets import device_description
+from qbert.convert import quantize_
+from qbert.errors import QBertError
 from qbert.explain import explain
 from qbert.formats import Role, scheme_names
 from qbert.recipe import Recipe
 from qbert.workflow import load_float
 
-BERT_BASE = "bert-base"  # the shape with seeded random weights: no package holds a full-size BertModel
+from .bert_models import SHAPES, random_model
+from .machine import Machine, child_command, child_environment
+from .peers.base import reason_of
+from .recorder import Recorder, device_name, device_of, run_command, table_console
+from .results_schema import QuantizeRow
+
 _MIB = 2**20
-_KIB_PER_RUSAGE_UNIT = 1 if sys.platform == "linux" else 1 / 1024  # kibibytes on Linux, bytes on macOS
+_RUSAGE_UNIT = 1024 if sys.platform == "linux" else 1  # kibibytes on Linux, bytes on macOS
+_TIMEOUT = 900.0
+_QUICK_SCHEMES = ("w8a8", "w4a8", "gobo3a8")
 
 
 def load(name: str) -> nn.Module:
-    """A model by name, or BERT-base with random weights of the deviation it is initialized with."""
-    if name != BERT_BASE:
-        return load_float(name)
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    return BertModel(BertConfig()).eval()
+    """A model by name, or a shape with random weights as a trained model has them: no package holds a full-size BertModel."""
+    model: nn.Module = random_model(name) if name in SHAPES else load_float(name)
+    return model
 
 
-def peak_mib() -> float:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB_PER_RUSAGE_UNIT * 1024 / _MIB
-
-
-def measure(model_name: str, linear: str, embedding: str | None) -> dict[str, Any]:
+def measure(model_name: str, linear: str, embedding: str | None = None, target: str = "cpu") -> QuantizeRow:
     """One row: seconds, bits, and memory over that of the loaded model."""
-    model = load(model_name)
-    before = peak_mib()
-    start = time.perf_counter()
+    device = device_of(target)
+    model, peak = load(model_name).to(device), _gpu_peak if target == "cuda" else _host_peak
+    before, start = peak(), time.perf_counter()
     quantize_(model, Recipe(linear=linear, embedding=embedding))
-    seconds = time.perf_counter() - start
+    if target == "cuda":
+        torch.cuda.synchronize()
+    seconds, peak_bytes = time.perf_counter() - start, peak() - before
     explanation = explain(model)
     weights = sum(row.shape[0] * row.shape[1] for row in explanation.quantized)
     stored = sum(row.stored_bytes for row in explanation.quantized)
     floats = sum(parameter.numel() for parameter in model.parameters())  # norms, biases, what the recipe leaves
-    return {
-        "model": model_name,
-        "scheme": linear if embedding is None else f"{linear}+{embedding}",
-        "million_weights": weights / 1e6,
-        "bits_per_weight": explanation.bits_per_weight,
-        "percent_of_float32": 100 * (stored + 4 * floats) / (4 * (weights + floats)),
-        "seconds": seconds,
-        "peak_mib_over_model": peak_mib() - before,
-    }
+    return QuantizeRow(
+        model=model_name, scheme=_name(linear, embedding), device=target, weights=weights,
+        bits_per_weight=explanation.bits_per_weight, share_of_float32=(stored + 4 * floats) / (4 * (weights + floats)),
+        seconds=seconds, peak_bytes=peak_bytes,
+    )  # fmt: skip
+
+
+def _host_peak() -> int:
+    """Largest resident memory of this process so far."""
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RUSAGE_UNIT)
+
+
+def _gpu_peak() -> int:
+    return int(torch.cuda.max_memory_allocated())
+
+
+def _name(linear: str, embedding: str | None) -> str:
+    return linear if not embedding else f"{linear}+{embedding}"
+
+
+Job = tuple[str, str, str | None, str]  # model, linear, embedding, target
+
+
+def in_own_process(job: Job) -> QuantizeRow:
+    """The row of a job, measured in a fresh process."""
+    model, linear, embedding, target = job
+    try:
+        command = [*child_command("bench_quantize"), "--row", json.dumps(job)]
+        done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), timeout=_TIMEOUT)
+        if done.returncode == 0:
+            return QuantizeRow.model_validate_json(done.stdout.splitlines()[-1])
+        said = done.stderr.strip().splitlines()
+        reason = said[-1] if said else f"exit status {done.returncode}"
+    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
+        reason = reason_of(error)
+    return QuantizeRow(model=model, scheme=_name(linear, embedding), device=target, reason=reason)
+
+
+def run(jobs: Sequence[Job], add: Callable[[QuantizeRow], None], console: Console | None = None) -> None:
+    """All jobs, one after the other."""
+    for job in track(jobs, "quantizing", console=console or Console(stderr=True), transient=True):
+        add(in_own_process(job))
+
+
+def table(rows: Sequence[QuantizeRow], machine: Machine) -> Table:
+    """All rows."""
+    shown = Table(title=f"quantizing on {device_name(machine)}, torch {machine.versions.get('torch', '?')}")
+    for header in ("model", "scheme", "million weights", "bits", "% fp32", "seconds", "peak MiB over the model"):
+        shown.add_column(header, justify="left" if header in ("model", "scheme") else "right")
+    for row in rows:
+        shown.add_row(row.model, row.scheme, *_cells(row))
+    return shown
+
+
+def _cells(row: QuantizeRow) -> list[str]:
+    if row.reason is not None:
+        return ["-", "-", "-", "-", row.reason]
+    figures: list[tuple[Any, str]] = [
+        ((row.weights or 0) / 1e6, ".1f"), (row.bits_per_weight, ".3f"), (100 * (row.share_of_float32 or 0), ".1f"),
+        (row.seconds, ".2f"), ((row.peak_bytes or 0) / _MIB, ".0f"),
+    ]  # fmt: skip
+    return [format(value, pattern) for value, pattern in figures]
 
 
 def main(
-    model: Annotated[list[str] | None, typer.Option("--model", help=f"model by name, or {BERT_BASE}")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help=f"by name, or a shape: {', '.join(SHAPES)}")
+    ] = None,
     scheme: Annotated[list[str] | None, typer.Option("--scheme", help="LINEAR or LINEAR+EMBEDDING")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    target: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    quick: Annotated[bool, typer.Option(help="three schemes, one model")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="append every row to this results file")] = None,
     row: Annotated[str | None, typer.Option("--row", hidden=True)] = None,
 ) -> None:
     """Time and memory of quantizing."""
     if row is not None:
-        print(json.dumps(measure(*json.loads(row))))
+        print(measure(*json.loads(row)).model_dump_json())
         return
-    schemes = scheme or [name for name in scheme_names(Role.LINEAR) if "-g" not in name] + ["gobo3+gobo4"]
-    jobs = [(name, *(each.partition("+")[::2])) for name in model or ["minilm", BERT_BASE] for each in schemes]
-    rows = [_in_own_process(*job) for job in track(jobs, console=Console(stderr=True), transient=True)]
-    if as_json:
-        print(json.dumps({"device": device_description(torch.device("cpu")), "torch": torch.__version__, "rows": rows}))
-        return
-    table = Table(title=f"quantizing on {device_description(torch.device('cpu'))}, torch {torch.__version__}")
-    for header in ("model", "scheme", "million weights", "bits", "% fp32", "seconds", "peak MiB over the model"):
-        table.add_column(header, justify="left" if header in ("model", "scheme") else "right")
-    for each in rows:
-        names = ("million_weights", "bits_per_weight", "percent_of_float32", "seconds", "peak_mib_over_model")
-        figures = [each[name] for name in names]
-        formats = ("{:.1f}", "{:.3f}", "{:.1f}", "{:.2f}", "{:.0f}")
-        table.add_row(each["model"], each["scheme"], *(f.format(v) for f, v in zip(formats, figures, strict=True)))
-    Console().print(table)
-
-
-def _in_own_process(model: str, linear: str, embedding: str) -> dict[str, Any]:
-    job = json.dumps([model, linear, embedding or None])
-    command = [sys.executable, "-m", "benchmarks.bench_quantize", "--row", job]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr.strip().splitlines()[-1] if done.stderr else f"{job}: exit code {done.returncode}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    device_of(target)
+    every = [*(name for name in scheme_names(Role.LINEAR) if "-g" not in name), "gobo3+gobo4"]
+    schemes = scheme or (list(_QUICK_SCHEMES) if quick else every)
+    models = model or (["base"] if quick else ["minilm", "base"])
+    jobs: list[Job] = []
+    for name in models:
+        for each in schemes:
+            linear, _, embedding = each.partition("+")
+            Recipe(linear=linear, embedding=embedding or None)  # complains before anything long starts
+            jobs.append((name, linear, embedding or None, target))
+    recorder = Recorder("quantize", {"models": models, "schemes": schemes, "target": target}, json_path, target)
+    run(jobs, recorder.add)
+    rows = recorder.of(QuantizeRow)
+    table_console().print(table(rows, recorder.machine))
+    if rows and all(each.reason for each in rows):
+        raise QBertError(f"nothing could be quantized: {rows[0].reason}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

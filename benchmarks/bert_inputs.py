@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -14,23 +16,38 @@ from qbert.errors import MissingDependency, QBertError
 from qbert.evaluate import TASKS, load_tokenizer
 from qbert.zoo import resolve_model
 
-DEFAULT_CASES = ("8x128", "1x128", "1x16", "2x16", "32x128", "ragged8", "ragged32")
+DEFAULT_CASES = {
+    "cpu": ("8x128", "1x128", "1x16", "2x16", "32x128", "ragged8", "ragged32"),
+    "cuda": ("32x128", "32x384", "squad64", "8x128", "1x128", "ragged32"),
+}
+QUICK_CASES = {"cpu": ("8x128", "1x16"), "cuda": ("32x128", "squad64", "1x128")}
 MAX_TOKENS = 128
 PADDING_SHARE = 0.5
 _DRAWS = 2000  # of which the one with the share of padding that was asked for is taken
 _DENSE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 _RAGGED = re.compile(r"ragged([1-9]\d*)")
+_SQUAD = re.compile(r"squad([1-9]\d*)")
+# Lengths of SQuAD v1.1's questions with their paragraphs, cut at 384 tokens, have a mean of 177 (MLPerf Inference, BERT). A
+# log-normal with these parameters, cut at the same length, has that mean.
+SQUAD_WIDTH = 384
+_SQUAD_MEDIAN, _SQUAD_DEVIATION, _SQUAD_LEAST = 163.0, 0.42, 24
+_VOCABULARY = (1000, 30_000)  # of made-up tokens: whole words, no special ones
+_CLS, _SEP = 101, 102
 
 Sentence = list[int]  # token ids with [CLS] in front and [SEP] at the end
 
 
 @dataclass(frozen=True)
 class Case:
-    """A batch to time. `length` is None where the sentences keep their own lengths and the shorter ones are padded."""
+    """A batch to time. `length` is None where the sentences keep their own lengths and the shorter ones are padded.
+
+    `squad`: lengths as of SQuAD's paragraphs.
+    """
 
     name: str
     batch: int
     length: int | None
+    squad: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,8 @@ class Batch:
 
 
 def parse_case(name: str) -> Case:
-    """`8x128`: 8 sequences of 128 tokens; `ragged8`: 8 sentences of their own lengths, about half of the batch padding.
+    """`8x128`: 8 sequences of 128 tokens; `ragged8`: 8 sentences of their own lengths, about half of the batch padding;
+    `squad64`: 64 sequences with lengths like SQuAD's, 177 tokens of 384 in the mean.
 
     Raises:
         QBertError: neither of the two, or longer than BERT's 512 positions.
@@ -63,7 +81,11 @@ def parse_case(name: str) -> Case:
             return Case(name, batch, length)
     if (ragged := _RAGGED.fullmatch(name)) and int(ragged[1]) > 1:
         return Case(name, int(ragged[1]), None)
-    raise QBertError(f"case {name!r}: allowed are BATCHxLENGTH (length 2 to 512) and raggedBATCH (2 or more)")
+    if (squad := _SQUAD.fullmatch(name)) and int(squad[1]) > 1:
+        return Case(name, int(squad[1]), None, squad=True)
+    raise QBertError(
+        f"case {name!r}: allowed are BATCHxLENGTH (length 2 to 512), raggedBATCH and squadBATCH (2 or more)"
+    )
 
 
 def make_batch(case: Case, sentences: Sequence[Sentence]) -> Batch:
@@ -72,6 +94,8 @@ def make_batch(case: Case, sentences: Sequence[Sentence]) -> Batch:
     Args:
         sentences: a dense case takes their tokens end to end, a ragged one takes whole sentences.
     """
+    if case.squad:
+        return _of_lengths(squad_lengths(case.batch), sentences)
     if case.length is None:
         chosen = pick_ragged([len(each) for each in sentences], case.batch)
         return pad([sentences[i] for i in chosen])
@@ -106,6 +130,30 @@ def padding_share(lengths: Sequence[int]) -> float:
     return 1.0 - sum(lengths) / (max(lengths) * len(lengths))
 
 
+def squad_lengths(count: int) -> list[int]:
+    """So many lengths as SQuAD has them, in a random order that is always the same; the longest fills the width."""
+    quantiles = (NormalDist().inv_cdf((i + 0.5) / count) for i in range(count))
+    drawn = (round(_SQUAD_MEDIAN * math.exp(_SQUAD_DEVIATION * each)) for each in quantiles)
+    lengths = [min(SQUAD_WIDTH, max(_SQUAD_LEAST, each)) for each in drawn]
+    lengths[-1] = SQUAD_WIDTH
+    random.Random(0).shuffle(lengths)
+    return lengths
+
+
+def any_sentences(count: int, part: str = "test") -> tuple[list[Sentence], list[str]]:
+    """Real sentences as token ids, and their texts; where no evaluation set is installed, made-up ids and no texts.
+
+    What a batch of made-up tokens costs is the same; what a calibration on them is worth is not.
+    """
+    try:
+        texts = real_sentences(count, part=part)
+        return tokenize(texts), texts
+    except QBertError:
+        draw = random.Random(part)
+        lengths = (min(MAX_TOKENS, 5 + int(draw.lognormvariate(2.9, 0.6))) for _ in range(count))
+        return [[_CLS, *draw.choices(range(*_VOCABULARY), k=length - 2), _SEP] for length in lengths], []
+
+
 def real_sentences(count: int, *, part: str = "test") -> list[str]:
     """Texts of all the evaluation sets that are installed, in turn, so that short questions and news stand side by side.
 
@@ -134,6 +182,12 @@ def tokenize(texts: Sequence[str], max_tokens: int = MAX_TOKENS) -> list[Sentenc
     tokenizer = load_tokenizer(resolve_model("minilm"))
     ids = tokenizer(list(texts), truncation=True, max_length=max_tokens, return_attention_mask=False)["input_ids"]
     return [list(each) for each in ids]
+
+
+def _of_lengths(lengths: Sequence[int], sentences: Sequence[Sentence]) -> Batch:
+    """Real tokens end to end, cut to sequences of these lengths."""
+    rows = [_dense(1, length, sentences[i % len(sentences) :] or sentences)[0] for i, length in enumerate(lengths)]
+    return pad([row[0].tolist() for row in rows])
 
 
 def _dense(batch: int, length: int, sentences: Sequence[Sentence]) -> tuple[Tensor, Tensor]:

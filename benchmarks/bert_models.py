@@ -19,6 +19,7 @@ from qbert.zoo import WEIGHTS_FILE, new_folder, resolve_model, sha256_of_file
 SHAPES: Mapping[str, tuple[int, int, int, int]] = {
     "base": (12, 768, 12, 3072),
     "large": (24, 1024, 16, 4096),
+    "minilm-shape": (6, 384, 12, 1536),
     "tiny": (2, 64, 2, 256),
 }
 # Of trained encoders: deviation 0.04 to 0.1 a matrix, and a few weights in a thousand far outside (0.32% in MiniLM beyond what
@@ -59,13 +60,13 @@ def find_model(name: str, cache: Path) -> ModelFolder:
         folder = cache / f"{name}-random{_DISTRIBUTION}"
         if not folder.is_dir():
             with new_folder(folder) as fresh, quiet_transformers():
-                _random_model(name).save_pretrained(fresh)
+                random_model(name).save_pretrained(fresh)
         return ModelFolder(name, folder, folder / "work", True, _weights_bytes(folder))
     folder = Path(resolve_model(name))
     if not (folder / WEIGHTS_FILE).is_file():
         raise QBertError(f"model {name!r} is no folder with {WEIGHTS_FILE}; allowed: one, or {', '.join(SHAPES)}")
-    if _config(folder).model_type != "bert":
-        raise QBertError(f"model {name!r} is a {_config(folder).model_type}; this benchmark takes bert")
+    if read_config(folder).model_type != "bert":
+        raise QBertError(f"model {name!r} is a {read_config(folder).model_type}; this benchmark takes bert")
     label = f"{Path(name).name}-{sha256_of_file(folder / WEIGHTS_FILE)[:12]}"
     return ModelFolder(name, folder, cache / label / "work", False, _weights_bytes(folder))
 
@@ -89,7 +90,8 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _config(folder: Path) -> Any:
+def read_config(folder: Path) -> Any:
+    """The configuration beside a model."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder)
@@ -99,7 +101,8 @@ def _weights_bytes(folder: Path) -> int:
     return (folder / WEIGHTS_FILE).stat().st_size
 
 
-def _random_model(name: str) -> Any:
+def random_model(name: str) -> Any:
+    """A BertModel of a shape of `SHAPES`, without its pooler, the same one every time."""
     from transformers import BertConfig, BertModel
 
     layers, hidden, heads, inner = SHAPES[name]

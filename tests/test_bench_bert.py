@@ -1,32 +1,35 @@
 """The benchmarks: what is fed in, how seconds become figures, that what fails is a row with its reason, and one tiny run."""
 
-import json
+import itertools
 import random
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from transformers import BertConfig, BertModel
 
-from benchmarks import bench_bert, bench_gemm, bert_inputs
+from benchmarks import bench_bert, bert_inputs, timing
 from benchmarks.bench_bert import Settings, bench_cases, in_rounds, measure_case, select_rows, sorted_batches
 from benchmarks.bert_inputs import make_batch, pad, padding_share, parse_case, pick_ragged
 from benchmarks.bert_models import DEVIATION, OUTLIER_SHARE, realistic_weights
-from benchmarks.bert_report import Cell, Report, SystemRow, add_ratios, cosines, ratio, spread, tables
+from benchmarks.bert_report import add_ratios, cosines, sample, tables
+from benchmarks.bert_work import precision_of, work_of
 from benchmarks.machine import describe
-from benchmarks.peers import BASELINE, ISAS, ROWS, isa_environment
+from benchmarks.peers import BASELINES, ISAS, ROWS, TARGETS, isa_environment, torch_peer
 from benchmarks.peers import child as child_module
 from benchmarks.peers.base import Bound, Job, Peer, Unavailable
 from benchmarks.peers.child import Host, _answer, mean_pooled
 from benchmarks.peers.driver import Child
 from benchmarks.peers.plain_bert import PlainBert
+from benchmarks.peers.sdpa_bert import PackedBert, SdpaBert
+from benchmarks.results_schema import BertRow, SystemRow, load_results
 from qbert.errors import QBertError
 
 CLS, SEP = 101, 102
 TINY = {
-    "vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    "vocab_size": 2000, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
 }  # fmt: skip
 
 
@@ -102,36 +105,39 @@ def test_weights_have_a_few_outliers():
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
-def test_spread_is_over_rounds():
-    found = spread([[0.001, 0.002, 0.009], [0.004], [0.006, 0.006]])
-    assert (found.median, found.quartile1, found.quartile3) == pytest.approx((4.0, 3.0, 5.0))
-    assert (found.rounds, found.forwards) == (3, 6)
+def row(name, case="8x128", seconds=None, **fields):
+    """A row of `bench_bert`, with a time of so many seconds in each round."""
+    time = None if seconds is None else sample([[each] for each in seconds])
+    batch, _, width = case.partition("x")
+    return BertRow(
+        name=name, library="x", model="tiny", random_weights=True, case=case, batch=int(batch), width=int(width),
+        tokens=int(batch) * int(width), padding_share=0.0, time=time, **fields,
+    )  # fmt: skip
 
 
-def test_ratio_is_within_rounds():
-    """The machine is three times slower in the second round: both are, and the ratio stays."""
-    slow, fast = [[2.0], [6.0], [2.2]], [[1.0], [3.0], [1.0]]
-    assert ratio(slow, fast) == 2.0
-    assert ratio(fast, slow) == 0.5
-    assert ratio([], fast) is None
+def test_a_sample_is_over_rounds():
+    found = sample([[0.001, 0.002, 0.009], [0.004], [0.006, 0.006]])
+    assert (found.median, found.p25, found.p75) == pytest.approx((0.004, 0.003, 0.005))
+    assert (found.repeats, found.calls) == (3, 2)
+    assert "wall clock" in found.how
 
 
 def test_every_row_stands_to_the_baseline_and_to_the_best_of_qbert():
-    rounds = {BASELINE: [[4.0], [4.0]], "qbert-a": [[2.0], [2.0]], "qbert-b": [[1.0], [1.0]], "other": [[0.5], [0.5]]}
-    cells = {name: Cell(row=name, case="8x128", time=spread(times)) for name, times in rounds.items()}
-    cells["broken"] = Cell(row="broken", case="8x128", reason="why")
-    add_ratios(cells, rounds)
-    assert [cells[name].speedup for name in rounds] == [1.0, 2.0, 4.0, 8.0]
-    assert [cells[name].over_best_qbert for name in rounds] == [4.0, 2.0, 1.0, 0.5]
-    assert cells["broken"].speedup is None
+    baseline = BASELINES["cpu"]
+    times = {baseline: (4.0, 12.0), "qbert-a": (2.0, 6.0), "qbert-b": (1.0, 3.0), "other": (0.5, 1.5)}
+    rows = {name: row(name, seconds=seconds) for name, seconds in times.items()}
+    rows["broken"] = row("broken", reason="why")
+    add_ratios(rows, baseline)
+    assert [rows[name].speedup for name in times] == [1.0, 2.0, 4.0, 8.0]
+    assert [rows[name].over_best_qbert for name in times] == [4.0, 2.0, 1.0, 0.5]
+    assert rows["broken"].speedup is None
 
 
 def test_ratios_without_a_baseline_are_left_out():
-    rounds = {"other": [[1.0]]}
-    cells = {"other": Cell(row="other", case="8x128", time=spread(rounds["other"]))}
-    add_ratios(cells, rounds)
-    assert cells["other"].speedup is None
-    assert cells["other"].over_best_qbert is None
+    rows = {"other": row("other", seconds=(1.0,))}
+    add_ratios(rows, "torch-fp32")
+    assert rows["other"].speedup is None
+    assert rows["other"].over_best_qbert is None
 
 
 def test_cosines():
@@ -146,40 +152,33 @@ def test_pooling_leaves_padding_out():
     assert mean_pooled(hidden, np.array([[1, 1, 0]])).tolist() == [[2.0]]
 
 
-def report(cells: list[Cell]) -> Report:
-    batch = make_batch(parse_case("2x16"), sentences(4))
-    return Report(
-        machine=describe(), model="tiny", random_weights=True, threads=1, isa=None, wait_policy="default", minutes=1,
-        seconds=2, systems=[bench_bert._system(ROWS[cell.row]) for cell in cells], cases=[bench_bert._case("2x16", batch)],
-        cells=cells,
-    )  # fmt: skip
-
-
-def test_report_is_json_and_back():
-    made = report(
-        [Cell(row=BASELINE, case="2x16", time=spread([[1.0]])), Cell(row="openvino-int8", case="2x16", reason="no")]
-    )
-    data = json.loads(made.model_dump_json())
-    assert Report.model_validate(data) == made
-    assert data["machine"]["device"]
-    assert data["machine"]["versions"]["torch"] == torch.__version__
-    with pytest.raises(ValidationError):
-        Report.model_validate({**data, "surprise": 1})
-
-
 def test_tables_show_rows_that_lost_and_rows_that_failed(capsys):
     from rich.console import Console
 
-    made = report(
-        [Cell(row=BASELINE, case="2x16", time=spread([[1.0]])), Cell(row="openvino-int8", case="2x16", reason="odd")]
-    )
-    made.systems.append(SystemRow(name="gone", library="x", configuration="", source="", reason="not installed"))
-    for table in tables(made):
+    rows = [row(BASELINES["cpu"], "2x16", (1.0,)), row("openvino-int8", "2x16", reason="odd")]
+    systems = [bench_bert._system(ROWS["cpu"][each.name], "tiny") for each in rows]
+    systems.append(SystemRow(name="gone", library="x", model="tiny", configuration="", reason="not installed"))
+    for table in tables(systems, rows, describe()):
         Console(width=200).print(table)
     shown = capsys.readouterr().out
     assert "openvino-int8" in shown
     assert "2x16: odd" in shown
     assert "gone: not measured: not installed" in shown
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_bound_of_a_forward(target, tmp_path):
+    config = BertConfig(**TINY)
+    config.save_pretrained(tmp_path)
+    batch = pad([[CLS, 5, 6, SEP], [CLS, SEP]])
+    h, f = config.hidden_size, config.intermediate_size
+    for name in ROWS[target]:
+        work = work_of(tmp_path, batch, name, 1000)
+        assert work.operations == 2 * (2 * 6 * (4 * h * h + 2 * h * f) + 4 * (4**2 + 2**2) * h)
+        assert 0 <= work.bytes <= 1000 + 4 * 6 * h
+    assert precision_of("qbert-gobo3a8-static-graph") == precision_of("torchao-int8-dynamic") == "int8"
+    assert precision_of("bitsandbytes-nf4") == precision_of("torch-bf16-unpadded") == "bf16"
+    assert (precision_of("torch-fp32"), precision_of("torchao-fp8-dynamic")) == ("fp32", "fp8")
 
 
 # ---- rounds ---------------------------------------------------------------------------------------------------------
@@ -195,7 +194,7 @@ class Fake:
         if command == self.fails_on:
             raise Unavailable(f"{self.name} refuses to {command}")
         if command == "bind":
-            return Bound(0.5, np.ones((2, 3, 4), dtype=np.float32))
+            return Bound(0.5, np.full((2, 3, 4), np.nan if self.name == "nan" else 1.0, dtype=np.float32))
         if command == "memory":
             return 1000
         self.log.append(self.name)
@@ -230,21 +229,25 @@ def test_what_breaks_is_left_out_of_later_rounds():
 
 def test_a_system_that_fails_is_a_row_with_its_reason():
     log: list[str] = []
+    baseline = BASELINES["cpu"]
     systems = {
-        BASELINE: Fake(BASELINE, log), "refuses": Fake("refuses", log, fails_on="bind"),
-        "breaks": Fake("breaks", log, fails_at=1), "hides": Fake("hides", log, fails_on="memory"),
+        baseline: Fake(baseline, log), "refuses": Fake("refuses", log, fails_on="bind"),
+        "breaks": Fake("breaks", log, fails_at=1), "hides": Fake("hides", log, fails_on="memory"), "nan": Fake("nan", log),
     }  # fmt: skip
     keep = np.array([[True, True, False], [True, False, False]])
-    cells = {c.row: c for c in measure_case(systems, "2x3", (), np.ones((3, 4), np.float32), keep, seconds=0.0)}
+    found = measure_case(systems, row("", "2x3"), (), np.ones((3, 4), np.float32), keep, seconds=0.0)
+    cells = {each.name: each for each in found}
     assert list(cells) == list(systems)
-    assert cells[BASELINE].reason is None
-    assert cells[BASELINE].speedup == 1.0
-    assert cells[BASELINE].cosine_mean == pytest.approx(1.0)
-    assert cells[BASELINE].peak_bytes == 1000
+    assert cells[baseline].reason is None
+    assert cells[baseline].speedup == 1.0
+    assert cells[baseline].cosine_mean == pytest.approx(1.0)
+    assert cells[baseline].peak_bytes == 1000
     assert cells["refuses"].time is None
     assert cells["refuses"].reason == "refuses refuses to bind"
     assert cells["breaks"].time is None
     assert cells["breaks"].reason == "breaks broke"
+    assert cells["nan"].time is None
+    assert cells["nan"].reason.startswith("wrong result: mean cosine nan")
     assert cells["hides"].time is not None
     assert cells["hides"].reason == "hides refuses to memory"
 
@@ -252,23 +255,37 @@ def test_a_system_that_fails_is_a_row_with_its_reason():
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_chosen_by_library_and_by_name():
-    names = [row.name for row in select_rows("all", [], sentences=False)]
-    assert BASELINE in names
-    assert "sentence-transformers" not in names
-    assert "sentence-transformers" in [row.name for row in select_rows("all", [], sentences=True)]
-    alone = [row.name for row in select_rows("none", [], sentences=False)]
-    assert alone == [BASELINE, *(name for name in ROWS if name.startswith("qbert"))]
-    assert next(row.name for row in select_rows("all", ["*-int8", BASELINE], sentences=False)) == BASELINE
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_are_chosen_by_library_and_by_name(target):
+    choose = lambda peers, patterns, sentences=False: [
+        row.name for row in select_rows(peers, patterns, sentences=sentences, target=target)
+    ]
+    baseline = BASELINES[target]
+    assert baseline in choose("all", [])
+    assert "sentence-transformers" not in choose("all", [])
+    assert ("sentence-transformers" in choose("all", [], True)) == (target == "cpu")
+    assert choose("none", [])[0] == baseline
+    assert set(choose("none", [])) == {baseline, *(name for name in ROWS[target] if name.startswith("qbert"))}
+    assert choose("all", ["*-int8*", baseline])[0] == baseline
     with pytest.raises(QBertError, match="allowed are all, none"):
-        select_rows("pytorch", [], sentences=False)
+        choose("pytorch", [])
     with pytest.raises(QBertError, match="fits none of"):
-        select_rows("none", ["openvino*"], sentences=False)
+        choose("none", ["openvino*"])
 
 
-def test_every_row_has_a_class_that_needs_no_optional_library():
-    for row in ROWS.values():
-        assert issubclass(row.peer_class(), Peer)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_row_has_a_class_that_needs_no_optional_library(target):
+    for each in ROWS[target].values():
+        assert each.target == target
+        assert issubclass(each.peer_class(), Peer)
+    assert set(bench_bert.QUICK_ROWS[target]) < set(ROWS[target])
+
+
+def test_a_quick_run_has_four_peers_and_the_baseline():
+    names = bench_bert._quick_rows("cpu", "all")
+    assert names[0] == BASELINES["cpu"]
+    assert len({ROWS["cpu"][name].library for name in names} - {"qbert"}) >= 4
+    assert set(bench_bert._quick_rows("cpu", "none")) == {names[0], *(name for name in names if "qbert" in name)}
 
 
 def test_instruction_sets_are_limited_alike():
@@ -284,11 +301,25 @@ def test_instruction_sets_are_limited_alike():
 
 def test_the_plain_graph_computes_what_bert_does():
     bert = BertModel(BertConfig(**TINY), add_pooling_layer=False).eval()
-    batch = pad([[CLS % 200, 5, 6, SEP % 200], [CLS % 200, SEP % 200]])
+    batch = pad([[CLS, 5, 6, SEP], [CLS, SEP]])
     with torch.inference_mode():
         expected = bert(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
-        actual = PlainBert(bert)(batch.ids, batch.mask, torch.zeros_like(batch.ids))
-    torch.testing.assert_close(actual[batch.mask.bool()], expected[batch.mask.bool()])
+        plain = PlainBert(bert)(batch.ids, batch.mask, torch.zeros_like(batch.ids))
+        sdpa = SdpaBert(bert)(batch.ids, batch.mask)
+        packed = PackedBert(bert, _attention_by_sequence)(batch.ids, batch.mask)
+    for actual in (plain, sdpa, packed):
+        torch.testing.assert_close(actual[batch.mask.bool()], expected[batch.mask.bool()])
+    assert not packed[~batch.mask.bool()].any()
+
+
+def _attention_by_sequence(query, key, value, cu_seqlens, longest):
+    """What varlen_attn computes, which needs a GPU."""
+    parts = []
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        assert 0 < end - start <= longest
+        q, k, v = (each[start:end].transpose(0, 1) for each in (query, key, value))
+        parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1))
+    return torch.cat(parts)
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
@@ -327,7 +358,7 @@ def test_any_exception_is_a_reason(tmp_path):
 
 
 def test_a_system_that_never_rests_cannot_be_measured(monkeypatch):
-    monkeypatch.setattr(child_module, "_REST_LIMIT", 0.05)
+    monkeypatch.setattr(timing, "REST_LIMIT", 0.05)
     stop = threading.Event()
 
     def spin() -> None:
@@ -338,7 +369,7 @@ def test_a_system_that_never_rests_cannot_be_measured(monkeypatch):
     thread.start()
     try:
         with pytest.raises(Unavailable, match="still use the processor"):
-            child_module.come_to_rest()
+            timing.come_to_rest()
     finally:
         stop.set()
         thread.join()
@@ -360,43 +391,123 @@ def test_tiny_run(tmp_path, monkeypatch):
     """All of it, limited to plain instructions, so that one system has no way to take part and says so."""
     monkeypatch.setattr(bench_bert, "CALIBRATION_SENTENCES", 16)
     monkeypatch.setattr(bench_bert, "POOL", 100)
-    names = [BASELINE, "onnxruntime-fp32", "qbert-w8a8-unfused", "qbert-w8a8-static"]
+    baseline = BASELINES["cpu"]
+    names = [baseline, "onnxruntime-fp32", "qbert-w8a8-unfused", "qbert-w8a8-static"]
     settings = Settings(
-        model="tiny", rows=[ROWS[name] for name in names], cases=("2x16", "ragged2"), minutes=0.01, isa="generic",
-        cache=tmp_path,
+        model="tiny", rows=[ROWS["cpu"][name] for name in names], cases=("2x16", "ragged2"), minutes=0.01, isa="generic",
+        cache=tmp_path, json_path=tmp_path / "out.json",
     )  # fmt: skip
     made = bench_cases(settings)
-    reasons = {system.name: system.reason for system in made.systems}
+    systems = {system.name: system for system in made.of(SystemRow)}
+    reasons = {name: system.reason for name, system in systems.items()}
     assert list(reasons) == names
     assert "no switch for its instruction set" in (reasons.pop("onnxruntime-fp32") or "")
     assert set(reasons.values()) == {None}
+    rows = {(each.name, each.case): each for each in made.of(BertRow)}
     for name in reasons:
         for case in settings.cases:
-            cell = made.cell(name, case)
-            assert cell is not None
-            assert cell.reason is None
-            assert cell.time is not None
-            assert cell.time.rounds >= bench_bert.MIN_ROUNDS
-            assert cell.speedup is not None
-            assert cell.over_best_qbert is not None
-            assert cell.cosine_mean is not None
-            assert cell.cosine_mean > 0.99
-    systems = {system.name: system for system in made.systems}
+            found = rows[name, case]
+            assert found.reason is None
+            assert found.time is not None
+            assert found.time.repeats >= bench_bert.MIN_ROUNDS
+            assert found.speedup is not None
+            assert found.over_best_qbert is not None
+            assert found.cosine_mean is not None
+            assert found.cosine_mean > 0.99
+            assert found.work is not None
+            assert found.work.precision == ("fp32" if name == baseline else "int8")
     assert systems["qbert-w8a8-static"].padding == "not computed"
-    assert systems["qbert-w8a8-static"].weight_bytes < systems[BASELINE].weight_bytes
-    assert Report.model_validate_json(made.model_dump_json()) == made
+    assert systems["qbert-w8a8-static"].weight_bytes < systems[baseline].weight_bytes
+    stored = load_results(tmp_path / "out.json")
+    assert [each.name for each in stored.of(BertRow)] == [each.name for each in made.of(BertRow)]
 
 
-def test_gemm_rows():
-    compute = bench_gemm.measure("compute", 17, 32, 64, repeats=1, peak=100.0)
-    memory = bench_gemm.measure("memory", 2, 32, 64, repeats=1, peak=None, beyond=1 << 14)
-    assert [row.name for row in compute] == ["torch fp32", "torch bf16", "torch._int_mm", *bench_gemm.COMPUTE_SCHEMES]
-    assert [row.name for row in memory] == ["torch fp32", "torch bf16", *bench_gemm.MEMORY_SCHEMES]
-    for row in compute + memory:
-        assert row.reason is None
-        assert row.seconds is not None
-        assert row.seconds > 0
-        assert row.gops == pytest.approx(2 * row.t * row.n * row.k / row.seconds / 1e9)
-        assert (row.peak_share is not None) == (row.name in bench_gemm.COMPUTE_SCHEMES)
-        assert row.speedup is not None
-    assert {row.weight_bytes for row in memory if row.name == "torch fp32"} == {32 * 64 * 4}
+def test_squad_lengths():
+    lengths = bert_inputs.squad_lengths(64)
+    assert lengths == bert_inputs.squad_lengths(64)
+    assert max(lengths) == bert_inputs.SQUAD_WIDTH
+    assert sum(lengths) / 64 == pytest.approx(177, abs=2)
+    made = make_batch(parse_case("squad8"), sentences(40))
+    assert made.mask.sum(1).tolist() == bert_inputs.squad_lengths(8)
+    assert made.ids.shape == (8, bert_inputs.SQUAD_WIDTH)
+    assert 0.4 < make_batch(parse_case("squad64"), sentences(40)).padding_share < 0.6
+
+
+def test_without_evaluation_sets_tokens_are_made_up(monkeypatch):
+    def missing(*args, **kwargs):
+        raise QBertError("not installed")
+
+    monkeypatch.setattr(bert_inputs, "real_sentences", missing)
+    made, texts = bert_inputs.any_sentences(50)
+    assert not texts
+    assert all(each[0] == CLS and each[-1] == SEP and 3 <= len(each) <= bert_inputs.MAX_TOKENS for each in made)
+    assert made == bert_inputs.any_sentences(50)[0] != bert_inputs.any_sentences(50, "train")[0]
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_that_is_not_here_is_a_reason(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    host = Host(Broken)
+    _, reason, _ = _answer(host, "prepare", [Job(tmp_path, tmp_path, torch.get_num_threads(), device="cuda")])
+    assert reason == "no NVIDIA GPU is here"
+    with pytest.raises(QBertError, match="no NVIDIA GPU"):
+        bench_bert.main(target="cuda")
+
+
+def test_first_forwards_on_a_gpu_are_at_once_and_not_timed(monkeypatch):
+    """Each of three systems waits in its first forward until the others have begun theirs."""
+    begun = threading.Barrier(3, timeout=30)
+
+    class Compiling(Fake):
+        def call(self, command, *arguments, timeout):
+            if command == "bind":
+                begun.wait()
+            return super().call(command, *arguments, timeout=timeout)
+
+    monkeypatch.setattr(bench_bert, "gpu_state", lambda device: timing.GpuState(sm_mhz=1000))
+    names = (BASELINES["cuda"], "qbert-a", "other")
+    systems = {name: Compiling(name, []) for name in names}
+    keep, reference = np.ones((2, 3), bool), np.ones((6, 4), np.float32)
+    rows = measure_case(systems, row("", "2x3"), (), reference, keep, seconds=0.0, target="cuda")
+    assert [each.reason for each in rows] == [None] * 3
+    assert [each.first_seconds for each in rows] == [None] * 3
+    assert [each.baseline for each in rows] == [BASELINES["cuda"]] * 3
+    assert rows[0].time.before.sm_mhz == 1000
+
+
+def test_a_batch_without_padding_is_captured_without_a_mask(monkeypatch, tmp_path):
+    """The graph's road, with the capture itself left out: what is captured reads fixed inputs."""
+    peer = torch_peer.TorchGraph(Job(tmp_path, tmp_path, 1, {"dtype": "float32"}))
+    model = BertModel(BertConfig(**TINY), add_pooling_layer=False).eval()
+    monkeypatch.setattr(torch_peer, "load_float32", lambda folder: model)
+    replays = []
+    monkeypatch.setattr(
+        torch_peer, "captured", lambda run: (SimpleNamespace(replay=lambda: replays.append(1)), run().detach())
+    )
+    peer.load()
+    batch = pad([[CLS, 5, 6, SEP], [CLS, SEP]])
+    for ids, mask in ((batch.ids, batch.mask), (batch.ids[:1], batch.mask[:1])):
+        peer.bind(ids.numpy(), mask.numpy())
+        found = torch.from_numpy(peer.hidden(peer.forward()))
+        with torch.inference_mode():
+            expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()])
+    assert len(replays) == 2
+
+
+def test_a_gpu_is_waited_for(monkeypatch):
+    """Each forward is timed from an idle device until its result is there."""
+    log = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: log.append("synchronize"))
+    times = child_module._turn(lambda: log.append("forward"), 0.0, child_module.CudaMeter())
+    assert len(times) == 1
+    assert log == ["synchronize", "forward", "synchronize"]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("empty"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: log.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 77)
+    log.clear()
+    assert child_module.CudaMeter().peak(lambda: log.append("forward")) == 77
+    assert log == ["empty", "reset", "forward", "synchronize"]

@@ -1,5 +1,6 @@
 """The commands as a user types them: results as JSON, bad input as one line and exit code 2."""
 
+import importlib.util
 import io
 import json
 import subprocess
@@ -14,6 +15,7 @@ from rich.console import Console
 from transformers import BertConfig, BertModel
 
 from qbert import cli
+from qbert.cli import bench, terminal
 from qbert.errors import QBertError
 
 
@@ -31,7 +33,7 @@ def run(*arguments, check=True):
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with (
         mock.patch.object(sys, "argv", ["qbert", *map(str, arguments)]),
-        mock.patch.object(cli, "out", Console(width=160)),
+        mock.patch.object(terminal, "out", Console(width=160)),
         redirect_stdout(stdout),
         redirect_stderr(stderr),
     ):
@@ -150,6 +152,34 @@ def test_analyze_counts_without_measuring(quantized):
     assert {row["component"] for row in report["components"]} >= {"embeddings"}
 
 
+def test_advise_says_how_sure_it_is(tiny):
+    advice = json.loads(run("advise", tiny, "--batch", 1, "--seq", 16, "--target", "h100", "--json").stdout)
+    assert advice["best"] is None
+    assert {option["basis"] for option in advice["options"]} <= {"measured", "interpolated", "linears", "roofline"}
+    printed = run("advise", "base", "--batch", 64, "--seq", 128, "--target", "a100").stdout
+    assert "at most" in printed
+    assert "NVIDIA A100" in printed
+
+
+def test_bench_hands_its_arguments_to_each_benchmark():
+    printed = run("bench", "gemm", "--predict", "--target", "h100", "--model", "base", "--tokens", 64).stdout
+    assert "computed, not measured" in printed
+    listed = run("bench", "--help").stdout
+    for name, (module, _) in bench.BENCHMARKS.items():
+        assert name in listed
+        assert importlib.util.find_spec(f"qbert.benchmarks.{module}") is not None
+    assert "--predict" in run("bench", "gemm", "--help").stdout
+    done = run("bench", "gemm", "--nonsense", check=False)
+    assert done.returncode == 2
+    assert "--nonsense" in done.stderr
+
+
+def test_no_benchmark_is_imported_before_it_is_asked_for():
+    code = "import qbert.cli, sys; print([name for name in sys.modules if name.startswith('qbert.benchmarks')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_formats_lists_all_schemes():
     from qbert.formats import FORMATS, SCHEMES
 
@@ -179,6 +209,18 @@ def test_formats_lists_all_schemes():
         (["analyze", "{tiny}", "--target", "abacus"], "abacus"),
         (["compare", "{tiny}", "--scheme", "w9a9"], "w9a9"),
         (["compare", "{tiny}", "--scheme", "w8a8:sometimes"], "sometimes"),
+        (["advise", "{tiny}", "--target", "abacus"], "abacus"),
+        (["advise", "{tiny}", "--batch", "0"], "batch 0"),
+        (["advise", "{tiny}", "--results", "{out}/none.json"], "none.json"),
+        (["bench", "gemm", "--target", "abacus"], "abacus"),
+        (["bench", "gemm", "--predict", "--target", "abacus"], "abacus"),
+        (["bench", "attention", "--model", "huge"], "huge"),
+        (["bench", "bert", "--cases", "many"], "many"),
+        (["bench", "bert", "--peers", "everyone"], "everyone"),
+        (["bench", "quantize", "--scheme", "w9a9"], "w9a9"),
+        (["bench", "accuracy", "--task", "nonsense"], "nonsense"),
+        (["bench", "accuracy", "--way", "w8a8:sometimes"], "sometimes"),
+        (["bench", "report", "{out}/none.json"], "none.json"),
     ],
     ids=lambda value: " ".join(value[:1] + value[2:3]) if isinstance(value, list) else "",
 )

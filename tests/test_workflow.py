@@ -62,6 +62,6 @@ def test_other_missing_tensors_are_an_error(tmp_path):
 
 def test_bench_quantize_measures_a_row(tmp_path):
     row = bench_quantize.measure(saved(BertModel(BertConfig(**CONFIG)), tmp_path), "gobo3", "gobo4")
-    assert row["scheme"] == "gobo3+gobo4"
-    assert 3 < row["bits_per_weight"] < 5
-    assert row["seconds"] > 0
+    assert row.scheme == "gobo3+gobo4"
+    assert 3 < row.bits_per_weight < 5
+    assert row.seconds > 0

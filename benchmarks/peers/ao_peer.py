@@ -13,33 +13,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bert_inputs import Batch, pad
-from benchmarks.bert_models import fingerprint, load_float32
-from benchmarks.machine import versions
-from benchmarks.peers.base import Ids, Peer, library
-from benchmarks.peers.plain_bert import PlainBert
-from benchmarks.peers.torch_peer import TorchPeer
 from qbert.zoo import new_folder
 
+from ..bert_inputs import Batch, pad
+from ..bert_models import fingerprint, load_float32
+from ..machine import versions
+from .base import Ids, Peer, Unavailable, library
+from .plain_bert import PlainBert
+from .torch_peer import TorchPeer
+
+CONFIGS = {
+    "int8": "Int8DynamicActivationInt8WeightConfig",
+    "fp8": "Float8DynamicActivationFloat8WeightConfig",
+    "int8-weight": "Int8WeightOnlyConfig",
+    "int4-weight": "IntxWeightOnlyConfig",
+}
+_GROUP = 64
 _CALIBRATION_BATCHES, _CALIBRATION_BATCH = 8, 8  # HistogramObserver, in eager torch, takes most of a second a batch
 
 
 class TorchaoDynamic(TorchPeer):
-    """Int8DynamicActivationInt8WeightConfig on a bfloat16 model: a scale per token, one per output channel."""
+    """A bfloat16 model, converted by `quantize_`. Options: `config` (a key of `CONFIGS`), `compile`."""
 
     def converted(self, model: Any) -> Any:
         quantization = library("torchao.quantization")
-        model = model.to(torch.bfloat16)
-        quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+        model = model.to(self.job.device, torch.bfloat16)
+        quantization.quantize_(model, configuration(self.job.options.get("config", "int8")))
         return model
 
     def weight_bytes(self) -> int:
-        """Tensor subclasses have no storage of their own to count: int8 linears with float32 scales, bfloat16 for the rest."""
+        """Tensor subclasses have no storage of their own to count: 8-bit linears with float32 scales, bfloat16 for the rest."""
         linears = [m for m in self.model.modules() if isinstance(m, torch.nn.Linear)]
         inside = sum(m.weight.numel() for m in linears)
         scales = sum(m.weight.shape[0] for m in linears)
         rest = sum(p.numel() for p in self.model.parameters()) - inside
         return inside + 4 * scales + 2 * rest
+
+
+def configuration(name: str) -> Any:
+    """An instance of one of `CONFIGS`.
+
+    Raises:
+        Unavailable: torchao is not installed, or this version has no such configuration.
+    """
+    quantization = library("torchao.quantization")
+    kind = getattr(quantization, CONFIGS[name], None)
+    if kind is None:
+        raise Unavailable(f"this version of torchao has no {CONFIGS[name]}")
+    if name == "fp8":  # a scale per token and per output channel, like the int8 rows
+        return kind(granularity=quantization.PerRow())
+    if name == "int4-weight":  # the one that runs everywhere; Int4WeightOnlyConfig wants a GPU library
+        return kind(weight_dtype=torch.int4, granularity=quantization.PerGroup(_GROUP))  # type: ignore[attr-defined]
+    return kind()
 
 
 class TorchaoExport(Peer):

@@ -32,6 +32,7 @@ class Job:
         varying: whether the shapes will differ from call to call; otherwise a system may specialize to each batch's.
         calibration: token ids of sentences that are in no batch.
         texts: the same sentences, for systems that tokenize themselves.
+        device: what the model runs on.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class Job:
     varying: bool = False
     calibration: tuple[tuple[int, ...], ...] = ()
     texts: tuple[str, ...] = ()
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,11 @@ def library(name: str) -> Any:
         raise Unavailable(f"{error.name} is not installed: pip install --no-deps -r requirements-peers.txt") from None
     except (ImportError, OSError) as error:
         raise Unavailable(f"{name} cannot be imported: {one_line(error)}") from None
+
+
+def reason_of(error: BaseException) -> str:
+    """What the row of a system that raised this says: our own reasons as they are, others with their kind."""
+    return str(error) if isinstance(error, Unavailable) else one_line(error)
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

@@ -1,6 +1,6 @@
 """The process that one system lives in: it does what its parent says, and between two commands it is truly idle.
 
-    python -m benchmarks.peers.child FILE_DESCRIPTOR ROW
+    python -m benchmarks.peers.child FILE_DESCRIPTOR TARGET ROW
 
 Two thread pools in one process, or two processes with spinning pools, fight for the same cores. So each system has a process of
 its own with its own threads left at their defaults, and a command is answered only when no thread of the process uses the
@@ -17,16 +17,15 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from benchmarks.peers import ROWS
-from benchmarks.peers.base import Bound, Floats, Ids, Job, Loaded, Peer, TextPeer, Unavailable, one_line
+from ..timing import come_to_rest
+from . import ROWS
+from .base import Bound, Floats, Ids, Job, Loaded, Peer, TextPeer, Unavailable, one_line
 
-# A process is at rest when it used less than a tenth of one core over a window; it is waited for that long at most.
-_WINDOW, _REST_SHARE, _REST_LIMIT = 0.005, 0.1, 2.0
 _ALWAYS_WARM_BELOW = 0.1  # seconds: a shorter forward feels what other processes left in the caches
 _MAX_FORWARDS = 200
 
@@ -38,7 +37,7 @@ class Host:
         self._class = peer_class
         self._peer: Peer | None = None
         self._embed: Callable[[], Floats] = lambda: np.empty(0, np.float32)
-        self._resident = 0
+        self._meter: Meter = HostMeter()
 
     @property
     def peer(self) -> Peer:
@@ -48,6 +47,7 @@ class Host:
     def prepare(self, job: Job) -> float:
         """Makes the system and its converted model; seconds."""
         torch.set_num_threads(job.threads)
+        self._meter = meter_of(job.device)
         start = time.perf_counter()
         self._peer = self._class(job)
         self._peer.prepare()
@@ -56,30 +56,27 @@ class Host:
 
     def load(self) -> Loaded:
         """Gets the system ready."""
-        self._resident = resident_bytes()
-        start = time.perf_counter()
-        self.peer.load()
-        seconds = time.perf_counter() - start
+        self._meter.mark()
+        seconds = self._meter.seconds(self.peer.load)
         release_memory()
         return Loaded(self.peer.weight_bytes(), self.peer.padding, seconds)
 
     def bind(self, ids: Ids, mask: Ids) -> Bound:
         """Takes a batch and runs it once."""
         self.peer.bind(ids, mask)
-        start = time.perf_counter()
-        result = self.peer.forward()
-        seconds = time.perf_counter() - start
-        hidden = np.array(self.peer.hidden(result), dtype=np.float32)
+        results: list[Any] = []
+        seconds = self._meter.seconds(lambda: results.append(self.peer.forward()))
+        hidden = np.array(self.peer.hidden(results.pop()), dtype=np.float32)
         release_memory()
         return Bound(seconds, hidden)
 
     def turn(self, seconds: float) -> list[float]:
         """Forwards of the batch for about so many seconds, one at least; the seconds of each."""
-        return _turn(self.peer.forward, seconds)
+        return _turn(self.peer.forward, seconds, self._meter)
 
     def memory(self) -> int:
-        """Bytes that the loaded model costs at the height of a forward: resident high-water less what was there before it."""
-        return peak_of(self.peer.forward) - self._resident
+        """Bytes that the loaded model costs at the height of a forward, less what was in use before it was loaded."""
+        return self._meter.peak(self.peer.forward)
 
     def notes(self) -> list[str]:
         """See `Peer.notes`."""
@@ -98,11 +95,11 @@ class Host:
 
     def sweep(self) -> list[float]:
         """Embeds all texts once; the seconds."""
-        return _turn(self._embed, 0.0)
+        return _turn(self._embed, 0.0, self._meter)
 
     def sweep_memory(self) -> int:
         """As `memory`, for a sweep."""
-        return peak_of(self._embed) - self._resident
+        return self._meter.peak(self._embed)
 
 
 def _embedded(peer: Peer, batches: Sequence[tuple[Ids, Ids]]) -> Floats:
@@ -120,34 +117,80 @@ def mean_pooled(hidden: Floats, mask: Ids) -> Floats:
     return pooled
 
 
-def _turn(run: Callable[[], object], budget: float) -> list[float]:
-    times = [_seconds(run)]
-    if times[0] < _ALWAYS_WARM_BELOW and budget:
-        times = [_seconds(run)]  # the first only brought the weights back into the caches
-    while sum(times) < budget and len(times) < _MAX_FORWARDS:
-        times.append(_seconds(run))
-    return times
+class Meter(Protocol):
+    """How time and memory of one process are measured, where its model runs."""
+
+    def mark(self) -> None:
+        """Memory that is in use now does not count as the model's."""
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """From the call until its result is there."""
+
+    def peak(self, run: Callable[[], object]) -> int:
+        """Bytes in use at the height of `run`, less those at the mark."""
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+class HostMeter:
+    """On the CPU: the wall clock, and the process's resident memory."""
+
+    def __init__(self) -> None:
+        self._marked = 0
+
+    def mark(self) -> None:
+        self._marked = resident_bytes()
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    def peak(self, run: Callable[[], object]) -> int:
+        return peak_of(run) - self._marked
 
 
-def come_to_rest() -> float:
-    """Waits until no thread of this process uses the processor; how many seconds that took.
+class CudaMeter:
+    """On a GPU: the wall clock until the device is done, as a caller who needs the result waits; memory that torch reserves.
 
-    Raises:
-        Unavailable: threads still spin after two seconds: next to this system no other could be measured.
+    Reserved, not allocated: a captured graph keeps its memory though no tensor holds it.
     """
-    start = time.perf_counter()
-    while (waited := time.perf_counter() - start) < _REST_LIMIT:
-        used = time.process_time()
-        time.sleep(_WINDOW)
-        if time.process_time() - used < _REST_SHARE * _WINDOW:
-            return waited
-    raise Unavailable(f"its threads still use the processor {_REST_LIMIT:g} s after a forward")
+
+    def mark(self) -> None:
+        torch.cuda.empty_cache()
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def peak(self, run: Callable[[], object]) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_reserved()
+
+
+def meter_of(device: str) -> Meter:
+    """
+    Raises:
+        Unavailable: a GPU is asked for and there is none.
+    """
+    if device == "cpu":
+        return HostMeter()
+    if not torch.cuda.is_available():
+        raise Unavailable("no NVIDIA GPU is here")
+    return CudaMeter()
+
+
+def _turn(run: Callable[[], object], budget: float, meter: Meter) -> list[float]:
+    times = [meter.seconds(run)]
+    if times[0] < _ALWAYS_WARM_BELOW and budget:
+        times = [meter.seconds(run)]  # the first only brought the weights back into the caches
+    while sum(times) < budget and len(times) < _MAX_FORWARDS:
+        times.append(meter.seconds(run))
+    return times
 
 
 def resident_bytes() -> int:
@@ -172,6 +215,8 @@ def peak_of(run: Callable[[], object]) -> int:
 def release_memory() -> None:
     """Gives back what is no longer used, so that a float model that was converted is not counted."""
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):  # not glibc
@@ -186,9 +231,9 @@ def _status_bytes(field: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
 
 
-def serve(connection: Connection, row: str) -> None:
+def serve(connection: Connection, target: str, row: str) -> None:
     """Answers (command, arguments) with (result, reason or None, seconds until idle) until the other end is gone."""
-    peer_class = ROWS[row].peer_class()
+    peer_class = ROWS[target][row].peer_class()
     for name in peer_class.imports:
         importlib.import_module(name)
     host = Host(peer_class)
@@ -211,4 +256,4 @@ def _answer(host: Host, command: str, arguments: Sequence[Any]) -> tuple[Any, st
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])), sys.argv[2])
+    serve(Connection(int(sys.argv[1])), sys.argv[2], sys.argv[3])

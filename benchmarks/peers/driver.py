@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks.machine import ROOT
-from benchmarks.peers.base import Unavailable, one_line
+from ..machine import child_command, child_environment
+from .base import Unavailable, one_line
 
 _GRACE = 5.0  # seconds for a child to leave by itself
 
@@ -22,21 +20,21 @@ class Child:
 
     Args:
         row: name of the system.
+        target: whose table of rows it is in.
         environment: what its process gets on top of this one's.
 
     Attributes:
         rests: seconds after each command until none of its threads used the processor any more.
     """
 
-    def __init__(self, row: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, row: str, environment: Mapping[str, str], target: str = "cpu") -> None:
         self.rests: list[float] = []
         ours, theirs = socket.socketpair()
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in `close`)
-        python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.peers.child", str(theirs.fileno()), row],
-            pass_fds=[theirs.fileno()], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
-            env={**os.environ, "PYTHONPATH": python_path, **environment},
+            [*child_command("peers.child"), str(theirs.fileno()), target, row],
+            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
+            env={**child_environment(), **environment},
         )  # fmt: skip
         theirs.close()
         self._connection = Connection(ours.detach())

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.bert_models import fingerprint, load_float32
-from benchmarks.machine import describe, versions
-from benchmarks.peers.base import Floats, Ids, Peer, library
-from benchmarks.peers.plain_bert import INPUTS, OUTPUT, PlainBert
 from qbert.zoo import new_folder
+
+from ..bert_models import fingerprint, load_float32
+from ..machine import describe, versions
+from .base import Floats, Ids, Peer, library
+from .plain_bert import INPUTS, OUTPUT, PlainBert
 
 _OPSET = 17
 _VNNI_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}

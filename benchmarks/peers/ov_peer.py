@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.bert_models import fingerprint, load_float32
-from benchmarks.machine import versions
-from benchmarks.peers.base import Floats, Ids, Peer, Unavailable, library
-from benchmarks.peers.plain_bert import INPUTS, PlainBert
 from qbert.zoo import new_folder
+
+from ..bert_models import fingerprint, load_float32
+from ..machine import versions
+from .base import Floats, Ids, Peer, Unavailable, library
+from .plain_bert import INPUTS, PlainBert
 
 _SAMPLES = 300  # NNCF's default
 

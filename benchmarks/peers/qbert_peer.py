@@ -4,34 +4,47 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 import qbert
-from benchmarks.bert_inputs import pad
-from benchmarks.bert_models import fingerprint, load_float32
-from benchmarks.peers.base import Unavailable
-from benchmarks.peers.torch_peer import TorchPeer
+
+from ..bert_inputs import pad
+from ..bert_models import fingerprint, load_float32
+from .base import Unavailable
+from .torch_peer import TorchPeer
 
 _CALIBRATION_BATCH = 16
 
 
 class QBert(TorchPeer):
-    """Options: `scheme`, `fuse`, `static`."""
+    """Options: `scheme`, `fuse`, `static`, `compile` (by `qbert.compile`), `dtype` (float32 by default)."""
+
+    def load(self) -> None:
+        self.model = self.converted(load_float32(self.job.folder))
+        self._run = self.model
+        if self.job.options.get("compile"):
+            self._run = qbert.compile(self.model)
 
     def prepare(self) -> None:
         if self.job.options.get("static") and not self._calibration_file.is_file():
-            calibration = qbert.calibrate(load_float32(self.job.folder), self._batches())
+            calibration = qbert.calibrate(load_float32(self.job.folder).to(self.job.device), self._batches())
             self._calibration_file.parent.mkdir(parents=True, exist_ok=True)
-            self._calibration_file.write_text(json.dumps(calibration.to_dict()))
+            written = self._calibration_file.with_suffix(f".{os.getpid()}")
+            written.write_text(json.dumps(calibration.to_dict()))
+            os.replace(written, self._calibration_file)  # several rows may calibrate at once
 
     def converted(self, model: Any) -> Any:
         fuse, calibration = bool(self.job.options.get("fuse")), None
         if self.job.options.get("static"):
             calibration = qbert.Calibration.from_dict(json.loads(self._calibration_file.read_text()))
+        # On the device already: each device's kernels read another layout of the weights.
+        model = model.to(self.job.device, getattr(torch, self.job.options.get("dtype", "float32")))
         model = qbert.quantize_(model, self.job.options["scheme"], fuse=fuse, calibration=calibration)
         for encoder in qbert.explain(model).encoders if fuse else ():
             if encoder.fused == "no":

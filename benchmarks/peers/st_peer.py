@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from benchmarks.peers.base import Floats, TextPeer, Unavailable, library
+from .base import Floats, TextPeer, Unavailable, library
 
 
 class SentenceTransformers(TextPeer):

@@ -2,12 +2,14 @@
 
 import functools
 import math
+import re
 
 import pytest
 import torch
 from rich.console import Console
 
 from benchmarks import bench_attention, bench_gemm, linears, recorder
+from benchmarks import predict as prediction
 from benchmarks.bench_attention import Case
 from benchmarks.bounds import Bounds
 from benchmarks.linears import Entry, Problem, Weights, entries
@@ -280,3 +282,10 @@ def test_a_picture_that_cannot_be_drawn_is_known_at_once(tmp_path, monkeypatch):
     for main in (bench_gemm.main, bench_attention.main):
         with pytest.raises(MissingDependency, match="matplotlib"):
             main(plot=tmp_path / "x.png")
+
+
+def test_the_tile_of_a_gpu_in_a_line(weights, monkeypatch):
+    monkeypatch.setattr(linears, "target_of", lambda device: prediction.GPUS["h100"])
+    problem = Problem(weights, 4096, cold=False)
+    assert re.fullmatch(r"\w+ \d+x\d+x\d+, \d+ warps, \d+ stages(, k / \d+)?", linears.tile_of("w8a8_linear", problem))
+    assert linears.tile_of("no_such_operation", problem) is None

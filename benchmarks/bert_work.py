@@ -1,0 +1,40 @@
+"""What a forward of an encoder needs at least: the roofline's two numbers for the rows of `bench_bert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .bert_inputs import Batch
+from .bert_models import read_config
+from .results_schema import Precision, Work
+
+_HIDDEN_BYTES = 4  # of a value of the result
+
+# Part of a system's name -> the precision of the unit that does most of its products; the first that fits.
+_PRECISIONS: tuple[tuple[str, Precision], ...] = (
+    ("int8", "int8"), ("a8w8", "int8"), ("w8a8", "int8"), ("w4a8", "int8"), ("gobo4a8", "int8"), ("gobo3a8", "int8"),
+    ("fp8", "fp8"), ("fp16", "fp16"), ("fp32", "fp32"),
+)  # fmt: skip
+
+
+def precision_of(system: str) -> Precision:
+    """Of most products of a system of that name; bf16 where it does not say."""
+    return next((precision for part, precision in _PRECISIONS if part in system), "bf16")
+
+
+def work_of(folder: Path, batch: Batch, system: str, weight_bytes: int) -> Work:
+    """Products of the linears and of attention without padding; all weights read once, the result written once."""
+    config = read_config(folder)
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    lengths = batch.mask.sum(1).tolist()
+    linears = 2.0 * sum(lengths) * layers * (4 * hidden * hidden + 2 * hidden * inner)
+    attention = 4.0 * sum(length**2 for length in lengths) * hidden * layers
+    # Of the word embeddings only the rows of the batch's tokens are read.
+    words = config.vocab_size * hidden / max(1, _parameters(hidden, inner, layers, config)) * weight_bytes
+    moved = weight_bytes - words + _HIDDEN_BYTES * sum(lengths) * hidden
+    return Work(operations=linears + attention, precision=precision_of(system), bytes=max(0.0, moved))
+
+
+def _parameters(hidden: int, inner: int, layers: int, config: object) -> int:
+    """About all of them: matrices, and the word table."""
+    return layers * (4 * hidden * hidden + 2 * hidden * inner) + int(getattr(config, "vocab_size", 0)) * hidden

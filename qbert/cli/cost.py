@@ -1,0 +1,114 @@
+"""L13. Commands about cost: analyze, advise, formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from qbert.cli import terminal
+from qbert.cli.terminal import Json, PlotFile
+from qbert.formats import FORMATS, SCHEMES, Kind
+
+
+def analyze(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a float model or a quantized checkpoint")],
+    batch: Annotated[int, typer.Option("--batch", help="sequences")] = 8,
+    seq: Annotated[int, typer.Option("--seq", help="tokens of each sequence")] = 128,
+    target: Annotated[
+        str, typer.Option("--target", help="machine of the predicted times: here, h100, a100 ...")
+    ] = "here",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float precision of the prediction")] = None,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="time the model here")] = True,
+    plot: PlotFile = None,
+    as_json: Json = False,
+) -> None:
+    """Where parameters, FLOPs, bytes, run-time memory and latency of an encoder are, and what bounds each part."""
+    from qbert import analyze as analysis
+    from qbert.convert import unfuse_
+    from qbert.nn import encoders, fused_forward
+    from qbert.workflow import load_any
+
+    # A GPU is not bought to run float32 on its CUDA cores.
+    dtype = dtype if dtype is not None or target == "here" else "fp16"
+    subject = load_any(model)
+    if any(fused_forward(base) for _, base, _ in encoders(subject)):
+        terminal.err.print("the encoder is taken apart module by module, so it is not run fused here")
+        unfuse_(subject)
+    with terminal.err.status("measuring"):
+        result = analysis.analyze(
+            subject, batch=batch, seq=seq, target=target, dtype=dtype, measure=measure, name=model
+        )
+    terminal.emit(result, as_json)
+    if not as_json:
+        terminal.out.print(analysis.to_table(result))
+    if plot is not None:
+        analysis.plot(result, plot)
+        terminal.err.print(f"picture: {plot}", soft_wrap=True)
+
+
+def advise(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="local folder, alias, base or large")],
+    batch: Annotated[int, typer.Option("--batch", help="sequences")] = 8,
+    seq: Annotated[int, typer.Option("--seq", help="tokens of each sequence")] = 128,
+    target: Annotated[str, typer.Option("--target", help="here, h100, a100 ...")] = "here",
+    max_drop: Annotated[float, typer.Option("--max-drop", help="points of accuracy that it may cost")] = 1.0,
+    results: Annotated[
+        list[Path] | None, typer.Option("--results", help="results file; may be repeated; by default the stored ones")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Does quantizing MODEL pay, with which scheme, and how sure that is: from stored results and the roofline."""
+    from qbert.benchmarks import advise as advising
+    from qbert.benchmarks.results_schema import load_results
+
+    given = None if results is None else [load_results(path) for path in results]
+    advice = advising.advise(model, batch, seq, target, results=given, max_drop=max_drop)
+    terminal.emit(advice, as_json)
+    if as_json:
+        return
+    terminal.out.print(advising.table(advice))
+    terminal.out.print(f"{advice.verdict}: {advice.reason}", soft_wrap=True, highlight=False)
+    if advice.smallest is not None:
+        terminal.out.print(f"smallest that keeps its accuracy: {advice.smallest}", highlight=False)
+    for line in advice.faster_elsewhere:
+        terminal.out.print(line, soft_wrap=True, highlight=False)
+
+
+def formats(as_json: Json = False) -> None:
+    """The schemes that --scheme and --embedding take, and the number formats they are made of."""
+    if as_json:
+        terminal.out.print_json(
+            data={"schemes": [_scheme_row(name) for name in SCHEMES], "formats": [_format_row(n) for n in FORMATS]}
+        )
+        return
+    for title, rows in (("schemes", map(_scheme_row, SCHEMES)), ("element formats", map(_format_row, FORMATS))):
+        listed = list(rows)
+        table = Table(title=title, title_justify="left")
+        for header in listed[0]:
+            table.add_column(header)
+        for row in listed:
+            table.add_row(*("" if value is None else str(value) for value in row.values()))
+        terminal.out.print(table)
+
+
+def _scheme_row(name: str) -> dict[str, Any]:
+    scheme = SCHEMES[name]
+    roles = ", ".join(sorted(role.value for role in scheme.roles))
+    return {
+        "scheme": name,
+        "for": roles,
+        "weight": scheme.weight.name,
+        "group": scheme.group_size,
+        "summary": scheme.summary,
+    }
+
+
+def _format_row(name: str) -> dict[str, Any]:
+    fmt = FORMATS[name]
+    learned = fmt.kind is Kind.DICTIONARY
+    values = None if learned else len(fmt.finite_values)
+    largest = None if learned else fmt.max
+    return {"format": name, "bits": fmt.bits, "kind": fmt.kind.value, "finite values": values, "largest": largest}
