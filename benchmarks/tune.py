@@ -57,6 +57,7 @@ _CLEARLY = 1.01  # by how much a tile must be faster than the one that runs now 
 _SUMS_A_THREAD = 128  # 32-bit sums: half of a thread's registers
 _LOOSE = 2e-2  # of the largest value: float sums in another order
 _OUT = torch.bfloat16
+WEIGHT_ONLY = ("w8a16_linear", "w4a16_linear", "gobo_a16_linear")
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,44 @@ def _shape(tile: TileConfig) -> tuple[object, ...]:
     return tuple(value for name, value in asdict(tile).items() if name != "source")
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What the kernels of an operation can be told on one road."""
+
+    block_n: tuple[int, ...]
+    block_k: tuple[int, ...]
+    warps: tuple[int, ...] = (4, 8)
+    stages: tuple[int, ...] = (2, 3, 4, 5)
+    split_k: tuple[int, ...] = (1,)
+
+
+# Packed integer weights lie in blocks of 128 codes; weight-only kernels split k over their warps, whatever block_k says.
+_PACKED_FEW = Choices((64, 128), (128,), stages=(3, 4, 5), split_k=(1, 2, 4, 8))
+_FEW = {
+    "w8a8_linear": Choices((16, 32, 64), (128, 256, 512), stages=(3, 4, 5, 6, 8)),
+    "w4a8_linear": _PACKED_FEW,
+    "gobo_linear": _PACKED_FEW,
+    **dict.fromkeys(WEIGHT_ONLY, Choices((8, 16, 32, 64), (512,), warps=(4, 8, 16), stages=(1,))),
+}
+_PACKED_MANY = Choices((64, 128, 256), (128,))
+_MANY = {
+    "w8a8_linear": Choices((64, 128, 256), (64, 128, 256)),
+    "w4a8_linear": _PACKED_MANY,
+    "gobo_linear": _PACKED_MANY,
+}
+
+
 def _all_tiles(problem: Problem, target: Target) -> Iterator[TileConfig]:
-    choices: tuple[tuple[Any, ...], ...]
+    blocks_t: tuple[int, ...]
     if problem.t <= WEIGHT_ONLY_TOKENS:
-        block_t = max(16, 1 << (problem.t - 1).bit_length())
-        choices = (("few",), (block_t,), (16, 32, 64, 128), (64, 128, 256, 512), (1, 2, 4, 8))
+        least = 16 if problem.exact else 8
+        road, blocks_t, choices = "few", (max(least, 1 << (problem.t - 1).bit_length()),), _FEW[problem.operation]
     else:
         road = "tma" if target.sm >= TMA_SM and problem.k % 16 == 0 else "pointer"
-        choices = ((road,), (64, 128, 256), (64, 128, 256), (64, 128, 256), (1,))
-    for road, block_t, block_n, block_k, split_k, warps, stages in itertools.product(*choices, (4, 8), (2, 3, 4, 5, 6)):
+        blocks_t, choices = (64, 128, 256), _MANY[problem.operation]
+    for block_t, block_n, block_k, warps, stages, split_k in itertools.product(
+        blocks_t, choices.block_n, choices.block_k, choices.warps, choices.stages, choices.split_k
+    ):
         tile = TileConfig(road, block_t, block_n, block_k, warps, stages, split_k=split_k, source="candidate")
         if _fits(tile, problem, target):
             yield tile
@@ -142,7 +172,7 @@ def _computed(problem: Problem, target: Target, tile: TileConfig) -> float:
     waves = math.ceil(programs / target.sm_count)
     # A step costs its products, its operands' way through shared memory, and a fixed part for barriers.
     step = tile.block_k * (tile.block_t * tile.block_n / 4096 + (tile.block_t + tile.block_n) / 64) + 64
-    return waves * (depth * step + 1000) * (1 + 0.01 * (6 - tile.stages))
+    return waves * (depth * step + 1000) * (1 + 0.01 * (8 - tile.stages))
 
 
 # ---- one problem ----------------------------------------------------------------------------------------------------

@@ -62,7 +62,8 @@ TRITON_LAYOUTS: dict[str, frozenset[Layout]] = {
 _TRITON_REASONS: dict[str, str] = {
     **dict.fromkeys(_ROW_OPERATIONS, "one pass over memory"),
     **dict.fromkeys(
-        _FLOAT_PRODUCTS, "weights decoded in registers up to 64 tokens, expanded for torch's product above"
+        _FLOAT_PRODUCTS,
+        "weights decoded in registers for few tokens (256, in float32 16), expanded for torch's product above",
     ),
     "w8a8_linear": "int8 matrix units",
     "w4a8_linear": "codes become int8 in registers, int8 matrix units",

@@ -40,6 +40,8 @@ def pack_dict3(codes: Tensor) -> Tensor:
 
 def unpack_dict3(rows: Tensor, k: int) -> Tensor:
     """Inverse of `pack_dict3`."""
-    nibbles = torch.stack((rows & 0xF, rows >> 4), dim=2).view(rows.shape[0], PLANES, -1, _NIBBLES)
-    fourth = sum((nibbles[:, p] >> 3) << p for p in range(PLANES))
+    runs = rows.shape[1] // (PLANES * _WORD_BYTES)
+    nibbles = torch.stack((rows & 0xF, rows >> 4), dim=2).view(rows.shape[0], PLANES, runs, _NIBBLES)
+    first, second, third = (nibbles >> 3).unbind(1)
+    fourth = first | second << 1 | third << 2
     return torch.stack((*(nibbles & 7).unbind(1), fourth), dim=2).flatten(1)[:, :k].contiguous()

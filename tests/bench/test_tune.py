@@ -26,8 +26,10 @@ A100 = Target("cuda", "", 80, 108, 166_912)
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("t", [1, 17, 128, 4096])
-@pytest.mark.parametrize("scheme", ["w8a8", "gobo4a8", "w4a16"])
+@pytest.mark.parametrize(
+    ("scheme", "t"),
+    [("w4a16", 1), ("w4a16", 64), *((name, t) for name in ("w8a8", "gobo4a8") for t in (1, 17, 128, 4096))],
+)
 @pytest.mark.parametrize("target", [H100, A100], ids=["h100", "a100"])
 def test_candidates_begin_with_what_runs_and_fit(scheme: str, t: int, target: Target) -> None:
     problem = Problem(scheme, t, 768, 3072)
