@@ -13,7 +13,7 @@ from torch import Tensor
 from qbert import layout as layouts
 from qbert.errors import QBertError
 from qbert.formats import DICT3, DICT4, INT2, INT3, INT4, INT8, SCHEMES, Format, Role, Scheme
-from qbert.layout import Layout, pack_bits, packed_width, panels, unpack_bits
+from qbert.layout import Layout, pack_bits, packed_width, panels, unpack_bits, words
 from qbert.quantizers import quantize
 from qbert.testing import random_weight
 
@@ -347,3 +347,61 @@ def test_rows_can_be_taken_out_of_every_layout(scheme: Scheme, layout: Layout) -
     whole = layouts.read_codes(weight.tensors["qdata"], fmt, 20, 128, layout)
     taken = layouts.select_rows(weight.tensors["qdata"], rows, layout)
     assert torch.equal(layouts.read_codes(taken, fmt, 5, 128, layout), whole[rows])
+
+
+# ---- words ----------------------------------------------------------------------------------------------------------
+
+
+def _dict3_at(packed: Tensor, row: int, column: int) -> int:
+    """The documentation of `layout.words` as arithmetic."""
+    planes = packed[row].view(torch.int32).view(3, -1).tolist()
+    word, eight, j = column // 32, column // 8 % 4, column % 8
+    if eight < 3:
+        return planes[eight][word] >> (4 * j) & 7
+    return sum((planes[p][word] >> (4 * j + 3) & 1) << p for p in range(3))
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+@pytest.mark.parametrize("k", [0, 1, 8, 31, 127, 128, 129, 384, 768, 1023])
+def test_words_hold_every_code_where_documented_and_zeros_elsewhere(n: int, k: int) -> None:
+    codes = _random_codes(3, n, k)
+    before = codes.clone()
+    packed = words.pack_dict3(codes)
+    padded = -(-k // 128) * 128
+    assert packed.shape == (n, words.row_bytes(k)) == (n, 3 * padded // 8)
+    assert packed.dtype == torch.uint8
+    assert packed.is_contiguous()
+    assert torch.equal(words.unpack_dict3(packed, k), before)
+    assert torch.equal(codes, before)
+    assert not words.unpack_dict3(packed, padded)[:, k:].any()
+    for row, column in {(0, 0), (n // 2, k // 3), (n - 1, k - 1)} if n and k else ():
+        assert _dict3_at(packed, row, column) == int(codes[row, column])
+
+
+def test_codes_in_words_share_no_bit_and_leave_none_unused() -> None:
+    seen = torch.zeros(words.row_bytes(128), dtype=torch.int64)
+    for column in range(128):
+        codes = torch.zeros(1, 128, dtype=torch.uint8)
+        codes[0, column] = 7
+        changed = words.pack_dict3(codes)[0].to(torch.int64)
+        assert sum(value.bit_count() for value in changed.tolist()) == 3
+        assert not (seen & changed).any()
+        seen |= changed
+    assert bool((seen == 0xFF).all())
+
+
+def test_words_written_by_hand() -> None:
+    codes = torch.tensor([[1, 2, *[0] * 6, 3, *[0] * 7, *[0] * 7, 7, 4, 1, *[0] * 5, 6]], dtype=torch.uint8)
+    found = [word & 0xFFFF_FFFF for word in words.pack_dict3(codes).view(torch.int32).view(3, -1)[:, 0].tolist()]
+    assert found == [
+        0x0000_00A1,  # codes 1, 2; bit 0 of code 25
+        0x8000_0003,  # code 3; bit 1 of code 31
+        0xF000_0008,  # code 7; bit 2 of codes 24 and 31
+    ]
+
+
+def test_only_float_activations_have_words() -> None:
+    """What is expanded to int8 in registers reads a nibble a code."""
+    assert Layout.DICT3_WORDS in layouts.layouts_of(SCHEMES["gobo3"])
+    assert Layout.DICT3_WORDS not in layouts.layouts_of(SCHEMES["gobo3a8"])
+    assert Layout.DICT3_WORDS not in layouts.layouts_of(SCHEMES["gobo4"])

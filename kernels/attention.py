@@ -1,0 +1,277 @@
+"""INT8 attention of packed sequences: a program for a tile of queries of one head; scores never touch memory.
+
+Computes `qbert.reference.attention_int8`. Both products are of integers, and exact: queries times keys as int8 with int32 sums,
+codes of probabilities times values as float16 (0 ... 255 and -127 ... 127 are exact there) with float32 sums, which stay exact
+below 2**24: EXACT_KEYS keys cannot reach that, and longer sequences add every block up in int32.
+
+A probability's code depends on the largest weight of its row, so the keys are passed twice: maxima, then codes. That costs one
+more int8 product a block, but no sum is ever rescaled. A sequence of one block keeps its products in registers. What a row goes
+through is decided by its sequence alone, KEYS keys at a time: no bit depends on the tile or on the batch.
+
+The host does not know where sequences start: t // BLOCK_Q + sequences tiles are enough for any, and a program searches which is
+its own. Positions are clamped to the tokens, so that wrong `cu_seqlens` give wrong results but touch no other memory.
+"""
+
+import triton
+import triton.language as tl
+
+KEYS = tl.constexpr(64)  # of a block
+EXACT_KEYS = tl.constexpr(512)  # 255 * 127 * 512 < 2**24
+MAX_KEYS = tl.constexpr((2**31 - 1) // (255 * 127))  # int32 holds their sums; a longer sequence comes out as NaN
+PROBABILITY_MAX = tl.constexpr(255.0)
+QMAX = tl.constexpr(127.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Added to a float32 this rounds it half to even and leaves the integer in its lowest bits: from 0 on, and of either sign.
+UNSIGNED_BITS = tl.constexpr(2.0**23)
+SIGNED_BITS = tl.constexpr(1.5 * 2.0**23)
+SIGNED_BITS_INT = tl.constexpr(0x4B400000)
+# The integer 0 ... 1023 itself, as the bits of a float16, is the subnormal number of so many times 2**-24. The matrix units
+# multiply subnormal numbers exactly, so a code needs no conversion; the sums come out 2**-24 times as large.
+SUBNORMAL = tl.constexpr(2.0**24)
+
+
+@triton.jit(do_not_specialize=["t", "sequences"])  # every batch has others: one build serves all
+def attention_int8_kernel(
+    qkv_ptr, scales_ptr, cu_seqlens_ptr, out_ptr, t, sequences, num_heads, softmax_scale, inverse_out_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, PER_TOKEN: tl.constexpr,
+):  # fmt: skip
+    """qkv (t, 3, heads, d) int8, scales (3,) or (t, 3) -> out (t, heads, d) float, or int8 of y * inverse_out_scale.
+
+    Grid: (heads, y, z) with y * z at least t // BLOCK_Q + sequences: heads of a tile run together, for they lie together.
+    BLOCK_D: power of two, at least HEAD_DIM and 32, which is the least K of an int8 wgmma.
+    """
+    head, tile = tl.program_id(0), tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
+    sequence = _sequence_of(tile, cu_seqlens_ptr, sequences, t, BLOCK_Q)
+    start = _start_of(sequence, cu_seqlens_ptr, t)
+    length = _start_of(sequence + 1, cu_seqlens_ptr, t) - start
+    first = (tile - sequence - start // BLOCK_Q) * BLOCK_Q
+    if (first < 0) | (first >= length):
+        return
+    width = num_heads * HEAD_DIM
+    qkv = qkv_ptr + start.to(tl.int64) * (3 * width) + head * HEAD_DIM
+    scales = scales_ptr + start.to(tl.int64) * 3 if PER_TOKEN else scales_ptr
+    keys = (qkv, scales, length - 1, width)
+    q = _rows(qkv, first, length - 1, 3 * width, BLOCK_Q, HEAD_DIM, BLOCK_D)
+    factor = _score_factor(first, keys, softmax_scale, BLOCK_Q, PER_TOKEN)
+    factor = tl.where(length <= MAX_KEYS, factor, float("nan"))
+    if length <= KEYS:
+        y = _one_block(q, factor, keys, HEAD_DIM, PER_TOKEN)
+    else:
+        y = _two_passes(q, factor, keys, HEAD_DIM, PER_TOKEN)
+    if out_ptr.dtype.element_ty == tl.int8:
+        y = _requantized(y, inverse_out_scale)
+    row, column = first + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    out = out_ptr + start.to(tl.int64) * width + head * HEAD_DIM
+    inside = (row < length)[:, None] & (column < HEAD_DIM)[None, :]
+    tl.store(out + row.to(tl.int64)[:, None] * width + column[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# ---- where things are ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _start_of(sequence, cu_seqlens_ptr, t):
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0), t)
+
+
+@triton.jit
+def _sequence_of(tile, cu_seqlens_ptr, sequences, t, BLOCK_Q: tl.constexpr):
+    """The last sequence whose tiles start at `tile` or before: those of sequence i start at start_i // BLOCK_Q + i."""
+    low, high = 0, sequences - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        reached = _start_of(middle, cu_seqlens_ptr, t) // BLOCK_Q + middle <= tile
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle - 1)
+    return low
+
+
+@triton.jit
+def _rows(base, first, last, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(ROWS, BLOCK_D) int8 from row `first` on. In place of rows after `last`, `last` again: maxima do not mind."""
+    row = tl.minimum(tl.arange(0, ROWS), last - first)
+    column = tl.arange(0, BLOCK_D)
+    pointers = base + tl.cast(first, tl.int64) * stride + row[:, None] * stride + column[None, :]
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(column < HEAD_DIM)[None, :], other=0)
+
+
+@triton.jit
+def _products(q, block, keys, HEAD_DIM: tl.constexpr):
+    """(BLOCK_Q, KEYS) int32: queries times the keys from `block` on."""
+    qkv, _, last, width = keys
+    k = _rows(qkv + width, block, last, 3 * width, KEYS, HEAD_DIM, q.shape[1])
+    return tl.dot(q, k.T, out_dtype=tl.int32)
+
+
+@triton.jit
+def _half(codes):
+    """int8 as float16: v + 128 in the lowest bits of 1024, and that taken off again."""
+    bits = (codes.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.uint16) | 0x6400
+    return bits.to(tl.float16, bitcast=True) - 1152.0
+
+
+# ---- scales ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _score_factor(first, keys, softmax_scale, BLOCK_Q: tl.constexpr, PER_TOKEN: tl.constexpr):
+    """What turns a query's scores into exponents of two, (BLOCK_Q,)."""
+    _, scales, last, _ = keys
+    if PER_TOKEN:
+        row = tl.minimum(first + tl.arange(0, BLOCK_Q), last)
+        factor = tl.load(scales + row * 3) * softmax_scale
+    else:
+        # A scale of values that is NaN or infinite makes everything NaN, as in the reference.
+        product = tl.load(scales) * tl.load(scales + 1) * softmax_scale + tl.load(scales + 2) * 0
+        factor = tl.full((BLOCK_Q,), 1.0, tl.float32) * product
+    return factor * LOG2_E
+
+
+@triton.jit
+def _key_scales(block, keys):
+    """Scales of keys and values (KEYS,). A key whose value's scale is not finite becomes NaN, and so its sequence does."""
+    _, scales, last, _ = keys
+    row = scales + (block + tl.minimum(tl.arange(0, KEYS), last - block)) * 3
+    value = tl.load(row + 2)
+    return tl.load(row + 1) + value * 0, value
+
+
+# ---- first pass: maxima ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _no_maxima(ROWS: tl.constexpr, PER_TOKEN: tl.constexpr):
+    largest = tl.full((ROWS,), float("-inf"), tl.float32) if PER_TOKEN else tl.full((ROWS,), -(2**31), tl.int32)
+    return largest, tl.zeros((ROWS,), tl.float32)
+
+
+@triton.jit
+def _maxima(products, maxima, block, keys, factor, PER_TOKEN: tl.constexpr):
+    """Each row's largest score and largest weight relative to it, with a block of keys more.
+
+    Static scales leave scores integers here, and need no weights: they all have one scale, and the largest power is 1.
+    """
+    largest, heaviest = maxima
+    if PER_TOKEN:
+        key_scale, value_scale = _key_scales(block, keys)
+        scores = products.to(tl.float32) * key_scale[None, :]
+        grown = tl.maximum(largest, tl.max(scores, axis=1))
+        weights = tl.exp2((scores - grown[:, None]) * factor[:, None]) * value_scale[None, :]
+        heaviest = tl.maximum(heaviest * tl.exp2((largest - grown) * factor), tl.max(weights, axis=1))
+    else:
+        grown = tl.maximum(largest, tl.max(products, axis=1))
+    return grown, heaviest
+
+
+@triton.jit
+def _row_factors(maxima, factor, PER_TOKEN: tl.constexpr):
+    """(factor, offset, code_factor): weight = 2 ** (score * factor - offset), code = weight * code_factor.
+
+    A fused multiply-add rounds an exponent once, and so best near 0, where it matters. But the offset was rounded before, which
+    makes all weights of a row too large by the same ratio: the code's factor takes it back.
+    """
+    largest, heaviest = maxima
+    largest = largest.to(tl.float32)
+    offset = largest * factor
+    excess = 1.0 + LN_2 * tl.fma(largest, factor, -offset)
+    return factor, offset, tl.div_rn(PROBABILITY_MAX, heaviest * excess if PER_TOKEN else excess)
+
+
+# ---- second pass: codes times values ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def _no_sums(ROWS: tl.constexpr, BLOCK_D: tl.constexpr, LONG: tl.constexpr):
+    """Of codes times values; of powers; the largest weight."""
+    out = tl.zeros((ROWS, BLOCK_D), tl.int32 if LONG else tl.float32)
+    return out, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+
+
+@triton.jit
+def _attend(
+    products, sums, block, keys, row, HEAD_DIM: tl.constexpr, PER_TOKEN: tl.constexpr, LAST: tl.constexpr,
+    LONG: tl.constexpr,
+):  # fmt: skip
+    """The sums with a block of keys more; LAST: the sequence may end in it; LONG: float32 could not hold the sums exactly."""
+    out, total, heaviest = sums
+    factor, offset, code_factor = row
+    qkv, _, last, width = keys
+    scores = products.to(tl.float32)
+    if PER_TOKEN:
+        key_scale, value_scale = _key_scales(block, keys)
+        scores *= key_scale[None, :]
+    exponents = tl.fma(scores, factor[:, None], -offset[:, None])
+    if LAST:
+        exponents = tl.where((tl.arange(0, KEYS) <= last - block)[None, :], exponents, float("-inf"))
+    weights = tl.exp2(exponents)
+    total += tl.sum(weights, axis=1)
+    if PER_TOKEN:
+        weights *= value_scale[None, :]
+        heaviest = tl.maximum(heaviest, tl.max(weights, axis=1))
+    codes = tl.fma(weights, code_factor[:, None], UNSIGNED_BITS).to(tl.int32, bitcast=True)
+    codes = codes.to(tl.int16).to(tl.float16, bitcast=True)
+    values = _half(_rows(qkv + 2 * width, block, last, 3 * width, KEYS, HEAD_DIM, out.shape[1]))
+    if LONG:
+        integers = tl.fma(tl.dot(codes, values), SUBNORMAL, SIGNED_BITS).to(tl.int32, bitcast=True)
+        out += integers - SIGNED_BITS_INT
+    else:
+        out = tl.dot(codes, values, out)
+    return out, total, heaviest
+
+
+@triton.jit
+def _normalized(sums, row, keys, PER_TOKEN: tl.constexpr):
+    """(BLOCK_Q, BLOCK_D) float32: sums of codes times values, times the largest weight / 255 / the sum of powers."""
+    out, total, heaviest = sums
+    out = out.to(tl.float32) if out.dtype == tl.int32 else out * SUBNORMAL
+    # Static scales: the heaviest key is that of the largest power, which in these sums is 255 / code_factor.
+    heaviest = heaviest if PER_TOKEN else tl.load(keys[1] + 2)
+    code = PROBABILITY_MAX if PER_TOKEN else row[2]
+    return out * tl.div_rn(heaviest, total * code)[:, None]
+
+
+@triton.jit
+def _one_block(q, factor, keys, HEAD_DIM: tl.constexpr, PER_TOKEN: tl.constexpr):
+    """A sequence of at most KEYS tokens: one product serves both passes."""
+    products = _products(q, 0, keys, HEAD_DIM)
+    maxima = _maxima(products, _no_maxima(q.shape[0], PER_TOKEN), 0, keys, factor, PER_TOKEN)
+    row = _row_factors(maxima, factor, PER_TOKEN)
+    sums = _no_sums(q.shape[0], q.shape[1], False)
+    sums = _attend(products, sums, 0, keys, row, HEAD_DIM, PER_TOKEN, True, False)
+    return _normalized(sums, row, keys, PER_TOKEN)
+
+
+@triton.jit
+def _two_passes(q, factor, keys, HEAD_DIM: tl.constexpr, PER_TOKEN: tl.constexpr):
+    """A sequence of any length."""
+    last = keys[2]
+    maxima = _no_maxima(q.shape[0], PER_TOKEN)
+    for block in range(0, last + 1, KEYS):
+        maxima = _maxima(_products(q, block, keys, HEAD_DIM), maxima, block, keys, factor, PER_TOKEN)
+    row = _row_factors(maxima, factor, PER_TOKEN)
+    if last < EXACT_KEYS:
+        y = _second_pass(q, keys, row, HEAD_DIM, PER_TOKEN, False)
+    else:
+        y = _second_pass(q, keys, row, HEAD_DIM, PER_TOKEN, True)
+    return y
+
+
+@triton.jit
+def _second_pass(q, keys, row, HEAD_DIM: tl.constexpr, PER_TOKEN: tl.constexpr, LONG: tl.constexpr):
+    sums = _no_sums(q.shape[0], q.shape[1], LONG)
+    final = keys[2] // KEYS * KEYS
+    for block in range(0, final, KEYS):
+        sums = _attend(_products(q, block, keys, HEAD_DIM), sums, block, keys, row, HEAD_DIM, PER_TOKEN, False, LONG)
+    sums = _attend(_products(q, final, keys, HEAD_DIM), sums, final, keys, row, HEAD_DIM, PER_TOKEN, True, LONG)
+    return _normalized(sums, row, keys, PER_TOKEN)
+
+
+@triton.jit
+def _requantized(y, inverse_out_scale):
+    """Nearest int8 codes of y / out_scale, NaN as 0."""
+    steps = y * inverse_out_scale
+    steps = tl.where(steps == steps, steps, 0.0)
+    return (tl.minimum(tl.maximum(steps, -QMAX), QMAX) + SIGNED_BITS) - SIGNED_BITS

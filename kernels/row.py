@@ -1,0 +1,51 @@
+"""What kernels over the rows of a matrix share: one program holds a whole row, so that memory is passed once.
+
+Rows of up to 1024 values are held by a single warp, whose sums and maxima need no barrier. To be compiled without fused
+multiply-adds (`enable_fp_fusion=False`): the reference rounds every product.
+"""
+
+import triton
+import triton.language as tl
+
+QMAX = tl.constexpr(127.0)
+MIN_ABSMAX = tl.constexpr(2.0**-100)
+# Added and taken off again, this rounds float32 of magnitude up to 2**22 half to even: its last place is 1.
+ROUND = tl.constexpr(1.5 * 2.0**23)
+
+
+@triton.jit
+def quantized(x):
+    """`qbert.reference.quantize_per_token` of one row (BLOCK,) float32, bit for bit: codes (BLOCK,) int8, scale float32.
+
+    Values past the row's end must be 0. NaN or infinity makes the scale NaN and all codes 0.
+    """
+    magnitude = tl.abs(x)
+    # NaN does not survive a maximum, so what is not finite is counted instead of compared.
+    bad = tl.sum(tl.where(magnitude < float("inf"), 0, 1), axis=0) > 0
+    absmax = tl.where(bad, 1.0, tl.maximum(tl.max(magnitude, axis=0), MIN_ABSMAX))
+    codes = tl.where(bad, 0.0, (x * tl.div_rn(QMAX, absmax) + ROUND) - ROUND)
+    codes = tl.minimum(tl.maximum(codes, -QMAX), QMAX)
+    return codes.to(tl.int8), tl.where(bad, float("nan"), tl.div_rn(absmax, QMAX))
+
+
+@triton.jit
+def layer_norm(x, k, column, gamma_ptr, beta_ptr, eps):
+    """LayerNorm of one row (BLOCK,) float32, 0 past its end, with mean and variance in two passes over registers; 0 there."""
+    inside = column < k
+    centered = tl.where(inside, x - tl.div_rn(tl.sum(x, axis=0), k.to(tl.float32)), 0.0)
+    variance = tl.div_rn(tl.sum(centered * centered, axis=0), k.to(tl.float32))
+    normed = centered * tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    gamma = tl.load(gamma_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    beta = tl.load(beta_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    # NaN * 0 would not be 0.
+    return tl.where(inside, normed * gamma + beta, 0.0)
+
+
+@triton.jit
+def store_normed(normed, row, k, column, out_ptr, codes_ptr, scale_ptr):
+    """The float32 norm of row `row` in out's type (t, k), and its codes (t, k) and scale (t,)."""
+    inside = column < k
+    codes, scale = quantized(normed)
+    tl.store(out_ptr + row * k + column, normed.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(codes_ptr + row * k + column, codes, mask=inside)
+    tl.store(scale_ptr + row, scale)
