@@ -208,9 +208,11 @@ def test_gpu_tests_are_found():
     assert "tests/test_cli.py" not in files
 
 
-EVERY_KERNEL = (
-    "import sys; print('a_op w8 1x2x3 triton: good'); print('b_op - 1x2x3 triton: {b}'); print('{more}'); sys.exit({status})"
-)
+EVERY_KERNEL = """import sys
+print("a_op w8 1x2x3 triton: good")
+print("b_op - 1x2x3 triton: {b}")
+print("{more}")
+sys.exit({status})"""
 
 
 @pytest.mark.parametrize(
