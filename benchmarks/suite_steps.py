@@ -7,6 +7,7 @@ that step alone. Benchmarks append their rows to the one results file as they go
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -53,6 +54,7 @@ _GRACE = 5.0  # seconds that an interrupted process gets to write what it has
 _MARGIN = 0.15  # of a step's time, left to start and to end
 _REFUSED = 2  # exit code of a benchmark that says why it cannot run here
 _STOPPED = -1
+_MOST_TEST_WORKERS, _TEST_SECONDS = 8, 120
 _WIDTH = 140
 GPU_TESTS, _TESTS = "gpu tests", "tests"
 _SANITIZER_ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error")
@@ -351,8 +353,12 @@ def run_gpu_tests(suite: Suite, seconds: float) -> str | None:
         raise Skip("no tests in this installation")
     files = [name for name in files if name.endswith(_TINY_TESTS)] if suite.options.dry_run else files
     junit = suite.out / JUNIT
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--maxfail=50"]
-    ended = suite.call([*command, f"--junitxml={junit}", *files], seconds)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider", "--maxfail=50"]
+    environment = {}
+    if not suite.options.dry_run:
+        command += _parallel()
+        environment["OMP_NUM_THREADS"] = "2"  # of each worker, for the references that CPUs compute
+    ended = suite.call([*command, f"--junitxml={junit}", *files], seconds, **environment)
     row = parse_junit(junit) if junit.is_file() else TestsRow(suite=GPU_TESTS, reason=ended.last)
     row.complete = ended.status in (0, 1)
     suite.add_tests(row)
@@ -360,6 +366,17 @@ def run_gpu_tests(suite: Suite, seconds: float) -> str | None:
         raise Failed(f"stopped at its cap of {seconds:.0f} s" if ended.status == _STOPPED else ended.last,
                      stopped=ended.status == _STOPPED)  # fmt: skip
     return f"{row.passed} passed, {row.failed} failed, {row.skipped} skipped"
+
+
+def _parallel() -> list[str]:
+    """Options of pytest where its plugins are there: compiling kernels and references keep CPUs busy, not the GPU."""
+    workers = min(_MOST_TEST_WORKERS, (os.cpu_count() or 1) // 2)
+    options = []
+    if importlib.util.find_spec("xdist") is not None and workers > 1:
+        options += ["-n", str(workers), "--dist", "worksteal"]
+    if importlib.util.find_spec("pytest_timeout") is not None:  # a kernel that never ends costs one test
+        options += ["--timeout", str(_TEST_SECONDS), "--timeout-method", "thread"]
+    return options
 
 
 def gpu_test_files() -> list[str]:

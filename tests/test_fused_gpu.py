@@ -370,7 +370,7 @@ def test_compile_wants_a_fused_model() -> None:
 # ---- torch.compile of the unfused model -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("linear", scheme_names(Role.LINEAR))
+@pytest.mark.parametrize("linear", COMPILED)
 def test_unfused_models_compile_without_graph_breaks(linear: str) -> None:
     torch._dynamo.reset()
     model: nn.Module = float_model("BertModel", num_hidden_layers=1, **WIDE).to(torch.bfloat16)

@@ -74,10 +74,15 @@ def test_kernel_files_share_no_code_with_others() -> None:
         assert not shared, f"{obj.name}: {shared}"
 
 
+def _relative(folder: str) -> list[Path]:
+    return [path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py")]
+
+
 def test_every_package_is_installed() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {path.parent.relative_to(ROOT) for path in (ROOT / "qbert").rglob("*.py")}
-    found.add(Path("qbert/kernels"))  # a symbolic link, which rglob does not follow
+    # Symbolic links, which rglob does not follow.
+    found |= {Path("qbert/kernels"), *(Path("qbert") / path.parent for path in _relative("benchmarks"))}
     assert sorted(declared) == sorted(".".join(path.parts) for path in found)
 
 
