@@ -8,9 +8,11 @@ It prepares itself (carried wheels, extensions), runs the GPU tests, tunes tiles
 named. A table of all steps and the best figures come last; the exit code is 1 if a correctness test failed or none could run.
 
 This module imports nothing but typer that a bare machine may lack: `suite_steps`, which does the work, is imported when the
-carried wheels are on the path. To carry what is missing there, with all that it needs in turn (pip's --no-deps takes no more):
+carried wheels are on the path. To carry what is missing there, with all that it needs in turn (pip's --no-deps takes no more)
+and in the versions of a machine where they go together:
 
-    pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels pydantic pydantic-core annotated-types
+    pip freeze | grep -iE '^(pydantic|annotated.types|typing)' > pinned.txt
+    pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels -r pinned.txt
 """
 
 from __future__ import annotations
@@ -50,6 +52,8 @@ def install_wheels(folder: Path) -> Path | None:
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise typer.BadParameter(f"wheels of {folder}: {said[-1]}")
+    for module in site.glob("*.py"):  # typing_extensions: an older one that typer has imported must not stay
+        sys.modules.pop(module.stem, None)
     sys.path.insert(0, str(site))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
     importlib.invalidate_caches()

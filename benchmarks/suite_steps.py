@@ -54,7 +54,8 @@ _GRACE = 5.0  # seconds that an interrupted process gets to write what it has
 _MARGIN = 0.15  # of a step's time, left to start and to end
 _REFUSED = 2  # exit code of a benchmark that says why it cannot run here
 _STOPPED = -1
-_MOST_TEST_WORKERS, _TEST_SECONDS = 8, 120
+_MOST_TEST_WORKERS, _TEST_SECONDS = 12, 120
+_TESTS_GRACE = 15.0  # pytest waits for its workers before it writes anything
 _WIDTH = 140
 GPU_TESTS, _TESTS = "gpu tests", "tests"
 _SANITIZER_ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error")
@@ -154,10 +155,10 @@ class Suite:
         self.tests.append(row)
         self.writer.add(row)
 
-    def call(self, command: Sequence[str], seconds: float, **environment: str) -> Ended:
+    def call(self, command: Sequence[str], seconds: float, grace: float | None = None, **environment: str) -> Ended:
         """Runs a process until it ends or its time does; what it says goes to the log.
 
-        Its group is interrupted first, so that it can write what it has, and killed a little later.
+        Its group is interrupted first, so that it can write what it has, and killed a little later: after `grace` seconds.
         """
         with open(self.out / LOG, "a+b") as log:
             log.write(f"\n$ {' '.join(command)}    [at most {seconds:.0f} s]\n".encode())
@@ -167,7 +168,7 @@ class Suite:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, process_group=0,
                 env={**self._environment(), **environment},
             )  # fmt: skip
-            status = _wait(process, seconds)
+            status = _wait(process, seconds, _GRACE if grace is None else grace)
             log.seek(begin)
             return Ended(status, log.read().decode(errors="replace"))
 
@@ -179,14 +180,14 @@ class Suite:
         return found | ({"OMP_NUM_THREADS": "1"} if self.options.dry_run else {})
 
 
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> int:
+def _wait(process: subprocess.Popen[bytes], seconds: float, grace: float) -> int:
     """Its exit status, or `_STOPPED`; its group is gone afterwards, whatever happens to this process."""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         _signal(process, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE)
+            process.wait(grace)
         return _STOPPED
     finally:
         _signal(process, signal.SIGKILL)
@@ -357,8 +358,8 @@ def run_gpu_tests(suite: Suite, seconds: float) -> str | None:
     environment = {}
     if not suite.options.dry_run:
         command += _parallel()
-        environment["OMP_NUM_THREADS"] = "2"  # of each worker, for the references that CPUs compute
-    ended = suite.call([*command, f"--junitxml={junit}", *files], seconds, **environment)
+        environment["OMP_NUM_THREADS"] = "1"  # of each worker, for the references that CPUs compute
+    ended = suite.call([*command, f"--junitxml={junit}", *files], seconds, _TESTS_GRACE, **environment)
     row = parse_junit(junit) if junit.is_file() else TestsRow(suite=GPU_TESTS, reason=ended.last)
     row.complete = ended.status in (0, 1)
     suite.add_tests(row)
@@ -370,7 +371,7 @@ def run_gpu_tests(suite: Suite, seconds: float) -> str | None:
 
 def _parallel() -> list[str]:
     """Options of pytest where its plugins are there: compiling kernels and references keep CPUs busy, not the GPU."""
-    workers = min(_MOST_TEST_WORKERS, (os.cpu_count() or 1) // 2)
+    workers = min(_MOST_TEST_WORKERS, (os.cpu_count() or 1) * 3 // 4)
     options = []
     if importlib.util.find_spec("xdist") is not None and workers > 1:
         options += ["-n", str(workers), "--dist", "worksteal"]
@@ -409,7 +410,8 @@ def run_every_kernel(suite: Suite, seconds: float) -> str | None:
     command = [*child_command("every_kernel"), "--target", suite.options.target]
     note = "no compute-sanitizer here"
     if tool is not None:
-        checked = [tool, "--tool", "memcheck", "--error-exitcode", "86", *command]
+        # Accesses count, not what CUDA's libraries ask in vain.
+        checked = [tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "86", *command]
         # From a pool all neighbours belong to the same allocation, and nothing would be out of bounds.
         ended = suite.call(checked, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         if verdicts(ended.said) or ended.status == _STOPPED:
@@ -458,20 +460,23 @@ def tune_tiles(suite: Suite, seconds: float) -> str | None:
     return f"{', '.join(path.name for path in tables)} in use from here on"
 
 
-def benchmark(module: str, quick: Sequence[str], timed: bool = True) -> Callable[[Suite, float], str | None]:
+def benchmark(
+    module: str, quick: Sequence[str], timed: bool = True, brief: Sequence[str] = ()
+) -> Callable[[Suite, float], str | None]:
     """A step that runs a benchmark.
 
     Args:
         module: of this package; quick: its arguments in a dry run.
         timed: whether it takes --minutes.
+        brief: arguments for which more problems fit into minutes.
     """
 
     def run(suite: Suite, seconds: float) -> str | None:
         command = [*child_command(module), "--target", suite.options.target, "--json", str(suite.writer.path)]
         if suite.options.dry_run:
             command += quick
-        elif timed:
-            command += ["--minutes", _minutes(seconds)]
+        else:
+            command += [*brief, *(["--minutes", _minutes(seconds)] if timed else [])]
         _raise_unless_done(suite.call(command, seconds), seconds)
         return None
 
@@ -517,6 +522,9 @@ _TINY_BERT = (
     "--threads",
     "1",
 )
+_BRIEF_GEMM = ("--seconds", "0.1")
+# Without what Inductor compiles for each shape anew, half a minute and more, while all others wait.
+_BRIEF_BERT = ("--rows", "torch-bf16,torch-bf16-graph,torch-bf16-unpadded,qbert-w8a8,qbert-*-graph")
 STEPS = (
     Step("environment", record_environment, minimum=10, share=0.5, most=30),
     Step("build", build_extensions, minimum=20, share=9, most=300),
@@ -524,9 +532,9 @@ STEPS = (
     Step("every-kernel", run_every_kernel, minimum=30, share=1, most=90),
     Step("tune", tune_tiles, minimum=60, share=5),
     Step("ceilings", benchmark("ceilings", _TINY_CEILINGS, timed=False), minimum=10, share=0.3, most=40),
-    Step("gemm", benchmark("bench_gemm", _TINY_GEMM), minimum=30, share=5),
+    Step("gemm", benchmark("bench_gemm", _TINY_GEMM, brief=_BRIEF_GEMM), minimum=30, share=5),
     Step("attention", benchmark("bench_attention", _TINY_ATTENTION), minimum=20, share=2),
-    Step("bert", benchmark("bench_bert", _TINY_BERT), minimum=60, share=6),
+    Step("bert", benchmark("bench_bert", _TINY_BERT, brief=_BRIEF_BERT), minimum=60, share=6),
     Step("report", make_report, minimum=10, share=0.5, most=60),
 )
 

@@ -17,8 +17,8 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,6 +57,9 @@ _CLEARLY = 1.01  # by how much a tile must be faster than the one that runs now 
 _SUMS_A_THREAD = 128  # 32-bit sums: half of a thread's registers
 _LOOSE = 2e-2  # of the largest value: float sums in another order
 _OUT = torch.bfloat16
+_WORKERS, _WORKER_THREADS = 8, 2
+_COMPILED_TOKENS = 128  # code is the same for all multiples of 16
+_COMPILING = 0.4  # of the time that is left, at most: what is not compiled by then compiles when it is first called
 WEIGHT_ONLY = ("w8a16_linear", "w4a16_linear", "gobo_a16_linear")
 
 
@@ -308,9 +311,15 @@ def _compile(work: tuple[Problem, TileConfig]) -> None:
     """In another process: one call, whose kernel stays in Triton's cache on disk. What fails will fail again, with a reason."""
     problem, tile = work
     try:
-        run(problem, tile, arguments(problem, torch.device("cuda")))
+        run(problem, tile, _few_arguments(replace(problem, t=min(problem.t, _COMPILED_TOKENS))))
     except Exception:
         return
+
+
+@lru_cache(maxsize=4)
+def _few_arguments(problem: Problem) -> tuple[Any, ...]:
+    """Quantizing a weight takes longer than compiling for it does."""
+    return arguments(problem, torch.device("cuda"))
 
 
 def tune(
@@ -332,12 +341,16 @@ def tune(
     time_all: Measure = partial(measure, device=device, seconds=_SECONDS, max_rounds=_ROUNDS)
     source = f"measured on {torch.cuda.get_device_name(device)}, {machine.date[:10]}"
     before, done = json.loads((TUNED / f"{name}.json").read_text()), list[Tuned]()
-    workers = min(8, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    workers = min(_WORKERS, os.cpu_count() or 1)
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(_WORKER_THREADS,)
+    ) as pool:
         for group in problems(schemes):
             work = [(problem, tile) for problem in group for tile in candidates(problem, target)]
             compiling = [pool.submit(_compile, each) for each in _once_each(work)]
-            wait(compiling, timeout=max(0.0, deadline - time.monotonic()))
+            wait(compiling, timeout=max(0.0, _COMPILING * (deadline - time.monotonic())))
+            for each in compiling:
+                each.cancel()  # those that have not begun
             for problem in group:
                 if time.monotonic() > deadline:
                     pool.shutdown(wait=False, cancel_futures=True)

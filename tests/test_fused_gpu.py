@@ -40,6 +40,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LINEARS = scheme_names(Role.LINEAR)
+FEW = ("w8a8", "gobo3a8", "w4a16")  # of them, each of which Inductor compiles for many seconds
 LENGTHS = (1, 2, 16, 17, 31, 64, 65, 129, 300)
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 512}  # heads of 64
 
@@ -370,7 +372,9 @@ def test_compile_wants_a_fused_model() -> None:
 # ---- torch.compile of the unfused model -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("linear", COMPILED)
+@pytest.mark.parametrize(
+    "linear", [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in LINEARS]
+)
 def test_unfused_models_compile_without_graph_breaks(linear: str) -> None:
     torch._dynamo.reset()
     model: nn.Module = float_model("BertModel", num_hidden_layers=1, **WIDE).to(torch.bfloat16)

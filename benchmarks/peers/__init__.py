@@ -69,6 +69,8 @@ def _cuda(name: str, library: str, where: str, configuration: str, source: str =
 
 def _qbert(name: str, configuration: str, *, unfused: bool = False, target: str = "cpu", **options: Any) -> RowSpec:
     where = "qbert_peer:QBert" if unfused else "qbert_peer:QBertFused"
+    if target == "cuda":  # what is not int8 there is what its peers have
+        options, configuration = {"dtype": "bfloat16", **options}, f"{configuration}; bfloat16 for the rest"
     return RowSpec(
         f"qbert-{name}", "qbert", where, configuration, "README", {**options, "fuse": not unfused}, target=target
     )
@@ -136,7 +138,7 @@ _CUDA_ROWS = (
           f"{_BNB_DOCS}: 4-bit quantization", nf4=True),
     _cuda("gemlite-a8w8", _GEM, "gemlite_peer:Gemlite", "A8W8_INT8_dynamic, float16 for the rest, eager",
           "github.com/mobiusml/gemlite: README", kind="a8w8"),
-    _qbert("w8a8-unfused", _UNFUSED, unfused=True, target="cuda", scheme="w8a8", dtype="bfloat16"),
+    _qbert("w8a8-unfused", _UNFUSED, unfused=True, target="cuda", scheme="w8a8"),
     _qbert("w8a8", _TOKEN, target="cuda", scheme="w8a8"),
     _qbert("w8a8-graph", f"{_TOKEN}, qbert.compile", target="cuda", scheme="w8a8", compile=True),
     _qbert("w8a8-static", _STATIC, target="cuda", scheme="w8a8", static=True),

@@ -117,6 +117,17 @@ def test_what_a_stopped_process_writes_at_its_end_is_kept(tmp_path):
     assert "what it had so far" in (tmp_path / "suite.log").read_text()
 
 
+def test_workers_and_time_limits_where_their_plugins_are(monkeypatch):
+    monkeypatch.setattr(suite_steps.os, "cpu_count", lambda: 16)
+    there = {"xdist", "pytest_timeout"}
+    monkeypatch.setattr(suite_steps.importlib.util, "find_spec", lambda name: name if name in there else None)
+    options = suite_steps._parallel()
+    assert options[:2] == ["-n", "12"]
+    assert options[options.index("--timeout") + 1] == "120"
+    there.clear()
+    assert suite_steps._parallel() == []
+
+
 # ---- steps that fail ------------------------------------------------------------------------------------------------
 
 

@@ -265,16 +265,29 @@ def test_the_gpu_is_described(cuda, monkeypatch, tmp_path):
     assert (found.max_sm_mhz, found.power_limit_watts, found.driver) == (1980, None, "580.1")
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@needs_gpu
 def test_a_product_on_the_gpu():
-    """Twice the work takes about twice the time, by graph; a call that synchronizes is timed eagerly."""
+    """Twice the work takes about twice the time, by graph."""
     left, right = (torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     once, twice = lambda: left @ right, lambda: (left @ right, left @ right)
-    samples = measure({"once": once, "twice": twice, "item": lambda: float((left @ right)[0, 0])}, "cuda")
+    samples = measure({"once": once, "twice": twice}, "cuda")
     assert not samples.failures
     assert 1.5 < ratio(samples["twice"], samples["once"]) < 2.5
     assert samples["once"].median > 50e-6
+    assert "CUDA graph" in samples["once"].how
+    assert samples["once"].after is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.slow  # until torch 2.12 its allocator believes in the broken capture, and tests after it may feel that
+@needs_gpu
+def test_what_synchronizes_is_timed_eagerly_on_the_gpu():
+    left, right = (torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    samples = measure({"item": lambda: float((left @ right)[0, 0])}, "cuda")
+    assert not samples.failures
     assert "no CUDA graph" in samples["item"].how
     assert torch.randn(3, device="cuda").isfinite().all()  # the broken capture is forgotten
-    assert samples["once"].after is not None
