@@ -50,7 +50,9 @@ def add_outliers(value, rowptr, col, delta, q, first_t, first_n, t, n, k, BLOCK_
     tokens = first_t + tl.arange(0, BLOCK_T)
     start, count = _outliers_of(rowptr, first_n + tl.arange(0, BLOCK_N), n)
     at = q + tokens.to(tl.int64)[None, :] * k
-    for j in tl.range(0, tl.max(count), loop_unroll_factor=4):  # each round waits for memory twice: four at once
+    # Each round waits for memory twice, so several are under way, as many as registers have room for.
+    ROUNDS: tl.constexpr = 4 if BLOCK_T <= 32 else 2
+    for j in tl.range(0, tl.max(count), loop_unroll_factor=ROUNDS):
         column = tl.load(col + start + j, mask=j < count, other=0).to(tl.int32)[:, None]
         weight = tl.load(delta + start + j, mask=j < count, other=0.0)[:, None]
         codes = tl.load(at + column, mask=(j < count)[:, None] & (tokens < t)[None, :], other=0)

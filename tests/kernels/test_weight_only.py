@@ -191,7 +191,7 @@ def test_matches_reference_in_the_interpreter():
 
 @pytest.mark.interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", list(TYPES.values()))
+@pytest.mark.parametrize("dtype", ["float16", "float32"])  # the interpreter cuts bfloat16 off, where a GPU rounds
 def test_more_sizes_in_the_interpreter(dtype):
     sizes = [(t, n, k) for t in (1, 2, 8, 16, 32, 33, 64, 65) for n, k in ((16, 384), (31, 200), (3, 1536))]
     cases_of_all = [[scheme, *size, dtype] for scheme in SCHEME_NAMES for size in sizes]
