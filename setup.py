@@ -46,9 +46,14 @@ ISA_FLAGS = {
     "kernels_amx_int8": [*AVX512_VNNI, "-mamx-tile", "-mamx-int8"],
 }
 
-# wgmma and TMA are features of sm_90a, which has no forward compatibility: no PTX is worth its bytes.
-NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr"]
-NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+# What a file of csrc/cuda is compiled for, by its stem; csrc/cuda/device.h says the same to callers. wgmma and TMA are features
+# of sm_90a, which has no forward compatibility: no PTX is worth its bytes there. Other files get machine code for all 8.x and
+# for Hopper, and PTX for what is newer.
+HOPPER = ["-gencode=arch=compute_90a,code=sm_90a"]
+FROM_AMPERE_ON = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", *HOPPER]
+ARCHITECTURES = {"add_layer_norm_quantize": FROM_AMPERE_ON}  # all others: HOPPER
+NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_LIBRARIES = ["cudart_static", "rt", "dl", "pthread"]
 CUTLASS = "nvidia-cutlass==4.2.0.0"
 CUTLASS_SHA256 = "f9599ada45c7bcb6bf53f7d3f0a7d154183e53451c01bfa59eecd37dd4a693f6"
 MIN_NVCC = (12, 3)  # what CUTLASS recommends for wgmma; 13.0 is what was tried
@@ -65,7 +70,8 @@ class CudaToolchain:
 
     def command(self, source: str, object_file: str) -> list[str]:
         """Compiles a .cu file; system headers are those of which no list is kept and no warning is wanted."""
-        return [self.nvcc, *NVCC_FLAGS, "-Icsrc", "-isystem", self.cutlass, "-c", source, "-o", object_file]
+        flags = [*NVCC_FLAGS, *ARCHITECTURES.get(Path(source).stem, HOPPER), "-Icsrc", "-isystem", self.cutlass]
+        return [self.nvcc, *flags, "-c", source, "-o", object_file]
 
 
 class NoCuda(Exception):
@@ -222,7 +228,7 @@ def cuda_extension(toolchain: CudaToolchain) -> Pybind11Extension:
         depends=["setup.py", *sorted(str(path) for path in Path("csrc/cuda").glob("*.*h"))],
         include_dirs=["csrc", toolchain.include],
         library_dirs=[toolchain.libraries],
-        libraries=["cudart_static", "rt", "dl", "pthread"],
+        libraries=CUDA_LIBRARIES,
         cxx_std=17,
         extra_compile_args=FLAGS,
     )

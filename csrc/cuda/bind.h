@@ -9,6 +9,9 @@ namespace qbert::cuda {
 
 void bind_w8a8(pybind11::module_& module);
 void bind_rows(pybind11::module_& module);
+void bind_lowbit(pybind11::module_& module);
+void bind_weight_only(pybind11::module_& module);
+void bind_layer(pybind11::module_& module);
 
 template <class T>
 T* at(uintptr_t address) {

@@ -8,7 +8,7 @@ namespace qbert::cuda {
 // As qbert/ops/cpu_native.py counts them.
 enum class FloatType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-inline int64_t bytes_of(FloatType type) { return type == FloatType::f32 ? 4 : 2; }
+constexpr int64_t bytes_of(FloatType type) { return type == FloatType::f32 ? 4 : 2; }
 
 // Bytes: what the copy engine asks of addresses and row pitches, and the widest load and store.
 inline constexpr int64_t kAlignment = 16;

@@ -18,11 +18,12 @@ Device current_device() {
     int count = 0;  // asked for because cudaGetDevice answers 0 in some cases where there is no device
     check_cuda(cudaGetDeviceCount(&count), "no CUDA device can be used");
     check_cuda(cudaGetDevice(&device.index), "no CUDA device can be used");
-    const int major = attribute(cudaDevAttrComputeCapabilityMajor, device.index);
-    const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device.index);
-    require(major * 10 + minor == kCapability, "device ", device.index, " has compute capability ", major, ".", minor,
-            "; qbert._cuda is compiled for ", kCapability / 10, ".", kCapability % 10, " only");
+    device.capability = attribute(cudaDevAttrComputeCapabilityMajor, device.index) * 10 +
+                        attribute(cudaDevAttrComputeCapabilityMinor, device.index);
+    require(device.capability >= kOldestCapability, "device ", device.index, " has compute capability ", device.capability / 10, ".",
+            device.capability % 10, "; qbert._cuda runs from ", kOldestCapability / 10, ".", kOldestCapability % 10, " on");
     device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device.index);
+    device.shared_memory = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index);
     return device;
 }
 

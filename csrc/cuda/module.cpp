@@ -7,15 +7,19 @@
 #include "cuda/bind.h"
 #include "cuda/device.h"
 #include "cuda/error.h"
+#ifdef QBERT_EMULATED
+#include "emulator/bind.h"
+#endif
 
 namespace py = pybind11;
 
 namespace qbert::cuda {
 namespace {
 
-std::string device_problem() {
+std::string device_problem(bool rows) {
     try {
-        current_device();
+        const Device device = current_device();
+        if (!rows) require_hopper(device, "this kernel");
         return "";
     } catch (const Error& error) {
         return error.what();
@@ -36,10 +40,16 @@ void translate(std::exception_ptr thrown) {
 
 PYBIND11_MODULE(_cuda, module) {
     using namespace qbert::cuda;
-    module.doc() = "Native GPU side of qbert, for compute capability 9.0 (H100).";
+    module.doc() = "Native GPU side of qbert: for compute capability 9.0 (H100), row kernels from 8.0 on.";
     py::register_local_exception_translator(&translate);
-    module.def("device_problem", &device_problem,
-               "Why the kernels cannot run on the current device; empty where they can.");
+    module.def("device_problem", &device_problem, py::arg("rows") = false,
+               "Why the kernels, or with `rows` the row kernels, cannot run on the current device; empty where they can.");
     bind_w8a8(module);
     bind_rows(module);
+    bind_lowbit(module);
+    bind_weight_only(module);
+    bind_layer(module);
+#ifdef QBERT_EMULATED
+    bind_emulator(module);
+#endif
 }

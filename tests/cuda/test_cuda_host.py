@@ -12,7 +12,7 @@ import pytest
 
 from qbert.errors import QBertError
 
-pytestmark = pytest.mark.skipif(builds.host_compiler() is None, reason="needs a C++ compiler and Python's headers")
+pytestmark = pytest.mark.skipif(bool(builds.emulator_missing()), reason=builds.emulator_missing() or "runs")
 
 LARGE, BASE, SHORT, FEW = (
     "128x256x128 cooperative",
@@ -25,7 +25,8 @@ MAX_K = 133_144  # the largest multiple of 8 below (2**31 - 1) / 127**2
 
 @pytest.fixture(scope="module")
 def cuda():
-    return builds.host_module()
+    """Without a device: what passes all checks stops there, and the addresses are never read."""
+    return builds.emulated_module(multiprocessors=0)
 
 
 def legal(**changes):
@@ -43,7 +44,8 @@ def legal(**changes):
 
 
 def test_tiles_are_named_by_their_size(cuda):
-    assert cuda.tiles() == [LARGE, BASE, SHORT, FEW]
+    small = [f"{t}x64x128 small{split}" for t in (64, 32, 16) for split in ("", ", k by 2", ", k by 4", ", k by 8")]
+    assert cuda.tiles() == [LARGE, BASE, SHORT, FEW, *small]
 
 
 @pytest.mark.parametrize(
@@ -58,9 +60,13 @@ def test_tiles_are_named_by_their_size(cuda):
         (4096, 1024, 4096, False, LARGE),
         (16384, 1024, 4096, False, LARGE),
         (4096, 4096, 8192, False, LARGE),
-        (64, 768, 768, False, FEW),
-        (128, 768, 768, False, FEW),
-        (128, 3072, 768, True, FEW),
+        (256, 2304, 768, False, FEW),
+        (256, 3072, 768, True, FEW),
+        (128, 2304, 768, False, "64x64x128 small"),  # BERT-base, one sequence: 72 tiles
+        (128, 768, 768, False, "32x64x128 small"),  # 48
+        (128, 3072, 768, True, "64x64x128 small"),  # 96
+        (128, 768, 3072, False, "64x64x128 small, k by 4"),  # 24 tiles, 96 blocks
+        (16, 768, 3072, False, "16x64x128 small, k by 8"),
     ],
 )
 def test_choose(cuda, t, n, k, gelu, tile):
@@ -74,7 +80,7 @@ def test_choose_takes_the_fewest_model_cycles(cuda):
             assert cuda.choose(t, n, k, True, 114) == min(cycles, key=cycles.__getitem__)
 
 
-@pytest.mark.parametrize("tile", range(4))
+@pytest.mark.parametrize("tile", range(16))
 def test_model_grows_with_the_problem(cuda, tile):
     name = cuda.tiles()[tile]
     sizes = [cuda.model_cycles(name, t, 768, 768) for t in (1, 128, 1024, 4096, 65536, 2**30)]
@@ -107,7 +113,7 @@ def test_legal_arguments_reach_the_device(cuda):
     for tile in cuda.tiles():
         with pytest.raises(QBertError, match="has no device"):
             cuda.w8a8_linear(**legal(tile=tile))
-    assert cuda.device_problem() == "a build without CUDA has no device"
+    assert cuda.device_problem() == "the emulator has no device"
 
 
 @pytest.mark.parametrize(
