@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from qbert.formats import DICT3, INT4, INT8, Role, Scheme
 from qbert.layout import Layout
 from qbert.target import Target
-from qbert.tiles import MIN_SM, select_tile
+from qbert.tiles import MIN_SM, prefers_compiled, select_tile
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ _ROW_OPERATIONS = (
     "quantize_per_token", "w8_embedding", "w4_embedding", "gobo_embedding", "attention_int8", "attention_int8_requant",
     "add_layer_norm_quantize", "embed_layer_norm_quantize",
 )  # fmt: skip
-OPERATIONS = _INTEGER_PRODUCTS + _FLOAT_PRODUCTS + _ROW_OPERATIONS
+# What two operations compute one after the other, wherever no kernel computes both.
+COMPOSED = {"w8a8_linear_add_norm": ("w8a8_linear", "add_layer_norm_quantize")}
+OPERATIONS = (*_INTEGER_PRODUCTS, *_FLOAT_PRODUCTS, *_ROW_OPERATIONS, *COMPOSED)
 
 TORCH_INT_MM = "torch._int_mm"
 TORCH_FLOAT32_CHUNKS = "torch float32 in exact chunks"
@@ -59,6 +61,25 @@ TRITON_LAYOUTS: dict[str, frozenset[Layout]] = {
     **dict.fromkeys(_ROW_OPERATIONS, frozenset({Layout.PLAIN})),
 }
 
+# What the compiled extension for GPUs (csrc/cuda) computes too: of the tensors that Triton's kernels read ...
+_COMPILED_ROWS = ("add_layer_norm_quantize",)
+_COMPILED_SHARED = ("w8a8_linear", "w8a8_linear_requant", *_COMPILED_ROWS)
+# ... and of weights in a layout of its own.
+COMPILED_LAYOUTS: dict[str, Layout] = {
+    **dict.fromkeys(("w4a8_linear", "w4a8_linear_requant", "gobo_linear", "gobo_linear_requant"), Layout.FRAGMENTS_S8),
+    **dict.fromkeys(_FLOAT_PRODUCTS, Layout.FRAGMENTS_F16),
+}
+CUDA_OPERATIONS = (*_COMPILED_SHARED, *COMPILED_LAYOUTS)
+_NORMS = (*_COMPILED_ROWS, *COMPOSED)
+# Compute capabilities: code for sm_90a runs on nothing newer either; row kernels need nothing of it (csrc/cuda/device.h).
+COMPILED_SM, COMPILED_ROWS_SM = 90, 80
+
+_CUDA_REASONS: dict[str, str] = {
+    **dict.fromkeys(("w4a8_linear", "gobo_linear"), "codes lie as wgmma's registers take them and become int8 there"),
+    **dict.fromkeys(
+        _FLOAT_PRODUCTS, "codes lie as wgmma's registers take them: decoded there for 64 tokens, expanded for more"
+    ),
+}
 _TRITON_REASONS: dict[str, str] = {
     **dict.fromkeys(_ROW_OPERATIONS, "one pass over memory"),
     **dict.fromkeys(
@@ -83,6 +104,8 @@ def select_kernel(operation: str, target: Target, layout: Layout | None = None) 
     """
     if operation not in OPERATIONS:
         raise KeyError(operation)
+    if operation in COMPOSED:
+        return _select_composed(operation, target, layout)
     if target.device == "cuda":
         return _select_cuda(operation, target, layout)
     if target.device != "cpu":
@@ -99,29 +122,103 @@ def select_kernel(operation: str, target: Target, layout: Layout | None = None) 
     return KernelChoice(TORCH_ROWS, "plain torch")
 
 
+def _select_composed(operation: str, target: Target, layout: Layout | None) -> KernelChoice:
+    first, then = COMPOSED[operation]
+    if runs_compiled(operation, 0, 0, 0, target):
+        return KernelChoice(f"cuda {operation}", f"one launch where that is faster by a model, else {first} and {then}")
+    return select_kernel(first, target, layout)  # the product is what takes time
+
+
 def _select_cuda(operation: str, target: Target, layout: Layout | None) -> KernelChoice:
     if target.sm < MIN_SM:
         return KernelChoice(REFERENCE, f"no kernel for compute capability {target.sm / 10:.1f}; exact but slow")
+    own = COMPILED_LAYOUTS.get(operation)
+    preferred = operation in CUDA_OPERATIONS and prefers_extension(operation, target)
+    if own is not None and (layout is own or (layout is None and preferred)):
+        return _select_compiled(operation, target, own)
     if layout is not None and layout not in TRITON_LAYOUTS[operation]:
         return KernelChoice(REFERENCE, f"no CUDA kernel reads layout {layout.value}; exact but slow")
-    if target.prefer == "cuda" and operation in CUDA_OPERATIONS:
-        return KernelChoice(
-            f"cuda {operation}", "QBERT_KERNEL=cuda; Triton's kernel where the compiled one has no tile"
-        )
-    return KernelChoice(f"triton {operation}", _TRITON_REASONS[operation.removesuffix("_requant")])
-
-
-# What the compiled extension for GPUs computes too (csrc/cuda).
-CUDA_OPERATIONS = ("w8a8_linear", "w8a8_linear_requant", "add_layer_norm_quantize")
-
-
-def runs_compiled(operation: str, t: int, n: int, k: int, target: Target) -> bool:
-    """Whether a problem goes to the compiled extension before Triton: where QBERT_KERNEL or the tile's table says so."""
-    if operation not in CUDA_OPERATIONS or target.prefer == "triton":
-        return False
-    return target.prefer == "cuda" or (
-        n > 0 and target.native and select_tile(operation, t, n, k, target).road == "cuda"
+    if preferred and own is None:
+        if target.prefer == "cuda":
+            return KernelChoice(
+                f"cuda {operation}", "QBERT_KERNEL=cuda; Triton's kernel where the compiled one has no tile"
+            )
+        return KernelChoice(f"triton or cuda {operation}", "the table of tiles says which, problem by problem")
+    return KernelChoice(
+        f"triton {operation}", _why_not_compiled(operation, target) + _TRITON_REASONS[_float_twin(operation)]
     )
+
+
+def _select_compiled(operation: str, target: Target, layout: Layout) -> KernelChoice:
+    obstacle = compiled_obstacle(operation, target)
+    if obstacle is not None:
+        return KernelChoice(REFERENCE, f"the weight lies in {layout.value}, but {obstacle}; exact but slow")
+    asked = "QBERT_KERNEL=cuda; " if target.prefer == "cuda" else ""
+    return KernelChoice(f"cuda {operation}", asked + _CUDA_REASONS[_float_twin(operation)])
+
+
+def _why_not_compiled(operation: str, target: Target) -> str:
+    """The beginning of a reason where QBERT_KERNEL asks for the extension and Triton runs; else nothing."""
+    if target.prefer != "cuda" or operation not in CUDA_OPERATIONS:
+        return ""
+    obstacle = compiled_obstacle(operation, target) or "the weight lies in a layout that only Triton's kernels read"
+    return f"QBERT_KERNEL=cuda, but {obstacle}; "
+
+
+def _float_twin(operation: str) -> str:
+    return operation.removesuffix("_requant")
+
+
+def compiled_obstacle(operation: str, target: Target) -> str | None:
+    """Why the compiled extension cannot compute one of `CUDA_OPERATIONS` on a CUDA target; None where it can."""
+    if operation in _COMPILED_ROWS:
+        if target.sm < COMPILED_ROWS_SM:
+            least = COMPILED_ROWS_SM / 10
+            return f"the CUDA row kernels run from compute capability {least:.1f} on, this GPU has {target.sm / 10:.1f}"
+    elif target.sm != COMPILED_SM:
+        return f"the CUDA kernels are compiled for compute capability {COMPILED_SM / 10:.1f}, this GPU has {target.sm / 10:.1f}"
+    return None if target.native else target.native_missing or "the CUDA kernels (qbert._cuda) are missing"
+
+
+def missing_extension(target: Target) -> str | None:
+    """Why a GPU that the compiled extension is for runs without it; None on all others, and where Triton is asked for."""
+    if target.device != "cuda" or target.sm != COMPILED_SM or target.prefer == "triton":
+        return None
+    return compiled_obstacle("w8a8_linear", target)
+
+
+def prefers_extension(operation: str, target: Target) -> bool:
+    """Whether the extension can compute an operation of `CUDA_OPERATIONS`, and QBERT_KERNEL or the tiles' table asks for it."""
+    if target.prefer == "triton" or compiled_obstacle(operation, target) is not None:
+        return False
+    return target.prefer == "cuda" or prefers_compiled(operation, target)
+
+
+def runs_compiled(operation: str, t: int, n: int, k: int, target: Target, layout: str = "") -> bool:
+    """Whether a problem goes to the compiled extension before Triton.
+
+    Where the extension has a layout of its own the weight's layout says it, chosen once for all its problems; elsewhere
+    QBERT_KERNEL or the table's tile for the problem.
+
+    Args:
+        layout: of the weight, where there is one.
+    """
+    if operation in COMPILED_LAYOUTS:
+        return layout == COMPILED_LAYOUTS[operation].value
+    if operation in _NORMS:
+        return _norms_run_compiled(target) and compiled_obstacle(operation, target) is None
+    if (
+        operation not in CUDA_OPERATIONS
+        or target.prefer == "triton"
+        or compiled_obstacle(operation, target) is not None
+    ):
+        return False
+    return target.prefer == "cuda" or (n > 0 and select_tile(operation, t, n, k, target).road == "cuda")
+
+
+def _norms_run_compiled(target: Target) -> bool:
+    """One answer for all problems and both operations, or a token's norm would have other bits in another batch."""
+    return target.device == "cuda" and prefers_extension("add_layer_norm_quantize", target)
 
 
 def linear_operation(scheme: Scheme) -> str:
@@ -141,6 +238,9 @@ def select_layout(scheme: Scheme, role: Role, target: Target) -> Layout:
     if role is Role.EMBEDDING:
         return Layout.PLAIN  # a look-up unpacks the rows it needs
     if target.device == "cuda" and target.sm >= MIN_SM:
+        compiled = COMPILED_LAYOUTS.get(linear_operation(scheme))
+        if compiled is not None and prefers_extension(linear_operation(scheme), target):
+            return compiled
         if scheme.weight is DICT3 and scheme.activation is None:
             return Layout.DICT3_WORDS  # bound by bytes, so all three bits count
         return {INT8: Layout.INT8_ROWS, INT4: Layout.NIBBLE_HALVES}.get(scheme.weight, Layout.SELECT_HALVES)

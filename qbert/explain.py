@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, fields
 from torch import nn
 
 from qbert.convert import float_reasons
+from qbert.dispatch import missing_extension
 from qbert.nn import GraphReport, QTiedLinear, QuantizedModule, encoders, fused_forward, obstacle
+from qbert.target import target_of
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,11 @@ class EncoderRow:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Rows for all linears and embeddings of a model, and a line for each of its encoders; prints as a table."""
+    """Rows for all linears and embeddings of a model, a line for each of its encoders, and notes; prints as a table."""
 
     rows: list[Row]
     encoders: list[EncoderRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def quantized(self) -> list[Row]:
@@ -92,7 +95,7 @@ class Explanation:
         lines = (
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
         )
-        return "\n".join((*lines, *map(str, self.encoders)))
+        return "\n".join((*lines, *map(str, self.encoders), *self.notes))
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -104,9 +107,15 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(_quantized_row(name, module))
         elif isinstance(module, nn.Linear | nn.Embedding):
             rows.append(_float_row(name, module, reasons.get(name, "not quantized")))
-    return Explanation(
-        rows, _encoder_rows(model) if any(isinstance(m, QuantizedModule) for m in model.modules()) else []
-    )
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedModule)]
+    return Explanation(rows, _encoder_rows(model) if quantized else [], _notes(quantized))
+
+
+def _notes(quantized: list[QuantizedModule]) -> list[str]:
+    """What is to be said once for all rows: that this GPU's compiled kernels are not here."""
+    targets = {target_of(module.get_buffer("qdata").device) for module in quantized}
+    missing = sorted({reason for target in targets if (reason := missing_extension(target)) is not None})
+    return [f"Triton kernels alone: {reason}" for reason in missing]
 
 
 _VARIANTS = {"static": "calibrated scales", "dynamic": "scales token by token; calibration makes it faster"}

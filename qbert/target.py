@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
 
-from qbert.errors import QBertError
+from qbert.errors import MissingDependency, QBertError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Target:
         sm_count: number of its multiprocessors, else 0.
         shared_memory: bytes of shared memory that one thread block can use, else 0.
         native: whether the compiled extension for this device is there.
+        native_missing: why not, of a CUDA device.
         prefer: ``"triton"`` or ``"cuda"`` where QBERT_KERNEL says which GPU kernels run, else empty: the tables decide.
         int_mm_exact: whether torch's int8 matrix product gives exact int32 sums there (see `_int_mm_is_exact`).
     """
@@ -33,6 +38,7 @@ class Target:
     native: bool = False
     int_mm_exact: bool = True
     prefer: str = ""
+    native_missing: str = ""
 
 
 def native_cpu() -> Any | None:
@@ -46,13 +52,37 @@ def native_cpu() -> Any | None:
     return _cpu
 
 
-def native_cuda() -> Any | None:
-    """The compiled extension `qbert._cuda`, or None where it was not built or does not load."""
+def load_cuda() -> Any:
+    """The compiled extension `qbert._cuda`.
+
+    Raises:
+        MissingDependency: it was not built, or does not load; the message says which.
+    """
     try:
-        from qbert import _cuda
-    except ImportError:
-        return None
-    return _cuda
+        return importlib.import_module("qbert._cuda")
+    except ModuleNotFoundError as error:
+        raise MissingDependency(
+            "qbert was installed without its CUDA kernels (qbert._cuda); to build them: CUDA's nvcc, QBERT_CUDA=1, and "
+            "install again (docs/cuda.md)"
+        ) from error
+    except ImportError as error:
+        raise MissingDependency(f"qbert._cuda does not load: {error}") from error
+
+
+def cuda_missing() -> str | None:
+    """Why there is no `qbert._cuda` here; None where there is one."""
+    try:
+        load_cuda()
+    except MissingDependency as error:
+        return str(error)
+    return None
+
+
+def extensions() -> dict[str, str]:
+    """What this installation was built with: extension -> what it runs on, or why it is not there. Asks no GPU."""
+    extension = native_cpu()
+    cpu = "missing; torch's kernels run" if extension is None else extension.isa()
+    return {"qbert._cpu": cpu, "qbert._cuda": cuda_missing() or "built"}
 
 
 @functools.cache
@@ -91,7 +121,10 @@ def cuda_target(index: int = 0) -> Target:
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     sm, count = properties.major * 10 + properties.minor, properties.multi_processor_count
-    return Target("cuda", "", sm, count, shared, native=native_cuda() is not None, prefer=prefer)
+    missing = cuda_missing() or ""
+    if prefer == "cuda" and missing:
+        log.warning("QBERT_KERNEL is cuda, but %s; Triton's kernels run", missing)
+    return Target("cuda", "", sm, count, shared, native=not missing, prefer=prefer, native_missing=missing)
 
 
 def target_of(device: Any) -> Target:

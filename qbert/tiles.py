@@ -3,6 +3,9 @@
 The tables are `kernels/tuned/<gpu>.json`: operation -> rows. A row says for which problems it holds (`n` and `k`, null or left
 out for any; `tokens`, up to how many) and what the tile is; rows for any n and k are the rule where nothing was measured.
 `benchmarks.tune` adds rows for what it measured; `source` says where a row comes from.
+
+A weight lies in one layout whatever it is multiplied with. So where the compiled kernels read another layout than Triton's
+(`LAYOUT_BOUND`), a row of road "cuda" is for all problems of the operation: it has neither n, k nor tokens.
 """
 
 from __future__ import annotations
@@ -52,6 +55,8 @@ class TileConfig:
 
 
 ROADS = ("tma", "pointer", "few", "cuda")
+# Operations whose compiled kernels have a weight layout of their own.
+LAYOUT_BOUND = frozenset({"w4a8_linear", "gobo_linear", "w8a16_linear", "w4a16_linear", "gobo_a16_linear"})
 _FIELDS = frozenset(each.name for each in fields(TileConfig))
 _KEYS = frozenset({"n", "k", "tokens"})
 
@@ -83,6 +88,12 @@ def select_tile(operation: str, t: int, n: int, k: int, target: Target) -> TileC
     """
     operation = operation.removesuffix("_requant")
     return _forced.get(operation) or _select(operation, max(t, 1), n, k, target)
+
+
+def prefers_compiled(operation: str, target: Target) -> bool:
+    """Whether the table sends problems of an operation to the compiled extension: some, or all of a `LAYOUT_BOUND` one."""
+    rows = table(table_name(target)).get(operation.removesuffix("_requant"), [])
+    return any(row.tile.road == "cuda" for row in rows)
 
 
 _forced: dict[str, TileConfig] = {}
@@ -141,12 +152,21 @@ def table(gpu: str) -> dict[str, list[Row]]:
         QBertError: a file that is not such a table.
     """
     path = TUNED / f"{gpu}.json"
-    return {operation: [_row(each, path) for each in rows] for operation, rows in json.loads(path.read_text()).items()}
+    found = {operation: [_row(each, path) for each in rows] for operation, rows in json.loads(path.read_text()).items()}
+    for operation in LAYOUT_BOUND & set(found):
+        for row in found[operation]:
+            if row.tile.road == "cuda" and (row.n, row.k, row.tokens) != (None, None, None):
+                raise QBertError(
+                    f"{path.name}: {operation} takes road cuda for n = {row.n}, k = {row.k}, tokens = {row.tokens}; allowed: "
+                    "for no problem, or for all (null): its weight has another layout there"
+                )
+    return found
 
 
 def tiles_of(operation: str, gpu: str = "nvidia_h100") -> list[TileConfig]:
-    """The distinct tiles that the table can choose for an operation, sources left out: what tests compile."""
-    return list(dict.fromkeys(replace(row.tile, source="table") for row in table(gpu)[operation]))
+    """The distinct tiles of Triton that the table can choose for an operation, sources left out: what tests compile."""
+    of_triton = (row.tile for row in table(gpu)[operation] if row.tile.road != "cuda")
+    return list(dict.fromkeys(replace(tile, source="table") for tile in of_triton))
 
 
 def _row(record: dict[str, Any], path: Path) -> Row:

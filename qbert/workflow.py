@@ -23,6 +23,7 @@ from qbert.metrics import sqnr_db
 from qbert.nn import QuantizedModule
 from qbert.recipe import Recipe
 from qbert.reference import dequantize
+from qbert.target import extensions
 from qbert.zoo import resolve_model
 
 # What sentence-transformers keeps beside a model: how to pool and normalize. Copied so that a quantized folder stays one.
@@ -57,12 +58,16 @@ class QuantizeReport(_Report):
 
 
 class InspectReport(_Report):
-    """What stands in a checkpoint, one row for each linear and embedding, and one for each encoder; sizes in bytes."""
+    """What stands in a checkpoint, one row for each linear and embedding, and one for each encoder; sizes in bytes.
+
+    `extensions` are qbert's own, of this installation, see `target.extensions`.
+    """
 
     folder: str
     source: str | None
     modules: list[dict[str, Any]]
     encoders: list[dict[str, Any]]
+    extensions: dict[str, str]
     bits_per_weight: float
     quantized_bytes: int
     float_bytes: int
@@ -235,6 +240,7 @@ def inspect_checkpoint(folder: str | Path) -> InspectReport:
         source=checkpoint.Record.parse(checkpoint.read_config(folder)["quantization_config"]).source,
         modules=explanation.to_dicts(),
         encoders=[asdict(row) for row in explanation.encoders],
+        extensions=extensions(),
         bits_per_weight=explanation.bits_per_weight,
         quantized_bytes=quantized_bytes,
         float_bytes=float_bytes,

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from transformers import BertConfig, BertModel
 
-from qbert import cli
+from qbert import cli, target
 from qbert.cli import bench, terminal
 from qbert.errors import QBertError
 
@@ -83,7 +83,11 @@ def test_inspect_lists_every_linear_and_embedding(quantized):
     assert schemes["encoder.layer.1.output.dense"] == "gobo3"
     assert schemes["embeddings.word_embeddings"] == "gobo4"
     assert len(schemes) == 16
-    assert "encoder.layer.0" in run("inspect", folder).stdout
+    printed = run("inspect", folder).stdout
+    assert "encoder.layer.0" in printed
+    assert report["extensions"] == target.extensions()
+    for extension, state in report["extensions"].items():
+        assert f"{extension}: {state}" in printed
 
 
 @pytest.fixture(scope="module")

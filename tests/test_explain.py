@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from transformers import BertConfig, BertForMaskedLM
 
 import qbert
 from qbert import Recipe, explain, quantize_
-from qbert.dispatch import select_kernel
+from qbert.dispatch import select_kernel, select_layout
 from qbert.explain import Row
 from qbert.formats import Role, scheme_names
 from qbert.layout import Layout
 from qbert.nn import GUARD, QTiedLinear, QuantizedModule
-from qbert.target import cpu_target
+from qbert.target import Target, cpu_target
 from qbert.testing import random_weight
+
+H100 = Target("cuda", "", sm=90, sm_count=132, shared_memory=232_448, native_missing="qbert was installed without them")
 
 
 def _bert() -> BertForMaskedLM:
@@ -155,3 +158,31 @@ def test_a_model_with_nothing_to_say() -> None:
     explanation = explain(nn.ReLU())
     assert (explanation.rows, explanation.quantized, explanation.bits_per_weight) == ([], [], 0.0)
     assert str(explanation).split() == ["module", "scheme", "shape", "layout", "bits", "kernel", "why"]
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel", "reason", "notes"),
+    [
+        (H100, "triton w4a8_linear", "codes become int8", ["Triton kernels alone: qbert was installed without them"]),
+        (dataclasses.replace(H100, prefer="cuda"), "triton w4a8_linear", "QBERT_KERNEL=cuda, but qbert was installed",
+         ["Triton kernels alone: qbert was installed without them"]),
+        (dataclasses.replace(H100, prefer="triton"), "triton w4a8_linear", "codes become int8", []),
+        (dataclasses.replace(H100, native=True, prefer="cuda"), "cuda w4a8_linear", "QBERT_KERNEL=cuda; codes lie", []),
+        (dataclasses.replace(H100, sm=80, native=True, prefer="cuda"), "triton w4a8_linear",
+         "QBERT_KERNEL=cuda, but the CUDA kernels are compiled for compute capability 9.0, this GPU has 8.0", []),
+    ],
+    ids=["missing", "missing-but-asked-for", "not-wanted", "there", "other-gpu"],
+)  # fmt: skip
+def test_gpu_rows_say_why_not_compiled(
+    target: Target, kernel: str, reason: str, notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU that is not here: the modules are on the CPU, in the layout that the GPU would have them in."""
+    model = quantize_(nn.Sequential(nn.Linear(128, 64)), "w4a8")
+    model[0]._hold(model[0].quantized.to_layout(select_layout(model[0].scheme, Role.LINEAR, target)))
+    for module in ("qbert.explain", "qbert.nn.modules"):
+        monkeypatch.setattr(importlib.import_module(module), "target_of", lambda device: target)
+    explanation = explain(model)
+    assert explanation.rows[0].kernel == kernel
+    assert explanation.rows[0].reason.startswith(reason)
+    assert explanation.notes == notes
+    assert str(explanation).splitlines()[-1] == notes[0] if notes else "Triton kernels alone" not in str(explanation)

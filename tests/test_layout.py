@@ -13,7 +13,7 @@ from torch import Tensor
 from qbert import layout as layouts
 from qbert.errors import QBertError
 from qbert.formats import DICT3, DICT4, INT2, INT3, INT4, INT8, SCHEMES, Format, Role, Scheme
-from qbert.layout import Layout, pack_bits, packed_width, panels, unpack_bits, words
+from qbert.layout import Layout, fragments, pack_bits, packed_width, panels, unpack_bits, words
 from qbert.quantizers import quantize
 from qbert.testing import random_weight
 
@@ -345,8 +345,7 @@ def test_rows_can_be_taken_out_of_every_layout(scheme: Scheme, layout: Layout) -
     rows = torch.tensor([19, 0, 7, 7, 16])
     fmt = INT8 if layout is Layout.INT8_EXPANDED else scheme.weight
     whole = layouts.read_codes(weight.tensors["qdata"], fmt, 20, 128, layout)
-    taken = layouts.select_rows(weight.tensors["qdata"], rows, layout)
-    assert torch.equal(layouts.read_codes(taken, fmt, 5, 128, layout), whole[rows])
+    assert torch.equal(layouts.read_rows(weight.tensors["qdata"], rows, fmt, 128, layout), whole[rows])
 
 
 # ---- words ----------------------------------------------------------------------------------------------------------
@@ -405,3 +404,139 @@ def test_only_float_activations_have_words() -> None:
     assert Layout.DICT3_WORDS in layouts.layouts_of(SCHEMES["gobo3"])
     assert Layout.DICT3_WORDS not in layouts.layouts_of(SCHEMES["gobo3a8"])
     assert Layout.DICT3_WORDS not in layouts.layouts_of(SCHEMES["gobo4"])
+
+
+# ---- fragments ------------------------------------------------------------------------------------------------------
+
+FRAGMENTS = [
+    pytest.param(fmt, operand, id=f"{fmt.name}-{operand.value}")
+    for fmt in (INT8, INT4, DICT4, DICT3)
+    for operand in fragments.Operand
+    if not (fmt is INT8 and operand is fragments.Operand.INT8)
+]
+
+
+def _codes_of(fmt: Format, n: int, k: int) -> Tensor:
+    """Unsigned codes, of int8 the values."""
+    return _random_codes(fmt.bits, n, k)
+
+
+def _place(operand: fragments.Operand, row: int, column: int) -> tuple[int, int, int]:
+    """Thread, quad and code that hold a row and a column of a block: searched for in the documentation as it stands."""
+    for thread in range(128):
+        warp, g, c = thread // 32, thread % 32 // 4, thread % 4
+        if row not in (16 * warp + g, 16 * warp + g + 8):
+            continue
+        for quad, code in itertools.product(range(16), range(4)):
+            if operand is fragments.Operand.INT8:
+                s, r = quad // 4, quad % 4
+                place = 16 * warp + g + 8 * (r % 2), 32 * s + 16 * (r // 2) + 4 * c + code
+            else:
+                s, h = quad // 2, quad % 2
+                place = 16 * warp + g + 8 * h, 16 * s + 2 * c + (0, 1, 8, 9)[code]
+            if place == (row, column):
+                return thread, quad, code
+    raise AssertionError("no thread holds it")
+
+
+def _word(block: Tensor, thread: int, word: int) -> int:
+    """Word of a thread: pieces of 16 bytes a thread, then, where it has six, one of 8."""
+    whole = word < 4 or block.numel() != 3072
+    start = word // 4 * 2048 + (thread * 16 + word % 4 * 4 if whole else thread * 8 + word % 4 * 4)
+    return int.from_bytes(bytes((block[start : start + 4].to(torch.int64) & 0xFF).tolist()), "little")
+
+
+def _fragment_at(packed: Tensor, fmt: Format, operand: fragments.Operand, row: int, column: int) -> int:
+    """The unsigned code of a row and a column, by the documentation of `layout.fragments`."""
+    block = packed[row // 64, column // 128]
+    thread, quad, code = _place(operand, row % 64, column % 128)
+    if fmt is INT8:
+        return _word(block, thread, quad) >> (8 * code) & 0xFF
+    if fmt is DICT4:
+        return _word(block, thread, quad // 2) >> (16 * (quad % 2) + 4 * code) & 0xF
+    if fmt is INT4:
+        byte = code if operand is fragments.Operand.INT8 else [0, 2, 1, 3].index(code)
+        return _word(block, thread, quad // 2) >> (8 * byte + 4 * (quad % 2)) & 0xF
+    half, j = quad // 8, 4 * (quad % 2) + code
+    planes = [_word(block, thread, 3 * half + p) for p in range(3)]
+    if quad % 8 < 6:
+        return planes[quad % 8 // 2] >> (4 * j) & 7
+    return sum((plane >> (4 * j + 3) & 1) << p for p, plane in enumerate(planes))
+
+
+@pytest.mark.parametrize(("fmt", "operand"), FRAGMENTS)
+@pytest.mark.parametrize(("n", "k"), [(0, 5), (3, 0), (1, 1), (63, 127), (64, 128), (65, 129), (130, 1023)])
+def test_fragments_round_trip(fmt: Format, operand: fragments.Operand, n: int, k: int) -> None:
+    codes = _codes_of(fmt, n, k)
+    before = codes.clone()
+    packed = fragments.pack(codes, fmt, operand)
+    assert packed.shape == (-(-n // 64), -(-k // 128), {8: 8192, 4: 4096, 3: 3072}[fmt.bits])
+    assert packed.dtype == codes.dtype
+    assert packed.is_contiguous()
+    assert torch.equal(fragments.unpack(packed, fmt, n, k, operand), before)
+    assert torch.equal(codes, before)
+    everything = fragments.unpack(packed, fmt, packed.shape[0] * 64, packed.shape[1] * 128, operand)
+    assert not everything[n:].any()
+    assert not everything[:, k:].any()
+
+
+@st.composite
+def _fragment_problem(draw: st.DrawFn) -> tuple[Format, fragments.Operand, Tensor, list[tuple[int, int]]]:
+    fmt, operand = draw(st.sampled_from([tuple(each.values) for each in FRAGMENTS]))
+    n, k = draw(st.integers(1, 140)), draw(st.integers(1, 300))
+    place = st.tuples(st.integers(0, n - 1), st.integers(0, k - 1))
+    return fmt, operand, _codes_of(fmt, n, k), draw(st.lists(place, min_size=1, max_size=6))
+
+
+@settings(max_examples=80, deadline=None)
+@given(_fragment_problem())
+def test_fragments_hold_every_code_where_documented(
+    problem: tuple[Format, fragments.Operand, Tensor, list[tuple[int, int]]],
+) -> None:
+    fmt, operand, codes, places = problem
+    packed = fragments.pack(codes, fmt, operand)
+    for row, column in places:
+        found = _fragment_at(packed, fmt, operand, row, column)
+        assert found == int(codes[row, column]) & (fmt.codes - 1), (row, column)
+
+
+@pytest.mark.parametrize(("fmt", "operand"), FRAGMENTS)
+def test_codes_in_fragments_share_no_bit_and_leave_none_unused(fmt: Format, operand: fragments.Operand) -> None:
+    """Each bit of a block belongs to one code: a matrix for each bit of a place's number gives the number back."""
+    places = torch.arange(64 * 128).view(64, 128)
+    whole = (1 << fmt.bits) - 1
+    for bit in range(13):
+        chosen = places >> bit & 1
+        ones = (chosen * whole).to(torch.uint8)
+        zeros = ((1 - chosen) * whole).to(torch.uint8)
+        if fmt is INT8:
+            ones, zeros = ones.view(torch.int8), zeros.view(torch.int8)
+        first, second = fragments.pack(ones, fmt, operand), fragments.pack(zeros, fmt, operand)
+        assert bool(((first.to(torch.int64) ^ second.to(torch.int64)) & 0xFF == 0xFF).all())
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize(("fmt", "operand"), FRAGMENTS)
+def test_strips_of_whole_rows_stack(fmt: Format, operand: fragments.Operand, rows: int) -> None:
+    codes = _codes_of(fmt, 2 * rows, 200)
+    parts = [fragments.pack(part, fmt, operand) for part in codes.split(rows)]
+    assert torch.equal(torch.cat(parts), fragments.pack(codes, fmt, operand))
+
+
+def test_int4_fragments_written_by_hand() -> None:
+    """Lane 0 of warp 0: rows 0 and 8, columns 0 ... 3 of an int8 operand; 0, 8, 1, 9 of a 16-bit one."""
+    codes = torch.zeros(64, 128, dtype=torch.uint8)
+    codes[0, :10] = torch.tensor([1, 2, 3, 4, 0, 0, 0, 0, 5, 6])
+    codes[8, :10] = torch.tensor([7, 8, 9, 10, 0, 0, 0, 0, 11, 12])
+    assert fragments.pack(codes, INT4, fragments.Operand.INT8)[0, 0, :4].tolist() == [0x71, 0x82, 0x93, 0xA4]
+    assert fragments.pack(codes, INT4, fragments.Operand.FLOAT16)[0, 0, :4].tolist() == [0x71, 0xB5, 0x82, 0xC6]
+
+
+def test_fragments_are_for_what_the_matrix_units_take() -> None:
+    """Int8 under int8 activations comes through shared memory; all else is expanded to the operand of its products."""
+    for scheme in SCHEMES.values():
+        found = set(layouts.layouts_of(scheme)) & set(layouts.FRAGMENT_LAYOUTS)
+        if Role.LINEAR not in scheme.roles or scheme.name == "w8a8":
+            assert not found
+        else:
+            assert found == {Layout.FRAGMENTS_F16 if scheme.activation is None else Layout.FRAGMENTS_S8}

@@ -24,7 +24,11 @@ from qbert.target import Target, cpu_target, cuda_target, target_of
 from qbert.testing import random_arguments
 
 ISAS = {"amx_int8", "avx512_vnni", "avx_vnni", "avx2", "generic"}
-INTEGER_OPERATIONS = [name for name in dispatch.OPERATIONS if name.startswith(("w8a8", "w4a8", "gobo_linear"))]
+INTEGER_OPERATIONS = [
+    name
+    for name in dispatch.OPERATIONS
+    if name.startswith(("w8a8", "w4a8", "gobo_linear")) and name not in dispatch.COMPOSED
+]
 
 
 def _int_mm_is_really_exact() -> bool:
@@ -150,13 +154,14 @@ def test_cuda_target_is_read_from_the_device(optin: bool, monkeypatch: pytest.Mo
         return types.SimpleNamespace(**fields)
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    monkeypatch.setattr("qbert.target.native_cuda", lambda: object() if optin else None)
+    monkeypatch.setattr("qbert.target.cuda_missing", lambda: None if optin else "no nvcc")
     monkeypatch.setenv("QBERT_KERNEL", "cuda" if optin else "")
     cuda_target.cache_clear()
     try:
         found = target_of(torch.device("cuda", 1))
         shared = 232_448 if optin else 49_152
-        assert found == Target("cuda", "", 90, 132, shared, native=optin, prefer="cuda" if optin else "")
+        expected = Target("cuda", "", 90, 132, shared, native=optin, prefer="cuda" if optin else "")
+        assert found == dataclasses.replace(expected, native_missing="" if optin else "no nvcc")
         assert target_of(torch.device("cuda", 1)) is found
         assert asked == [1]
     finally:
@@ -172,3 +177,30 @@ def test_kernels_that_do_not_exist_are_named(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_operators_ask_the_same_target() -> None:
     assert cpu_torch.cpu_target is cpu_target
+
+
+@pytest.mark.parametrize("prefer", ["", "cuda"])
+def test_a_missing_gpu_extension_is_said_where_it_is_asked_for(
+    prefer: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    properties = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132, shared_memory_per_block=49_152)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setitem(sys.modules, "qbert._cuda", None)
+    monkeypatch.setenv("QBERT_KERNEL", prefer)
+    cuda_target.cache_clear()
+    try:
+        found = cuda_target(0)
+        assert (found.native, found.native_missing) == (False, target.cuda_missing())
+        assert "QBERT_CUDA=1" in found.native_missing
+        assert ("QBERT_KERNEL is cuda, but qbert was installed without its CUDA kernels" in caplog.text) == bool(prefer)
+    finally:
+        cuda_target.cache_clear()
+
+
+def test_extensions_say_what_is_there_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "qbert._cuda", types.ModuleType("_cuda"))
+    assert target.extensions()["qbert._cuda"] == "built"
+    monkeypatch.setitem(sys.modules, "qbert._cuda", None)
+    assert target.extensions()["qbert._cuda"] == target.cuda_missing()
+    monkeypatch.setattr(target, "native_cpu", lambda: None)
+    assert target.extensions()["qbert._cpu"] == "missing; torch's kernels run"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qbert import tiles
+from qbert.dispatch import COMPILED_LAYOUTS
 from qbert.errors import QBertError
 from qbert.target import Target
-from qbert.tiles import ROADS, TileConfig, forced, select_tile, table, tiles_of
+from qbert.tiles import LAYOUT_BOUND, ROADS, TileConfig, forced, prefers_compiled, select_tile, table, tiles_of
 
 H100 = Target("cuda", "", 90, 132, 232_448)
 A100 = Target("cuda", "", 80, 108, 166_912)
@@ -52,8 +54,10 @@ def test_shapes_that_nobody_tuned_have_a_rule() -> None:
         assert select_tile(operation, t, n, k, H100)
 
 
-def _table(monkeypatch: pytest.MonkeyPatch, folder: Path, rows: list[dict[str, object]]) -> None:
-    (folder / "nvidia_h100.json").write_text(json.dumps({"w8a8_linear": rows}))
+def _table(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, rows: list[dict[str, object]], others: Mapping[str, object] = {}
+) -> None:
+    (folder / "nvidia_h100.json").write_text(json.dumps({"w8a8_linear": rows, **others}))
     monkeypatch.setattr(tiles, "TUNED", folder)
     tiles.table.cache_clear()
     tiles._select.cache_clear()
@@ -98,6 +102,26 @@ def test_a_table_that_is_none_is_named(
     _table(monkeypatch, tmp_path, [record])
     with pytest.raises(QBertError, match=message):
         table("nvidia_h100")
+
+
+@pytest.mark.parametrize("where", [{"n": 768}, {"tokens": 64}, {"n": 768, "k": 768, "tokens": 64}], ids=str)
+@pytest.mark.parametrize("operation", ["w4a8_linear", "gobo_linear", "gobo_a16_linear"])
+def test_a_weight_s_layout_cannot_depend_on_the_problem(
+    operation: str, where: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A row that sends some problems to kernels of another layout contradicts the others."""
+    row = {"road": "cuda", "block_t": 128, "block_n": 128, "block_k": 128, "warps": 12, "stages": 4}
+    _table(monkeypatch, tmp_path, [], {operation: [{**row, **where}]})
+    with pytest.raises(QBertError, match=rf"{operation} takes road cuda for n = .*allowed: for no problem, or for all"):
+        table("nvidia_h100")
+    _table(monkeypatch, tmp_path, [{**row, **where}], {operation: [row]})
+    assert prefers_compiled(f"{operation}_requant", H100)
+    assert prefers_compiled("w8a8_linear", H100)
+    assert not prefers_compiled("add_layer_norm_quantize", H100)
+
+
+def test_operations_whose_layout_decides_are_the_dispatcher_s() -> None:
+    assert {operation.removesuffix("_requant") for operation in COMPILED_LAYOUTS} == LAYOUT_BOUND
 
 
 def test_a_gpu_that_is_too_old_is_named() -> None:

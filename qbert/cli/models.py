@@ -72,6 +72,8 @@ def inspect(
     for kernel, reason in dict.fromkeys((row["kernel"], row["reason"]) for row in report.modules):
         terminal.out.print(f"{kernel}: {reason}", soft_wrap=True, highlight=False)
     terminal.print_encoders(report.encoders)
+    for extension, state in report.extensions.items():
+        terminal.out.print(f"{extension}: {state}", soft_wrap=True, highlight=False, markup=False)
     terminal.out.print(
         f"quantized {report.quantized_bytes / 1e6:.2f} MB at {report.bits_per_weight:.3f} bits per weight, "
         f"float {report.float_bytes / 1e6:.2f} MB; file {report.file_bytes / 1e6:.2f} MB, "

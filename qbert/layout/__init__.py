@@ -16,12 +16,13 @@ from torch import Tensor
 
 from qbert.errors import QBertError
 from qbert.formats import DICT3, DICT4, INT4, INT8, Format, Kind, Role, Scheme
-from qbert.layout import panels, rows, words
+from qbert.layout import fragments, panels, rows, words
 from qbert.layout.bits import pack_bits, pack_codes, packed_width, signed, unpack_bits, unpack_codes
 
 __all__ = [
-    "PANEL_LAYOUTS", "Layout", "from_plain", "layouts_for", "layouts_of", "look_up", "pack_bits", "pack_codes", "packed_width",
-    "qdata_shape", "qdata_type", "read_codes", "select_rows", "to_plain", "unpack_bits", "unpack_codes",
+    "FRAGMENT_LAYOUTS", "PADDED_ROWS", "PANEL_LAYOUTS", "Layout", "from_plain", "layouts_for", "layouts_of", "look_up",
+    "pack_bits", "pack_codes", "packed_width", "qdata_shape", "qdata_type", "read_codes", "read_rows", "rows_together",
+    "to_plain", "unpack_bits", "unpack_codes",
 ]  # fmt: skip
 
 
@@ -38,9 +39,14 @@ class Layout(enum.Enum):
     NIBBLE_HALVES = "nibble_halves"  # a nibble a code; a byte holds codes 64 input channels apart
     SELECT_HALVES = "select_halves"  # a nibble a code; a word holds two selectors of `prmt`, 64 input channels apart
     DICT3_WORDS = "dict3_words"  # three bits a code; three words hold six selectors of `prmt` and the bits of two more
+    FRAGMENTS_S8 = "fragments_s8"  # in the order of the registers of `wgmma`'s int8 operand
+    FRAGMENTS_F16 = "fragments_f16"  # in the order of the registers of its 16-bit operand
 
 
 PANEL_LAYOUTS = (Layout.INT8_PANELS, Layout.INT4_PANELS, Layout.INT3_PANELS)
+FRAGMENT_LAYOUTS = (Layout.FRAGMENTS_S8, Layout.FRAGMENTS_F16)
+# Layouts whose `qdata` does not show how many rows the matrix has, nor one row by itself.
+PADDED_ROWS = frozenset({*PANEL_LAYOUTS, *FRAGMENT_LAYOUTS})
 # Look-ups read single rows of these; tables that no linear can be tied to have no other layouts.
 _TABLE_LAYOUTS = (Layout.PLAIN, Layout.BYTES)
 _PANELS_OF_BITS = {8: Layout.INT8_PANELS, 4: Layout.INT4_PANELS, 3: Layout.INT3_PANELS}
@@ -53,6 +59,10 @@ _ROWS_OF_FORMAT = {
 _ROW_LAYOUTS = frozenset({Layout.INT8_ROWS, Layout.NIBBLE_HALVES, Layout.SELECT_HALVES})
 # Layouts that only the weight-only kernel reads: what is to become int8 has no time for three bits.
 _FLOAT_LAYOUTS = frozenset({Layout.DICT3_WORDS})
+_OPERANDS = {
+    Layout.FRAGMENTS_S8: fragments.Operand.INT8,
+    Layout.FRAGMENTS_F16: fragments.Operand.FLOAT16,
+}
 _PACK_INT8: dict[Layout, Callable[[Tensor], Tensor]] = {
     Layout.INT8_PANELS: panels.pack_int8,
     Layout.INT8_ROWS: rows.pack_int8,
@@ -78,7 +88,14 @@ def layouts_for(fmt: Format, int8_activations: bool) -> tuple[Layout, ...]:
     """The layouts that a linear's weight codes can be in."""
     unpacked = () if fmt.bits == 8 else (Layout.BYTES, Layout.INT8_EXPANDED) if int8_activations else (Layout.BYTES,)
     in_rows = (each for each in _ROWS_OF_FORMAT[fmt] if not int8_activations or each not in _FLOAT_LAYOUTS)
-    return (Layout.PLAIN, *unpacked, *in_rows, _PANELS_OF_BITS[fmt.bits])
+    return (Layout.PLAIN, *unpacked, *in_rows, *_fragments_for(fmt, int8_activations), _PANELS_OF_BITS[fmt.bits])
+
+
+def _fragments_for(fmt: Format, int8_activations: bool) -> tuple[Layout, ...]:
+    """An int8 weight under int8 activations has none: the copy engine brings it to `wgmma` through shared memory as it is."""
+    if not int8_activations:
+        return (Layout.FRAGMENTS_F16,)
+    return () if fmt is INT8 else (Layout.FRAGMENTS_S8,)
 
 
 def layouts_of(scheme: Scheme) -> tuple[Layout, ...]:
@@ -97,6 +114,8 @@ def qdata_shape(layout: Layout, fmt: Format, n: int, k: int) -> tuple[int, ...]:
         return n, rows.row_bytes(fmt.bits, k)
     if layout is Layout.DICT3_WORDS:
         return n, words.row_bytes(k)
+    if layout in _OPERANDS:
+        return fragments.fragments_shape(fmt, n, k)
     return panels.panel_shape(fmt.bits, n, k) if layout in PANEL_LAYOUTS else (n, k)
 
 
@@ -104,6 +123,13 @@ def qdata_type(layout: Layout, fmt: Format) -> torch.dtype:
     """Type that `qdata` must have: int8 where a byte is a signed value, uint8 where it is an index or packed bits."""
     holds_values = layout is Layout.INT8_EXPANDED or (layout is Layout.BYTES and fmt.kind is Kind.INTEGER)
     return torch.int8 if holds_values or fmt.bits == 8 else torch.uint8
+
+
+def rows_together(layout: Layout) -> int:
+    """Rows that lie in one piece of memory: matrices of multiples of so many stack by concatenation of their `qdata`."""
+    if layout in FRAGMENT_LAYOUTS:
+        return fragments.ROWS
+    return panels.LANES if layout in PANEL_LAYOUTS else 1
 
 
 def read_codes(qdata: Tensor, fmt: Format, n: int, k: int, layout: Layout) -> Tensor:
@@ -114,14 +140,19 @@ def read_codes(qdata: Tensor, fmt: Format, n: int, k: int, layout: Layout) -> Te
         return panels.unpack_int8(qdata, n, k)
     if layout is Layout.INT8_ROWS:
         return rows.unpack_int8(qdata, k)
+    if layout in _OPERANDS:
+        return signed(fragments.unpack(qdata, fmt, n, k, _OPERANDS[layout]), fmt)
     if layout in _UNPACK:
         return signed(_UNPACK[layout](qdata, n, k), fmt)
     return qdata
 
 
-def select_rows(qdata: Tensor, chosen: Tensor, layout: Layout) -> Tensor:
-    """`qdata` of the matrix that consists of the rows `chosen` (m,) int64 of this one, in the same layout."""
-    return panels.select_rows(qdata, chosen) if layout in PANEL_LAYOUTS else qdata[chosen]
+def read_rows(qdata: Tensor, chosen: Tensor, fmt: Format, k: int, layout: Layout) -> Tensor:
+    """Codes (m, k) of the rows `chosen` (m,) int64, as `read_codes` gives those of all rows."""
+    if layout in FRAGMENT_LAYOUTS:  # made for products, and no table lies so: nothing looks rows up often
+        return read_codes(qdata, fmt, qdata.shape[0] * fragments.ROWS, k, layout)[chosen]
+    taken = panels.select_rows(qdata, chosen) if layout in PANEL_LAYOUTS else qdata[chosen]
+    return read_codes(taken, fmt, chosen.numel(), k, layout)
 
 
 def from_plain(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], layout: Layout) -> dict[str, Tensor]:
@@ -135,7 +166,9 @@ def from_plain(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int
     elif layout in _PACK_INT8:
         codes = _PACK_INT8[layout](codes)
     elif layout in _PACK:
-        codes = _PACK[layout](codes.view(torch.uint8) & (scheme.weight.codes - 1))
+        codes = _PACK[layout](_unsigned(codes, scheme.weight))
+    elif layout in _OPERANDS:
+        codes = fragments.pack(_unsigned(codes, scheme.weight), scheme.weight, _OPERANDS[layout])
     return {**tensors, "qdata": codes}
 
 
@@ -159,6 +192,11 @@ def look_up(codebook: Tensor, codes: Tensor) -> Tensor:
     index = _by_matrix(codebook, codes).to(torch.int32)
     starts = torch.arange(index.shape[0], dtype=torch.int32, device=codes.device) * codebook.shape[-1]
     return codebook.reshape(-1).index_select(0, (index + starts[:, None]).view(-1)).view(codes.shape)
+
+
+def _unsigned(codes: Tensor, fmt: Format) -> Tensor:
+    """Codes as their bits; those of int8 are the values themselves."""
+    return codes if fmt.bits == 8 else codes.view(torch.uint8) & (fmt.codes - 1)
 
 
 def _by_matrix(codebook: Tensor, codes: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 BLOCK = 128  # codes of which each plane has 16 bytes
 PLANES = 3
+WORD_BYTES = 4
 _NIBBLES = 8  # of a word
-_WORD_BYTES = 4
 
 
 def row_bytes(k: int) -> int:
@@ -32,16 +32,28 @@ def row_bytes(k: int) -> int:
 def pack_dict3(codes: Tensor) -> Tensor:
     """(n, k) uint8 to (n, 3 * kp / 8)."""
     width = -(-codes.shape[1] // BLOCK) * BLOCK
-    eights = torch.nn.functional.pad(codes, (0, width - codes.shape[1])).unflatten(1, (-1, PLANES + 1, _NIBBLES))
-    fourth = eights[:, :, PLANES]
-    planes = [eights[:, :, p] | ((fourth >> p & 1) << 3) for p in range(PLANES)]
-    return torch.cat([(plane[..., 0::2] | plane[..., 1::2] << 4).flatten(1) for plane in planes], dim=1)
+    runs = pack_runs(torch.nn.functional.pad(codes, (0, width - codes.shape[1])))
+    return runs.transpose(1, 2).flatten(1)
 
 
 def unpack_dict3(rows: Tensor, k: int) -> Tensor:
     """Inverse of `pack_dict3`."""
-    runs = rows.shape[1] // (PLANES * _WORD_BYTES)
-    nibbles = torch.stack((rows & 0xF, rows >> 4), dim=2).view(rows.shape[0], PLANES, runs, _NIBBLES)
-    first, second, third = (nibbles >> 3).unbind(1)
+    runs = rows.shape[1] // (PLANES * WORD_BYTES)
+    planes = rows.view(rows.shape[0], PLANES, runs, WORD_BYTES)
+    return unpack_runs(planes.transpose(1, 2))[:, :k].contiguous()
+
+
+def pack_runs(codes: Tensor) -> Tensor:
+    """(..., 32 r) uint8 to the three words of each 32 codes, (..., r, 3, 4) bytes."""
+    eights = codes.unflatten(-1, (-1, PLANES + 1, _NIBBLES))
+    fourth = eights[..., PLANES, :]
+    planes = torch.stack([eights[..., p, :] | ((fourth >> p & 1) << 3) for p in range(PLANES)], dim=-2)
+    return planes[..., 0::2] | planes[..., 1::2] << 4
+
+
+def unpack_runs(runs: Tensor) -> Tensor:
+    """Inverse of `pack_runs`."""
+    nibbles = torch.stack((runs & 0xF, runs >> 4), dim=-1).flatten(-2)
+    first, second, third = (nibbles >> 3).unbind(-2)
     fourth = first | second << 1 | third << 2
-    return torch.stack((*(nibbles & 7).unbind(1), fourth), dim=2).flatten(1)[:, :k].contiguous()
+    return torch.cat((nibbles & 7, fourth.unsqueeze(-2)), dim=-2).flatten(-3)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qbert.dispatch import linear_operation
+from qbert.layout import Layout, rows_together
 from qbert.nn.modules import QLinear
 from qbert.ops import direct
 from qbert.qtensor import QuantizedTensor
@@ -57,6 +58,8 @@ def stacked(weights: Sequence[QuantizedTensor]) -> QuantizedTensor:
     Dictionaries stay one for each matrix: codebook (m, 2**bits) and scale (m,).
     """
     first = weights[0]
+    if not _stack_as_they_lie(weights):
+        return stacked([weight.to_layout(Layout.PLAIN) for weight in weights]).to_layout(first.layout)
     parts = {name: [weight.tensors[name] for weight in weights] for name in first.tensors}
     together = {name: torch.cat(tensors) for name, tensors in parts.items() if name not in _ROW_BY_ROW}
     together["qdata"] = joined(parts["qdata"])
@@ -70,11 +73,18 @@ def stacked(weights: Sequence[QuantizedTensor]) -> QuantizedTensor:
 _ROW_BY_ROW = ("qdata", "codebook", "outlier_rowptr")
 
 
-def share_rows(modules: Sequence[QLinear]) -> None:
-    """Makes the modules' codes neighbouring views of one tensor, so that `joined` needs no copy of them.
+def _stack_as_they_lie(weights: Sequence[QuantizedTensor]) -> bool:
+    """Whether each matrix but the last fills the pieces of memory that its layout is made of."""
+    return all(weight.shape[0] % rows_together(weight.layout) == 0 for weight in weights[:-1])
 
-    Every layout stacks by rows, panels too where each matrix fills its last one.
+
+def share_rows(modules: Sequence[QLinear]) -> None:
+    """Makes the modules' codes neighbouring views of one tensor, so that `stacked` needs no copy of them.
+
+    Nothing happens where the matrices leave padding between them.
     """
+    if not _stack_as_they_lie([module.quantized for module in modules]):
+        return
     parts = [module.get_buffer("qdata") for module in modules]
     whole = joined(parts)
     if whole.data_ptr() == parts[0].data_ptr():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qbert.errors import QBertError
 from qbert.formats import DICT3, DICT4, INT4, INT8, Format, Role, get_scheme
-from qbert.layout import PANEL_LAYOUTS, Layout, layouts_for, qdata_shape, qdata_type
+from qbert.layout import PADDED_ROWS, Layout, layouts_for, qdata_shape, qdata_type
 from qbert.reference import FLOAT_TABLE
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -121,9 +121,9 @@ def parse_layout(layout: str, fmt: Format, int8_activations: bool) -> Layout:
 
 
 def _codes(qdata: Tensor, fmt: Format, layout: str, int8_activations: bool, held_rows: int, k: int) -> int:
-    """The matrix's rows: those of `qdata`, or in panels, where padding hides them, as many as another tensor holds."""
+    """The matrix's rows: those of `qdata`, or where padding hides them as many as another tensor holds."""
     named = parse_layout(layout, fmt, int8_activations)
-    n = held_rows if named in PANEL_LAYOUTS or qdata.dim() == 0 else qdata.shape[0]
+    n = held_rows if named in PADDED_ROWS or qdata.dim() == 0 else qdata.shape[0]
     dtype, shape = qdata_type(named, fmt), qdata_shape(named, fmt, n, k)
     _require(
         qdata.dtype == dtype and qdata.shape == shape,
@@ -135,8 +135,8 @@ def _codes(qdata: Tensor, fmt: Format, layout: str, int8_activations: bool, held
     return n
 
 
-def _int8(qdata: Tensor, scale: Tensor, layout: str, k: int) -> int:
-    n = _codes(qdata, INT8, layout, True, scale.numel(), k)
+def _int8(qdata: Tensor, scale: Tensor, layout: str, int8_activations: bool, k: int) -> int:
+    n = _codes(qdata, INT8, layout, int8_activations, scale.numel(), k)
     channels("scale", scale, n)
     return n
 
@@ -183,7 +183,7 @@ def _dictionary(
 def w8a8_linear(q: Tensor, s: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, layout: str) -> int:
     """Also of `w8a8_linear_requant`."""
     quantized(q, s)
-    n = _int8(qdata, scale, layout, q.shape[1])
+    n = _int8(qdata, scale, layout, True, q.shape[1])
     channels("bias", bias, n)
     return n
 
@@ -216,7 +216,7 @@ def gobo_linear(
 def w8a16_linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, layout: str) -> int:
     """Float activations, int8 weights."""
     activations(x)
-    n = _int8(qdata, scale, layout, x.shape[1])
+    n = _int8(qdata, scale, layout, False, x.shape[1])
     channels("bias", bias, n)
     return n
 
@@ -262,8 +262,8 @@ def table(tensors: list[Tensor], scheme: str, layout: str, k: int) -> int:
     if fmt is INT8:
         if layout != Layout.PLAIN.value:
             raise QBertError(f"an int8 table has no layout {layout!r}; allowed: {Layout.PLAIN.value}")
-        return _int8(qdata, scale, layout, k)
-    if layout == Layout.INT4_PANELS.value:
+        return _int8(qdata, scale, layout, False, k)
+    if layout not in (Layout.PLAIN.value, Layout.BYTES.value):
         raise QBertError(f"an int4 table has no layout {layout!r}; allowed: {Layout.PLAIN.value}, {Layout.BYTES.value}")
     n = _codes(qdata, fmt, layout, False, scale.shape[0], k)
     _groups("scale", scale, torch.bfloat16, n, k)
@@ -292,6 +292,22 @@ def add_layer_norm_quantize(y: Tensor, residual: Tensor, gamma: Tensor, beta: Te
     same_shape("y", y, "residual", residual)
     channels("gamma", gamma, residual.shape[-1])
     channels("beta", beta, residual.shape[-1])
+
+
+def w8a8_linear_add_norm(
+    q: Tensor, s: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor,
+    beta: Tensor, layout: str,
+) -> int:  # fmt: skip
+    """A linear whose result has residual's shape and type."""
+    n = w8a8_linear(q, s, qdata, scale, bias, layout)
+    float_dtype("residual is", residual.dtype)
+    _require(
+        residual.shape == (q.shape[0], n),
+        lambda: f"residual must be ({q.shape[0]}, {n}) as the linear's result, got {tuple(residual.shape)}",
+    )
+    channels("gamma", gamma, n)
+    channels("beta", beta, n)
+    return n
 
 
 def embed_layer_norm_quantize(

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from qbert import reference
+from qbert.dispatch import COMPOSED
 from qbert.formats import DICT3, DICT4, INT8, SCHEMES
-from qbert.layout import Layout, read_codes, select_rows
+from qbert.layout import Layout, read_rows
 from qbert.ops import checks
+from qbert.ops.composed import COMPOSITIONS
 from qbert.reference import OUT_SCALE_AT, requantized
 from qbert.target import cpu_target
 
@@ -174,8 +176,8 @@ def _gobo_embedding(
     fmt = DICT3 if codebook.shape[-1] == DICT3.codes else DICT4
     held = [qdata, codebook, outlier_rowptr, outlier_col, outlier_delta]
     checks.ids_in_range(ids, checks.table(held, "gobo3" if fmt is DICT3 else "gobo4", layout, k))
-    flat, named = ids.reshape(-1).to(torch.int64), Layout(layout)
-    codes = read_codes(select_rows(qdata, flat, named), fmt, flat.numel(), k, named)
+    flat = ids.reshape(-1).to(torch.int64)
+    codes = read_rows(qdata, flat, fmt, k, Layout(layout))
     rows = codebook[codes.to(torch.int32)]
     starts = outlier_rowptr[flat].to(torch.int64)
     counts = outlier_rowptr[flat + 1].to(torch.int64) - starts
@@ -252,4 +254,5 @@ CPU_TORCH: dict[str, Callable[..., Any]] = {
     "add_layer_norm_quantize": _add_layer_norm_quantize,
     "embed_layer_norm_quantize": _embed_layer_norm_quantize,
 }
+CPU_TORCH |= {name: COMPOSITIONS[name](*(CPU_TORCH[part] for part in parts)) for name, parts in COMPOSED.items()}
 CPU_TORCH |= {name: requantized(CPU_TORCH[name.removesuffix("_requant")], at) for name, at in OUT_SCALE_AT.items()}
