@@ -1,0 +1,321 @@
+"""Linears of 3- and 4-bit weights with int8 tokens on an emulated H100: every kernel's own source and the real launchers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from qbert import reference, testing
+from qbert.errors import QBertError
+from qbert.layout import Layout
+from qbert.ops import cuda
+
+MANY = ("64x128x128 pingpong", "128x128x128 pingpong", "128x256x128 cooperative")
+OPERATION_OF = {"gobo3a8": "gobo_linear", "gobo4a8": "gobo_linear", "w4a8": "w4a8_linear"}
+OPERATION_OF |= {"w4a8-g32": "w4a8_linear", "w4a8-g128": "w4a8_linear"}
+FRAGMENTS = Layout.FRAGMENTS_S8
+
+
+def arguments_of(scheme, t, n, k, *, out=torch.float32, **chosen):
+    operation = OPERATION_OF[scheme] + ("_requant" if out == torch.int8 else "")
+    dtype = torch.float32 if out == torch.int8 else out
+    return operation, testing.random_arguments(
+        operation, t, n, k, scheme=scheme, layout=FRAGMENTS, dtype=dtype, **chosen
+    )
+
+
+def with_outliers(arguments, counts, columns=torch.int16):
+    """A gobo linear's arguments with so many outliers in each row, in any order of columns."""
+    generator = torch.Generator().manual_seed(len(counts))
+    k, total = arguments[0].shape[1], sum(counts)
+    rowptr = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    col = torch.cat([torch.randperm(k, generator=generator)[:count] for count in counts]).to(columns)
+    return (*arguments[:5], rowptr, col, torch.randn(total, generator=generator), *arguments[8:])
+
+
+@pytest.fixture(autouse=True)
+def poisoned(emulated, monkeypatch):
+    """Results and workspaces come with wrong bytes, inside and around; those around must stay."""
+    emulated.emulate(seed=0, multiprocessors=2)
+    held = []
+
+    def new_empty(self, *shape, dtype=None):
+        shape, dtype = torch.Size(shape[0] if isinstance(shape[0], tuple) else shape), dtype or self.dtype
+        memory = torch.full((shape.numel() * dtype.itemsize + 128,), 77, dtype=torch.uint8)
+        held.append(memory)
+        return memory[64:-64].view(dtype).view(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield
+    for memory in held:
+        assert bool((memory[:64] == 77).all())
+        assert bool((memory[-64:] == 77).all())
+
+
+def run(operation, arguments, tile):
+    y = cuda.KERNELS[operation](*arguments, tile=tile)
+    assert y is not NotImplemented
+    return y
+
+
+def check(operation, arguments, tile):
+    testing.assert_matches_reference(operation, arguments, run(operation, arguments, tile))
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", MANY)
+@pytest.mark.parametrize("scheme", ["gobo3a8", "gobo4a8", "w4a8"])
+@pytest.mark.parametrize(("t", "n", "k"), [(1, 1, 64), (129, 63, 128), (65, 130, 384), (257, 200, 192)])
+def test_sizes(scheme, t, n, k, tile):
+    check(*arguments_of(scheme, t, n, k, seed=t), tile)
+
+
+@pytest.mark.parametrize("k", [16, 100, 127, 129, 255])
+def test_padded_columns(k):
+    check(*arguments_of("gobo3a8", 70, 65, k), MANY[0])
+    check(*arguments_of("gobo4a8", 70, 65, k), MANY[1])
+
+
+@pytest.mark.parametrize("scheme", ["gobo3a8", "gobo4a8", "w4a8"])
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize(("n", "bias", "activation"), [(200, True, "gelu"), (65, False, "none")])
+def test_ends(scheme, out, n, bias, activation):
+    operation, arguments = arguments_of(scheme, 77, n, 128, out=out, bias=bias, activation=activation)
+    for tile in MANY:
+        check(operation, arguments, tile)
+
+
+@pytest.mark.parametrize("scheme", ["w4a8-g32", "w4a8", "w4a8-g128"])
+@pytest.mark.parametrize("groups_past", [0, 1])
+def test_groups(scheme, groups_past):
+    """Also rows whose group scales no wide load can take, as they do not start where one may."""
+    size = int(scheme[6:] or 64)
+    operation, arguments = arguments_of(scheme, 9, 72, size * (512 // size + groups_past))
+    check(operation, arguments, MANY[0])
+
+
+def test_one_group_of_any_size():
+    operation, arguments = arguments_of("w4a8", 9, 72, 64)
+    assert arguments[3].shape == (72, 1)
+    check(operation, arguments, MANY[1])
+
+
+def weights(scheme, n, k, tile):
+    """The int8 operand that a kernel makes, read by unit vectors for tokens; and the reference's. Its arguments too."""
+    operation, arguments = arguments_of(scheme, k, n, k, bias=False)
+    ones, identity = torch.ones(k), torch.eye(k, dtype=torch.int8)
+    if operation == "gobo_linear":
+        codebook = torch.randint(-128, 128, arguments[3].shape, dtype=torch.int8)
+        empty = torch.zeros(n + 1, dtype=torch.int32), arguments[6][:0], arguments[7][:0]
+        arguments = (identity, ones, arguments[2], codebook, torch.ones(1), *empty, *arguments[8:])
+        expected = reference.expand_dictionary(arguments[2], codebook, n, k, FRAGMENTS.value)
+    else:
+        group_scale = (torch.arange(arguments[3].numel()) % 18 + 1).to(torch.uint8).view(arguments[3].shape)
+        arguments = (identity, ones, arguments[2], group_scale, torch.ones(n), *arguments[5:])
+        expected = reference.expand_int4(arguments[2], group_scale, k, FRAGMENTS.value)
+    return run(operation, arguments, tile).t(), expected.to(torch.float32)
+
+
+@pytest.mark.parametrize("tile", MANY)
+@pytest.mark.parametrize("scheme", ["gobo3a8", "gobo4a8", "w4a8-g32", "w4a8", "w4a8-g128"])
+def test_every_weight(scheme, tile):
+    found, expected = weights(scheme, 144, 256, tile)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("matrices", "n"), [(3, 3 * 40), (2, 2 * 64), (7, 7 * 9)])
+@pytest.mark.parametrize("scheme", ["gobo3a8", "gobo4a8"])
+def test_stacked_matrices(scheme, matrices, n):
+    """Which meet within a block of 64 rows, and within eight."""
+    operation, arguments = arguments_of(scheme, 20, n, 96, matrices=matrices)
+    for tile in MANY:
+        check(operation, arguments, tile)
+
+
+# ---- outliers -------------------------------------------------------------------------------------------------------
+
+
+def exact_gobo(arguments):
+    """(t, n) float32 in the documented order: sum * scale, outliers of the row by fused multiply-adds, * s, + bias."""
+    q, s, qdata, codebook, scale, rowptr, col, delta, bias, _, _, layout = arguments
+    n, k = len(rowptr) - 1, q.shape[1]
+    sums = q.double() @ reference.expand_dictionary(qdata, codebook, n, k, layout).double().t()
+    value = (sums.float() * scale).numpy()
+    for row in range(n):
+        for at in range(int(rowptr[row]), int(rowptr[row + 1])):
+            # 24 by 8 bits and 24 more: exact enough in extended precision that rounding twice shows nowhere here.
+            product = np.longdouble(delta[at].item()) * q[:, int(col[at])].numpy().astype(np.longdouble)
+            value[:, row] = (product + value[:, row].astype(np.longdouble)).astype(np.float32)
+    return torch.from_numpy(value) * s[:, None] + bias
+
+
+@pytest.mark.parametrize("tile", MANY)
+@pytest.mark.parametrize("columns", [torch.int16, torch.int32])
+@pytest.mark.parametrize("kind", ["few", "one rich row", "first and last"])
+def test_outliers_in_their_order(kind, columns, tile):
+    n = 150
+    counts = {
+        "few": [row * 7 % 4 for row in range(n)],
+        "one rich row": [60 if row == 70 else 0 for row in range(n)],
+        "first and last": [3 if row in (0, n - 1) else 0 for row in range(n)],
+    }[kind]
+    _, arguments = arguments_of("gobo3a8", 140, n, 100)
+    arguments = with_outliers(arguments, counts, columns)
+    assert torch.equal(run("gobo_linear", arguments, tile), exact_gobo(arguments))
+
+
+# ---- the same bits everywhere ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("scheme", ["gobo3a8", "gobo4a8", "w4a8"])
+def test_bits_depend_on_neither_tile_nor_batch(scheme, out):
+    operation, arguments = arguments_of(scheme, 64, 136, 256, out=out, activation="gelu")
+    if operation.startswith("gobo"):
+        arguments = with_outliers(arguments, [row % 3 for row in range(136)])
+    whole = run(operation, arguments, MANY[0])
+    for tile in (*MANY[1:], "few", ""):
+        assert torch.equal(run(operation, arguments, tile), whole)
+    alone = run(operation, (arguments[0][40:41].clone(), arguments[1][40:41].clone(), *arguments[2:]), MANY[1])
+    assert torch.equal(alone[0], whole[40])
+
+
+def every_schedule(scheme, t, n, k, schedules, emulated):
+    """Each warp group of each block has several tiles of its own, and clusters different numbers of them."""
+    operation, arguments = arguments_of(scheme, t, n, k)
+    if operation == "gobo_linear":
+        arguments = with_outliers(arguments, [row % 3 for row in range(n)])
+    for tile in MANY:
+        emulated.emulate(seed=0, multiprocessors=2)
+        expected = run(operation, arguments, tile)
+        testing.assert_matches_reference(operation, arguments, expected)
+        for seed, multiprocessors in schedules:
+            emulated.emulate(seed=seed, multiprocessors=multiprocessors)
+            assert torch.equal(run(operation, arguments, tile), expected)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_schedules(blocks, emulated):
+    schedules = [(seed, multiprocessors) for seed in (1, 3, 6) for multiprocessors in (1, 2, 5)]
+    every_schedule("gobo3a8", 520, 260, 128 * blocks, schedules, emulated)
+
+
+@pytest.mark.parametrize("scheme", ["gobo3a8", "w4a8"])
+def test_more_blocks_than_stages(scheme, emulated):
+    every_schedule(scheme, 260, 130, 1280, [(1, 2), (3, 2), (2, 5)], emulated)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["gobo3a8", "gobo4a8", "w4a8"])
+@pytest.mark.parametrize("k", [128, 384, 1024, 1280])
+def test_more_schedules(scheme, k, emulated):
+    """Also more token tiles than a group of their order has."""
+    schedules = [(seed, multiprocessors) for seed in range(6) for multiprocessors in (2, 6)]
+    every_schedule(scheme, 1290, 600, k, schedules, emulated)
+
+
+# ---- through the binding --------------------------------------------------------------------------------------------
+
+
+def binding_arguments(arguments, y, **changes):
+    q, s, qdata, codebook, scale, rowptr, col, delta, bias, *_ = arguments
+    keep = {"q": q, "s": s, "codes": qdata, "codebook": codebook, "scale": scale, "rowptr": rowptr, "col": col,
+            "delta": delta, "bias": bias, "out": y}  # fmt: skip
+    call = {name: tensor.data_ptr() for name, tensor in keep.items()}
+    call |= {
+        "t": q.shape[0],
+        "n": len(rowptr) - 1,
+        "k": q.shape[1],
+        "q_pitch": q.stride(0),
+        "code": "dict3",
+        "group_scale": 0,
+    }
+    call |= {"groups": 1, "matrices": 1, "col_bytes": col.itemsize, "outliers": 0, "columns": 0, "bias_type": 0}
+    call |= {"activation": 0, "out_pitch": y.stride(0), "out_type": 0, "inverse_out_scale": 0.0, "stream": 0}
+    return {**call, **changes}
+
+
+@pytest.mark.parametrize(("pitch", "start"), [(64, 0), (67, 0), (64, 1), (80, 4)])
+def test_rows_of_the_result_may_lie_anywhere(pitch, start, emulated):
+    _, arguments = arguments_of("gobo3a8", 40, 60, 128)
+    memory = torch.full((41 * pitch,), 77.0)
+    y = memory[start : start + 40 * pitch].view(40, pitch)[:, :60]
+    emulated.lowbit_linear(**binding_arguments(arguments, y, tile=MANY[0]))
+    empty = (torch.zeros(61, dtype=torch.int32), arguments[6][:0], arguments[7][:0])
+    assert torch.equal(y, exact_gobo((*arguments[:5], *empty, *arguments[8:])))
+    y.fill_(77.0)
+    assert bool((memory == 77.0).all())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"t": 0}, "t is 0; allowed: 1 "),
+        ({"k": 200_000}, "k is 200000; allowed: 1 ... 132104, beyond which int32 sums could overflow"),
+        ({"q_pitch": 120}, "rows of q are 120 elements apart; allowed: at least their length, 128"),
+        ({"q_pitch": 130}, "rows of q are 130 bytes apart; allowed: multiples of 16"),
+        ({"q": 0}, "q is a null pointer"),
+        ({"q": 8}, "q starts 8 bytes past a multiple of 16"),
+        ({"codes": 8}, "codes starts 8 bytes past a multiple of 16"),
+        ({"code": "int8"}, "code is int8; allowed: int4, dict4, dict3"),
+        ({"code": "dict2"}, "there is no code 'dict2'; allowed: int4, dict4, dict3, int8"),
+        ({"matrices": 7}, "7 matrices do not divide n = 60"),
+        ({"codebook": 0}, "codebook is a null pointer"),
+        ({"outliers": -1}, "-1 outliers; allowed: 0 "),
+        ({"outliers": 4, "col_bytes": 8}, "columns of outliers have 8 bytes; allowed: 2, 4"),
+        ({"outliers": 4, "delta": 0}, "delta is a null pointer"),
+        ({"outliers": 4, "tile": MANY[0]}, "columns is a null pointer"),
+        ({"code": "int4"}, "group_scale is a null pointer"),
+        ({"code": "int4", "group_scale": 1, "groups": 3}, "3 groups do not divide k = 128"),
+        (
+            {"code": "int4", "group_scale": 1, "groups": 8},
+            "groups of 16; allowed: 32, 64, multiples of 128, or one group",
+        ),
+        ({"activation": 2}, "activation has the code 2; allowed: 0 ... 1"),
+        ({"out_type": 3}, "out's type has the code 3; allowed: 0 ... 2"),
+        ({"out_pitch": 59}, "rows of out are 59 elements apart; allowed: at least their length, 60"),
+        ({"tile": "big"}, "there is no tile 'big'; allowed: few, 64x128x128 pingpong, 128x128x128 pingpong"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_refusals(changes, message, emulated):
+    _, arguments = arguments_of("gobo3a8", 4, 60, 128)
+    with pytest.raises(QBertError) as refused:
+        emulated.lowbit_linear(**binding_arguments(arguments, torch.empty(4, 60), **changes))
+    assert message in str(refused.value)
+
+
+# ---- the choice of a tile -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("t", "n", "k", "gelu", "tile"),
+    [
+        (1, 768, 768, False, "few"),
+        (128, 1024, 4096, False, "few"),
+        (256, 2304, 768, False, MANY[0]),  # tiles of 128 tokens would leave most multiprocessors idle
+        (4096, 2304, 768, False, MANY[1]),
+        (4096, 3072, 768, True, MANY[1]),
+        (513, 64, 64, False, MANY[0]),  # outliers, if there are any, want a copy of the tokens
+    ],
+)
+def test_choice(t, n, k, gelu, tile, emulated):
+    for code in ("dict3", "dict4", "int4"):
+        assert emulated.lowbit_choose(t, n, k, code, gelu=gelu, multiprocessors=132) == tile
+
+
+def test_long_sums_take_the_tile_with_the_fewest_bytes(emulated):
+    """Their end need not hide, and of four bits shared memory is what there is least of."""
+    assert (
+        emulated.lowbit_choose(16384, 1024, 4096, "dict4") == emulated.lowbit_choose(4096, 768, 3072, "int4") == MANY[2]
+    )
+
+
+def test_workspace_is_for_outliers_of_many_tokens_only(emulated):
+    size = emulated.lowbit_columns_bytes
+    assert size(t=1025, n=100, k=70, outliers=5) == 9 * 128 * 70
+    assert size(t=1025, n=100, k=70, outliers=0) == size(t=64, n=100, k=70, outliers=5) == 0
+    assert size(t=64, n=100, k=70, outliers=5, tile=MANY[0]) == 128 * 70
