@@ -1,0 +1,92 @@
+#include "cuda/weight_only.h"
+
+#include "cuda/error.h"
+#include "cuda/expand_float.h"
+
+namespace qbert::cuda {
+namespace {
+
+constexpr int64_t kMaxExtent = INT32_MAX - 1024;  // whole blocks beyond the edge must still be int32
+
+void check_int4(const PackedWeight& a) {
+    check_vector("scale", a.scale, 2);
+    check_extent("groups", a.groups, a.k);
+    require(a.k % a.groups == 0, a.groups, " groups do not divide k = ", a.k);
+    const int64_t size = a.k / a.groups;
+    require(a.groups == 1 || size == 32 || size == 64 || size % kBlockColumns == 0, "groups of ", size,
+            "; allowed: 32, 64, multiples of 128, or one group");
+}
+
+void check_outliers(const PackedWeight& a) {
+    const Outliers& o = a.outliers;
+    require(o.count >= 0 && o.count <= INT32_MAX, o.count, " outliers; allowed: 0 ... ", INT32_MAX);
+    if (o.count == 0) return;
+    require(a.code == Code::dict3 || a.code == Code::dict4, "an integer weight has ", o.count, " outliers; allowed: none");
+    require(o.col_bytes == 2 || o.col_bytes == 4, "columns of outliers have ", o.col_bytes, " bytes; allowed: 2, 4");
+    check_vector("rowptr", o.rowptr, 4);
+    check_vector("col", o.col, o.col_bytes);
+    check_vector("delta", o.delta, 4);
+}
+
+void check_weight(const PackedWeight& a) {
+    check_extent("n", a.n, kMaxExtent);
+    check_extent("k", a.k, kMaxExtent);
+    check_vector("codes", a.codes, kAlignment);
+    if (a.code == Code::int8) check_vector("scale", a.scale, 4);
+    if (a.code == Code::int4) check_int4(a);
+    if (a.code == Code::dict3 || a.code == Code::dict4) check_vector("codebook", a.codebook, 4);
+    check_outliers(a);
+}
+
+}  // namespace
+
+void check_arguments(const WeightOnlyLinear& a) {
+    check_code("activation", static_cast<int>(a.activation), 2);
+    check_type("x's type", a.x_type);
+    require(a.x_type != FloatType::f32, "x is float32; allowed: bfloat16, float16");
+    check_type("bias's type", a.bias_type);
+    check_extent("t", a.t, kMaxExtent);
+    check_weight(a.weight);
+    check_matrix("x", a.x, a.weight.k, a.x_pitch, 2);
+    if (a.bias != nullptr) check_vector("bias", a.bias, bytes_of(a.bias_type));
+    check_vector("out", a.out, 2);
+    require(a.out_pitch >= a.weight.n, "rows of out are ", a.out_pitch, " elements apart; allowed: at least their length, ",
+            a.weight.n);
+}
+
+void check_arguments(const ExpandedWeight& a) {
+    check_type("out's type", a.out_type);
+    check_weight(a.weight);
+    require(blocks_of(a.weight.k) <= UINT16_MAX, "k is ", a.weight.k, "; allowed: 1 ... ", UINT16_MAX * int64_t{kBlockColumns});
+    check_vector("out", a.out, bytes_of(a.out_type));
+}
+
+StreamProblem stream_problem(const WeightOnlyLinear& a) {
+    const Code code = a.weight.code;
+    return {a.t, a.weight.n, a.weight.k, block_bytes(code), 2 * kBlockColumns, code == Code::dict4 ? kPairTableBytes : 0};
+}
+
+namespace {
+
+template <Code kCode>
+void launch_of(const WeightOnlyLinear& a, const StreamPlan& plan, const Launch& launch) {
+    if (a.x_type == FloatType::bf16) return launch_weight_only_of<kCode, FloatType::bf16>(a, plan, launch);
+    launch_weight_only_of<kCode, FloatType::f16>(a, plan, launch);
+}
+
+}  // namespace
+
+void launch_weight_only(const WeightOnlyLinear& a, const Launch& launch, const char* plan_name) {
+    const StreamProblem problem = stream_problem(a);
+    const StreamPlan plan = *plan_name == '\0'
+                                ? choose_stream(problem, kMostWeightOnlyTokens, true, launch.device.multiprocessors)
+                                : stream_plan_named(plan_name, problem, kMostWeightOnlyTokens, launch.device);
+    switch (a.weight.code) {
+        case Code::int4: return launch_of<Code::int4>(a, plan, launch);
+        case Code::dict4: return launch_of<Code::dict4>(a, plan, launch);
+        case Code::dict3: return launch_of<Code::dict3>(a, plan, launch);
+        case Code::int8: return launch_of<Code::int8>(a, plan, launch);
+    }
+}
+
+}  // namespace qbert::cuda
