@@ -217,6 +217,15 @@ def add_layer_norm_quantize(
     return normed.to(residual.dtype), *quantize_per_token(normed)
 
 
+def w8a8_linear_add_norm(
+    q: Tensor, s: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor,
+    beta: Tensor, eps: float, layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`add_layer_norm_quantize` of what `w8a8_linear` gives in residual's type: rounded to it, as if it had been stored."""
+    y = w8a8_linear(q, s, qdata, scale, bias, "none", residual.dtype, layout)
+    return add_layer_norm_quantize(y, residual, gamma, beta, eps)
+
+
 def embed_layer_norm_quantize(
     ids: Tensor, position_ids: Tensor, token_type_ids: Tensor, words: list[Tensor], scheme: str, layout: str,
     positions: Tensor, token_types: Tensor, gamma: Tensor, beta: Tensor, eps: float,
@@ -404,6 +413,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "gobo_embedding": gobo_embedding,
     "attention_int8": attention_int8,
     "add_layer_norm_quantize": add_layer_norm_quantize,
+    "w8a8_linear_add_norm": w8a8_linear_add_norm,
     "embed_layer_norm_quantize": embed_layer_norm_quantize,
 }
 REFERENCES |= {name: requantized(REFERENCES[name.removesuffix("_requant")], at) for name, at in OUT_SCALE_AT.items()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qbert import reference
-from qbert.dispatch import embedding_operation, linear_operation
+from qbert.dispatch import COMPOSED, embedding_operation, linear_operation
 from qbert.formats import INT8, SCHEMES, Role, Scheme
 from qbert.layout import Layout, from_plain
 from qbert.metrics import sqnr_db
@@ -40,7 +40,7 @@ Arguments = tuple[Any, ...]
 
 def schemes_of(operation: str) -> list[str]:
     """Names of the schemes whose weights `operation` reads; empty for operations without a quantized weight."""
-    name = operation.removesuffix("_requant")
+    name = COMPOSED.get(operation, (operation,))[0].removesuffix("_requant")
     if name == "embed_layer_norm_quantize":
         return [scheme.name for scheme in SCHEMES.values() if Role.EMBEDDING in scheme.roles]
     named_by = {Role.LINEAR: linear_operation, Role.EMBEDDING: embedding_operation}
@@ -118,6 +118,9 @@ def random_arguments(
         arguments = (qkv, scales, _uneven_cu_seqlens(t, generator), n, k**-0.5, dtype)
     elif operation == "add_layer_norm_quantize":
         arguments = (x, normal(t, k), normal(k), normal(k), _EPS)
+    elif operation == "w8a8_linear_add_norm":
+        product = (*reference.quantize_per_token(x), *weight().values(), normal(n) if bias else None)
+        arguments = (*product, normal(t, n), normal(n), normal(n), _EPS, layout.value)
     elif operation == "embed_layer_norm_quantize":
         positions, types = normal(max(t, 1), k), normal(2, k)
         words = list(weight().values())
@@ -166,6 +169,12 @@ def evaluate(operation: str, arguments: Sequence[Any], dtype: torch.dtype) -> Te
         return _attention(named, dtype)[0]
     if operation == "add_layer_norm_quantize":
         total = named["y"].to(dtype) + named["residual"].to(dtype)
+    elif (
+        operation == "w8a8_linear_add_norm"
+    ):  # rounded where the operation rounds: the norm begins with what was stored
+        q, s, qdata, scale, bias = (named[name] for name in ("q", "s", "qdata", "scale", "bias"))
+        y = reference.w8a8_linear(q, s, qdata, scale, bias, "none", named["residual"].dtype, named["layout"])
+        total = y.to(dtype) + named["residual"].to(dtype)
     elif operation == "embed_layer_norm_quantize":
         rows = reference.lookup_rows(
             named["ids"], named["words"], named["scheme"], named["layout"], named["positions"].shape[1]

@@ -33,11 +33,13 @@ from torch import Tensor, nn
 
 from qbert import QBertError, Recipe, dequantize_, explain, fuse_, quantize_, unfuse_
 from qbert.bert import FAMILIES
+from qbert.formats import SCHEMES
+from qbert.layout import Layout, layouts_of
 from qbert.metrics import sqnr_db
-from qbert.nn import QuantizedModule, fused_forward, obstacle
+from qbert.nn import QLinear, QuantizedModule, fused_forward, obstacle
 from qbert.nn.encoder import residual_dtype
 from qbert.nn.padding import Tokens, nonzero_of, packing_of
-from qbert.nn.stack import joined, rescaled, stacked
+from qbert.nn.stack import joined, rescaled, share_rows, stacked
 from qbert.quantizers import quantize
 from qbert.reference import dequantize
 from qbert.target import Target
@@ -724,8 +726,6 @@ def test_arguments_of_quantize_that_do_not_fit() -> None:
 
 @pytest.mark.parametrize("scheme", A8)
 def test_stacked_and_scaled_weights_are_exact(scheme: str) -> None:
-    from qbert.formats import SCHEMES
-
     weights = [quantize(random_weight(32, 128, seed=seed), SCHEMES[scheme]) for seed in range(3)]
     factors = (0.5, 4.0, 1.0)
     together = stacked([rescaled(each, factor) for each, factor in zip(weights, factors, strict=True)])
@@ -739,6 +739,41 @@ def test_stacked_and_scaled_weights_are_exact(scheme: str) -> None:
     call = linear_call(together, None, "none", torch.float32)
     y = call.operator(q, torch.ones(5), *call.arguments)
     assert sqnr_db(q.double() @ expected.t().double(), y) > 120
+
+
+@pytest.mark.parametrize("rows", [(64, 64, 64), (64, 128, 5), (16, 32, 16), (24, 24, 24), (5, 1, 70)], ids=str)
+@pytest.mark.parametrize("scheme", A8)
+def test_weights_stack_in_every_layout(scheme: str, rows: tuple[int, ...]) -> None:
+    """Matrices that fill the strips or panels of their layout, and such as leave padding between them."""
+    if SCHEMES[scheme].has_dictionary:  # of as many rows each
+        rows = rows[:1] * 3
+    plain = [quantize(random_weight(n, 128, seed=n), SCHEMES[scheme]) for n in rows]
+    expected = stacked(plain)
+    for layout in layouts_of(SCHEMES[scheme]):
+        found = stacked([weight.to_layout(layout) for weight in plain])
+        assert (found.shape, found.layout) == (expected.shape, layout)
+        for name, tensor in expected.to_layout(layout).tensors.items():
+            assert torch.equal(found.tensors[name], tensor), (layout, name)
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "gobo3a8"])
+@pytest.mark.parametrize(
+    ("rows", "shared"), [((64, 64, 64), True), ((128, 64, 5), True), ((5, 64, 64), False)], ids=str
+)
+def test_modules_share_strips_that_they_fill(scheme: str, rows: tuple[int, ...], shared: bool) -> None:
+    modules = []
+    for n in rows:
+        weight = quantize(random_weight(n, 128, seed=n), SCHEMES[scheme]).to_layout(Layout.FRAGMENTS_S8)
+        modules.append(QLinear(weight, None))
+        modules[-1]._hold(weight)
+    before = [dequantize(module.quantized) for module in modules]
+    share_rows(modules)
+    first = modules[0].get_buffer("qdata")
+    together = stacked([module.quantized for module in modules])
+    assert (together.tensors["qdata"].data_ptr() == first.data_ptr()) == shared
+    for module, values in zip(modules, before, strict=True):
+        assert torch.equal(dequantize(module.quantized), values)
+        assert module.get_buffer("qdata").data_ptr() % 16 == 0
 
 
 def test_neighbours_are_joined_without_a_copy() -> None:

@@ -691,14 +691,18 @@ def test_one_value_is_not_broadcast_to_all_channels(operation: str, name: str) -
     [
         ("w8a8_linear", "bytes", "plain, int8_rows, int8_panels"),
         ("w8a8_linear_requant", "int4_panels", "plain, int8_rows, int8_panels"),
-        ("w8a16_linear", "PLAIN", "plain, int8_rows, int8_panels"),
-        ("w4a8_linear", "int8_panels", "plain, bytes, int8_expanded, nibble_halves, int4_panels"),
-        ("w4a16_linear", "int8_expanded", "plain, bytes, nibble_halves, int4_panels"),
-        ("gobo_linear", "int4_panels", "plain, bytes, int8_expanded, select_halves, int3_panels"),
-        ("gobo_a16_linear", "", "plain, bytes, select_halves, dict3_words, int3_panels"),
-        ("gobo_embedding", "int8_expanded", "plain, bytes, select_halves, dict3_words, int3_panels"),
+        ("w8a16_linear", "PLAIN", "plain, int8_rows, fragments_f16, int8_panels"),
+        ("w4a8_linear", "int8_panels", "plain, bytes, int8_expanded, nibble_halves, fragments_s8, int4_panels"),
+        ("w4a16_linear", "int8_expanded", "plain, bytes, nibble_halves, fragments_f16, int4_panels"),
+        ("gobo_linear", "int4_panels", "plain, bytes, int8_expanded, select_halves, fragments_s8, int3_panels"),
+        ("gobo_a16_linear", "", "plain, bytes, select_halves, dict3_words, fragments_f16, int3_panels"),
+        ("gobo_embedding", "int8_expanded", "plain, bytes, select_halves, dict3_words, fragments_f16, int3_panels"),
         ("w4_embedding", "int4_panels", "plain, bytes"),
-        ("embed_layer_norm_quantize", "int8_panels", "plain, bytes, select_halves, dict3_words, int3_panels"),
+        (
+            "embed_layer_norm_quantize",
+            "int8_panels",
+            "plain, bytes, select_halves, dict3_words, fragments_f16, int3_panels",
+        ),
     ],
 )
 def test_a_layout_that_an_operation_does_not_read_is_an_error(operation: str, layout: str, allowed: str) -> None:

@@ -1,19 +1,22 @@
+#include <cstdio>
+
+#include "cuda/grid.h"
 #include "cuda/rows_kernel.cuh"
-#include "cuda/runtime.h"
 
 namespace qbert::cuda {
 namespace {
 
 template <int kSteps, int kYBytes, int kResidualBytes>
 void launch_kernel(const AddLayerNormQuantize& a, const Launch& launch) {
-    const auto blocks = static_cast<unsigned>((a.t + kRowWarps - 1) / kRowWarps);
-    const auto kernel = add_layer_norm_quantize_kernel<kSteps, kYBytes, kResidualBytes>;
-    AddLayerNormQuantize copy = a;
-    void* arguments[] = {&copy};
-    check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(kRowWarps * 32), arguments, 0,
-                                static_cast<cudaStream_t>(launch.stream)),
-               "launching add_layer_norm_quantize, t = ", a.t, ", k = ", a.k, ", ", blocks, " blocks of ", kRowWarps * 32,
-               " threads, device ", launch.device.index);
+    Grid grid{};
+    grid.x = static_cast<unsigned>((a.t + kRowWarps - 1) / kRowWarps);
+    grid.y = 1;
+    grid.threads = kRowWarps * 32;
+    grid.overlap = true;
+    char what[96];
+    std::snprintf(what, sizeof(what), "add_layer_norm_quantize, t = %lld, k = %lld", static_cast<long long>(a.t),
+                  static_cast<long long>(a.k));
+    launch_grid<add_layer_norm_quantize_kernel<kSteps, kYBytes, kResidualBytes>>(grid, launch, a, what);
 }
 
 template <int kSteps>

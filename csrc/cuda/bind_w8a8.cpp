@@ -31,10 +31,12 @@ void run(const W8a8Linear& linear, const std::string& tile_name, uintptr_t strea
     // A wrong name is wrong on every machine: before the device is asked for.
     TileIndex tile = tile_name.empty() ? kTileCount : tile_named(tile_name.c_str());
     const Launch launch{current_device(), at<void>(stream)};
+    require_hopper(launch.device, "w8a8_linear");
     check_on_device(linear, launch.device);
     if (tile == kTileCount) tile = choose({linear.t, linear.n, linear.k, gelu}, launch.device.multiprocessors);
-    constexpr decltype(&launch_w8a8<k128x256>) launchers[kTileCount] = {launch_w8a8<k128x256>, launch_w8a8<k128x192>,
-                                                                        launch_w8a8<k128x128>, launch_w8a8<k64x128>};
+    if (kTiles[tile].schedule == Schedule::small) return launch_w8a8_small(linear, kTiles[tile], launch);
+    constexpr decltype(&launch_w8a8<k128x256>) launchers[kFirstSmall] = {launch_w8a8<k128x256>, launch_w8a8<k128x192>,
+                                                                         launch_w8a8<k128x128>, launch_w8a8<k64x128>};
     launchers[tile](linear, launch);
 }
 

@@ -31,7 +31,10 @@ inline constexpr int kStepColumns = 32 * kLaneColumns;
 inline constexpr int kMaxSteps = 8;
 inline constexpr int64_t kMaxRowColumns = kMaxSteps * kStepColumns;
 
+// Everything that can be said without a GPU. Throws Error.
 void check_arguments(const AddLayerNormQuantize& arguments);
+// Of all but y.
+void check_norm(const AddLayerNormQuantize& arguments);
 
 void launch_add_layer_norm_quantize(const AddLayerNormQuantize& arguments, const Launch& launch);
 

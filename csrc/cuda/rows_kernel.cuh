@@ -1,11 +1,12 @@
 // add_layer_norm_quantize: a warp a row, every access of memory 16 bytes a lane (codes: 8), every row read and written once.
-// Nothing here is launched or linked, so the tests compile it for the CPU too, with 32 threads as the lanes of a warp.
+// Nothing here is launched or linked; other kernels end their rows by finish_row.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "cuda/rows.h"
+#include "cuda/sm90.cuh"
 
 namespace qbert::cuda {
 
@@ -99,33 +100,30 @@ __device__ inline uint2 codes_of(const float* normed, float inverse) {
     return {words[0], words[1]};
 }
 
-template <int kSteps, int kYBytes, int kResidualBytes>
-__global__ void __launch_bounds__(kRowWarps * 32) add_layer_norm_quantize_kernel(const AddLayerNormQuantize a) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const int64_t row = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / 32;
-    if (row >= a.t) return;  // a whole warp
-    const int k = static_cast<int>(a.k);
-    const auto column_of = [lane](int step) { return step * kStepColumns + lane * kLaneColumns; };
+// The columns that a lane holds of a row: eight neighbours of every step.
+__device__ inline int row_column(int step) { return step * kStepColumns + static_cast<int>(threadIdx.x % 32) * kLaneColumns; }
 
-    Neighbours<kYBytes> y[kSteps] = {};  // all on their way before the first is used
-    Neighbours<kResidualBytes> residual[kSteps] = {};
+template <int kSteps, int kBytes>
+__device__ void load_row(const Floats& matrix, int64_t row, int k, Neighbours<kBytes> (&to)[kSteps]) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-        if (column_of(step) < k) {
-            y[step] = load<kYBytes>(a.y.data, row * k + column_of(step));
-            residual[step] = load<kResidualBytes>(a.residual.data, row * k + column_of(step));
-        }
+        if (row_column(step) < k) to[step] = load<kBytes>(matrix.data, row * k + row_column(step));
     }
+}
 
-    float x[kSteps][kLaneColumns];
+// Ends a row of y, `x`, which its warp holds in registers wherever it comes from; zeros beyond the row, in residual too. All
+// kernels end rows here, and every operation is named, so that no compiler fuses them in one kernel only: equal y, equal bits.
+template <int kSteps, int kResidualBytes>
+__device__ void finish_row(const AddLayerNormQuantize& a, int64_t row, float (&x)[kSteps][kLaneColumns],
+                           const Neighbours<kResidualBytes> (&residual)[kSteps]) {
+    const int k = static_cast<int>(a.k);
     float sum = 0.0f;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
         float other[kLaneColumns];
-        widen(y[step], a.y.type, x[step]);
         widen(residual[step], a.residual.type, other);
 #pragma unroll
-        for (int i = 0; i < kLaneColumns; ++i) sum += x[step][i] += other[i];  // zeros beyond the row
+        for (int i = 0; i < kLaneColumns; ++i) sum += x[step][i] += other[i];
     }
     const float mean = __fdiv_rn(warp_sum(sum), static_cast<float>(k));
 
@@ -135,36 +133,56 @@ __global__ void __launch_bounds__(kRowWarps * 32) add_layer_norm_quantize_kernel
 #pragma unroll
         for (int i = 0; i < kLaneColumns; ++i) {
             x[step][i] -= mean;
-            if (column_of(step) < k) squares += x[step][i] * x[step][i];
+            if (row_column(step) < k) squares = fmaf(x[step][i], x[step][i], squares);
         }
     }
-    const float deviation = __fsqrt_rn(__fdiv_rn(warp_sum(squares), static_cast<float>(k)) + a.eps);
+    const float deviation = __fsqrt_rn(__fadd_rn(__fdiv_rn(warp_sum(squares), static_cast<float>(k)), a.eps));
     const float inverse_deviation = __fdiv_rn(1.0f, deviation);
 
     unsigned largest = 0;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-        if (column_of(step) >= k) continue;
+        if (row_column(step) >= k) continue;
         float gamma[kLaneColumns], beta[kLaneColumns];
-        load_shared(a.gamma, column_of(step), gamma);
-        load_shared(a.beta, column_of(step), beta);
+        load_shared(a.gamma, row_column(step), gamma);
+        load_shared(a.beta, row_column(step), beta);
         Neighbours<kResidualBytes> rounded;
 #pragma unroll
         for (int i = 0; i < kLaneColumns; ++i) {
-            x[step][i] = x[step][i] * inverse_deviation * gamma[i] + beta[i];
+            x[step][i] = fmaf(__fmul_rn(x[step][i], inverse_deviation), gamma[i], beta[i]);
             largest = max(largest, __float_as_uint(x[step][i]) & 0x7fffffffu);
         }
         narrow(x[step], a.residual.type, rounded);
-        reinterpret_cast<Neighbours<kResidualBytes>*>(a.normed)[(row * k + column_of(step)) / kLaneColumns] = rounded;
+        reinterpret_cast<Neighbours<kResidualBytes>*>(a.normed)[(row * k + row_column(step)) / kLaneColumns] = rounded;
     }
 
     const RowScale found = row_scale(__reduce_max_sync(kAllLanes, largest));
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-        if (column_of(step) >= k) continue;
-        reinterpret_cast<uint2*>(a.codes)[(row * k + column_of(step)) / kLaneColumns] = codes_of(x[step], found.inverse);
+        if (row_column(step) >= k) continue;
+        reinterpret_cast<uint2*>(a.codes)[(row * k + row_column(step)) / kLaneColumns] = codes_of(x[step], found.inverse);
     }
-    if (lane == 0) a.scale[row] = found.scale;
+    if (threadIdx.x % 32 == 0) a.scale[row] = found.scale;
+}
+
+// Three blocks on a multiprocessor are all it is asked for: left alone, ptxas spills for the sake of more.
+template <int kSteps, int kYBytes, int kResidualBytes>
+__global__ void __launch_bounds__(kRowWarps * 32, 3)
+    add_layer_norm_quantize_kernel(const __grid_constant__ AddLayerNormQuantize a) {
+    sm90::wait_for_earlier_grids();
+    sm90::let_next_grid_start();
+    const int64_t row = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / 32;
+    if (row >= a.t) return;  // a whole warp
+    const int k = static_cast<int>(a.k);
+
+    Neighbours<kYBytes> y[kSteps] = {};  // all on their way before the first is used
+    Neighbours<kResidualBytes> residual[kSteps] = {};
+    load_row(a.y, row, k, y);
+    load_row(a.residual, row, k, residual);
+    float x[kSteps][kLaneColumns];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) widen(y[step], a.y.type, x[step]);
+    finish_row(a, row, x, residual);
 }
 
 }  // namespace qbert::cuda

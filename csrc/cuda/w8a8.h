@@ -25,7 +25,9 @@ struct W8a8Linear {
     int64_t q_pitch;
     const float* s;  // (t,)
 
-    const int8_t* weight;  // (n, k)
+    // (n, k). A kernel may read it before the grid right before its own has ended (sm90::wait_for_earlier_grids): that one must
+    // not write it. It is the one that makes q and s; a weight is made once, long before.
+    const int8_t* weight;
     int64_t weight_pitch;
     const float* scale;  // (n,)
 
@@ -37,12 +39,15 @@ struct W8a8Linear {
     bool requantize;  // int8 out
     Finish finish;
 
-    int64_t out_bytes() const { return requantize ? 1 : bytes_of(finish.float_type); }
+    constexpr int64_t out_bytes() const { return requantize ? 1 : bytes_of(finish.float_type); }
 };
 
 // Longer rows could overflow the int32 sum of products of magnitude 127 * 127.
 inline constexpr int64_t kMaxK = INT32_MAX / (127 * 127);
+
 // Everything that can be said without a GPU. Throws Error.
 void check_arguments(const W8a8Linear& linear);
+// Of what goes in alone.
+void check_operands(const W8a8Linear& linear);
 
 }  // namespace qbert::cuda

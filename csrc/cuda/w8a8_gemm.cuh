@@ -2,6 +2,11 @@
 // end of a linear as an epilogue visitor tree. Only the w8a8_<tile>.cu files include this; each makes the kernels of one tile.
 #pragma once
 
+// Before CUTLASS's headers. Its grids overlap with the one before: the warp that copies waits (griddepcontrol.wait) before its
+// first copy. The warps that multiply and finish do not, but read s, which the grid before may have written, only after they
+// have waited for a copy to arrive, which began after that wait. They let the next grid start after their last product.
+#define CUTLASS_ENABLE_GDC_FOR_SM90 1
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -16,8 +21,8 @@
 #include <atomic>
 
 #include "cuda/gelu.cuh"
+#include "cuda/grid.h"
 #include "cuda/launch.h"
-#include "cuda/runtime.h"
 
 namespace qbert::cuda {
 
@@ -187,12 +192,13 @@ struct FinishLinear : PlainNode {
 template <TileIndex kIndex, class Out>
 struct W8a8Gemm {
     static constexpr Tile kTile = kTiles[kIndex];
+    static constexpr bool kPingpong = kTile.schedule == cuda::Schedule::pingpong;
     static constexpr int kOutAlignment = kAlignment / sizeof(Out);
     using TileShape = Shape<Int<kTile.t>, Int<kTile.n>, Int<kTile.k>>;
     using ClusterShape = Shape<Int<kTile.cluster>, _1, _1>;
-    using Schedule = std::conditional_t<kTile.pingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
+    using Schedule = std::conditional_t<kPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
                                         cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
-    using EpilogueSchedule = std::conditional_t<kTile.pingpong, cutlass::epilogue::TmaWarpSpecialized,
+    using EpilogueSchedule = std::conditional_t<kPingpong, cutlass::epilogue::TmaWarpSpecialized,
                                                 cutlass::epilogue::TmaWarpSpecializedCooperative>;
     using RowMajor = cutlass::layout::RowMajor;
 
@@ -226,42 +232,26 @@ typename Gemm::Kernel::Arguments kernel_arguments(const W8a8Linear& a, const Dev
     return arguments;
 }
 
-// The kernel may use more shared memory than the 48 KiB that every kernel may; a device keeps that in mind.
-template <class Kernel>
-void allow_shared_memory(const Device& device) {
-    static std::atomic<uint64_t> allowed{0};
-    const uint64_t bit = uint64_t{1} << (device.index % 64);
-    if (allowed.load(std::memory_order_relaxed) & bit) return;
-    check_cuda(cudaFuncSetAttribute(cutlass::device_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    Kernel::SharedStorageSize),
-               "allowing ", Kernel::SharedStorageSize, " bytes of shared memory on device ", device.index);
-    allowed.fetch_or(bit, std::memory_order_relaxed);
-}
-
 template <TileIndex kIndex, class Out>
 void launch_kernel(const W8a8Linear& linear, const Launch& launch) {
     using Gemm = W8a8Gemm<kIndex, Out>;
     using Kernel = typename Gemm::Kernel;
     static_assert(Kernel::SharedStorageSize <= 227 * 1024);
-    allow_shared_memory<Kernel>(launch.device);
     auto params = Kernel::to_underlying_arguments(kernel_arguments<Gemm, Out>(linear, launch.device), nullptr);
+    const dim3 blocks = Kernel::get_grid_shape(params);
 
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(kTiles[kIndex].cluster), 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = Kernel::get_grid_shape(params);
-    config.blockDim = Kernel::get_block_shape();
-    config.dynamicSmemBytes = Kernel::SharedStorageSize;
-    config.stream = static_cast<cudaStream_t>(launch.stream);
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+    Grid grid{};
+    grid.x = blocks.x;
+    grid.y = blocks.y;  // one matrix: blocks.z is 1
+    grid.threads = Kernel::get_block_shape().x;
+    grid.shared_bytes = Kernel::SharedStorageSize;
+    grid.cluster = static_cast<unsigned>(kTiles[kIndex].cluster);
+    grid.overlap = true;
+    static std::atomic<uint64_t> allowed{0};
+    const auto kernel = reinterpret_cast<const void*>(cutlass::device_kernel<Kernel>);
+    prepare_kernel(kernel, grid, launch.device, allowed);
     void* arguments[] = {&params};
-    check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(cutlass::device_kernel<Kernel>), arguments),
-               "launching w8a8_linear, tile ", kTiles[kIndex].name, ", t = ", linear.t, ", n = ", linear.n, ", k = ",
-               linear.k, ", grid ", config.gridDim.x, " x ", config.gridDim.y, " x ", config.gridDim.z, ", clusters of ",
-               kTiles[kIndex].cluster, ", ", config.blockDim.x, " threads, ", config.dynamicSmemBytes,
-               " bytes of shared memory, device ", launch.device.index);
+    launch_prepared(kernel, grid, launch, arguments, description_of(kTiles[kIndex], linear).text);
 }
 
 template <TileIndex kIndex>

@@ -1,4 +1,4 @@
-"""L7. The fused encoder: seven operator calls a layer on packed tokens; between them int8 and one float residual stream.
+"""L7. The fused encoder: up to seven operator calls a layer on packed tokens; between them int8 and one float stream.
 
 It holds no weights of its own: everything here is prepared from a model's quantized modules, which stay where they are.
 Per layer and token: ZeroQuant's scales per token (Yao et al., 2022) after a norm, where the row is at hand anyway; elsewhere
@@ -75,11 +75,11 @@ class DynamicLayer:
         context = do.attention_int8(
             q.view(t, -1), s.view(t, 3), cu_seqlens, self.heads, self.softmax_scale, self.residual
         )
-        y = self.attention_output.operator(*do.quantize_per_token(context), *self.attention_output.arguments)
-        hidden, q, s = do.add_layer_norm_quantize(y, hidden, *self.attention_norm)
+        q, s = do.quantize_per_token(context)
+        hidden, q, s = _linear_add_norm(self.attention_output, q, s, hidden, self.attention_norm)
         inner = self.ffn_in.operator(q, s, *self.ffn_in.arguments)
-        y = self.ffn_out.operator(*do.quantize_per_token(inner), *self.ffn_out.arguments)
-        return do.add_layer_norm_quantize(y, hidden, *self.output_norm)
+        q, s = do.quantize_per_token(inner)
+        return _linear_add_norm(self.ffn_out, q, s, hidden, self.output_norm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +111,24 @@ class StaticLayer:
         context = do.attention_int8_requant(
             qkv, self.scales, cu_seqlens, self.heads, self.softmax_scale, self.context_scale
         )
-        y = self.attention_output.operator(context, ones, *self.attention_output.arguments)
-        hidden, q, s = do.add_layer_norm_quantize(y, hidden, *self.attention_norm)
+        hidden, q, s = _linear_add_norm(self.attention_output, context, ones, hidden, self.attention_norm)
         inner = self.ffn_in.operator(q, s, *self.ffn_in.arguments)
+        if self.overflow is None:
+            return _linear_add_norm(self.ffn_out, inner, ones, hidden, self.output_norm)
+        rise, back = self.overflow
         y = self.ffn_out.operator(inner, ones, *self.ffn_out.arguments)
-        if self.overflow is not None:
-            rise, back = self.overflow
-            excess = rise.operator(q, s, *rise.arguments)
-            y += back.operator(excess, ones, *back.arguments)
+        excess = rise.operator(q, s, *rise.arguments)
+        y += back.operator(excess, ones, *back.arguments)
         return do.add_layer_norm_quantize(y, hidden, *self.output_norm)
+
+
+def _linear_add_norm(linear: Call, q: Tensor, s: Tensor, hidden: Tensor, norm: Norm) -> State:
+    """LayerNorm(linear + hidden), whose type the linear's result has; by one operator where there is one for both."""
+    do = direct(q.device.type)
+    if linear.operator is do.w8a8_linear:
+        qdata, scale, bias, _activation, _out, layout = linear.arguments
+        return do.w8a8_linear_add_norm(q, s, qdata, scale, bias, hidden, *norm, layout)
+    return do.add_layer_norm_quantize(linear.operator(q, s, *linear.arguments), hidden, *norm)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 The only caller of kernels and extensions. `define` + `impl` + `register_fake` because `custom_op` costs several times more a
 call. Every implementation computes what `reference` defines. Rooms: `schemas` (signatures), `checks` (what arguments must
-be), `fakes` (shapes and types only), `cpu_torch` (the best that torch offers, in every layout), `triton` (CUDA kernels).
+be), `fakes` (shapes and types only), `composed` (operations made of two others), `cpu_torch` (the best that torch offers, in
+every layout), `triton` and `cuda` (kernels for GPUs).
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from typing import Any
 
 import torch
 
-from qbert.dispatch import runs_compiled
+from qbert.dispatch import COMPOSED, runs_compiled
 from qbert.ops.checks import FLOAT_DTYPES, MAX_K
+from qbert.ops.composed import COMPOSITIONS
 from qbert.ops.cpu_torch import CPU_TORCH
 from qbert.ops.cuda import KERNELS as COMPILED
 from qbert.ops.fakes import FAKES
 from qbert.ops.schemas import SCHEMAS
 from qbert.ops.triton import TRITON
 from qbert.reference import REFERENCES
-from qbert.target import native_cpu, target_of
+from qbert.target import Target, native_cpu, target_of
 
 __all__ = ["FLOAT_DTYPES", "MAX_K", "NATIVE", "SCHEMAS", "direct", "reference_of"]
 
@@ -55,6 +57,8 @@ def reference_of(operation: str) -> Callable[..., Any]:
 
 def _cpu(operation: str) -> Callable[..., Any]:
     """What runs on CPU tensors: native code where it knows the layout, else torch."""
+    if operation in COMPOSED:
+        return COMPOSITIONS[operation](*map(_cpu, COMPOSED[operation]))
     by_torch, native = CPU_TORCH[operation], NATIVE.get(operation)
     if native is None:
         return by_torch
@@ -69,6 +73,8 @@ def _cpu(operation: str) -> Callable[..., Any]:
 def _cuda(operation: str) -> Callable[..., Any]:
     """What runs on CUDA tensors: a kernel where one knows the layout, else the reference: exact, slow, and it says so."""
     reference, launcher = _logged_once(operation, reference_of(operation)), TRITON.get(operation)
+    if operation in COMPOSED:
+        launcher = COMPOSITIONS[operation](*map(_cuda, COMPOSED[operation]))
     compiled = COMPILED.get(operation)
     if launcher is None:
         return reference
@@ -81,7 +87,7 @@ def _cuda(operation: str) -> Callable[..., Any]:
             with torch.cuda.device(device):
                 return implementation(*arguments)
         result = NotImplemented
-        if compiled is not None and runs_compiled(operation, *_problem(operation, arguments), target_of(device)):
+        if compiled is not None and _runs_compiled(operation, arguments, target_of(device)):
             result = compiled(*arguments)
         if result is NotImplemented:
             result = launcher(*arguments)
@@ -90,10 +96,11 @@ def _cuda(operation: str) -> Callable[..., Any]:
     return implementation
 
 
-def _problem(operation: str, arguments: tuple[Any, ...]) -> tuple[int, int, int]:
-    """Tokens, output channels (0 where there are none) and input channels."""
-    t, k = arguments[0].shape
-    return t, arguments[3].shape[0] if "linear" in operation else 0, k
+def _runs_compiled(operation: str, arguments: tuple[Any, ...], target: Target) -> bool:
+    """`runs_compiled` of the operator's arguments; n is 0 where there are no output channels, or the layout decides."""
+    layout = arguments[-1] if isinstance(arguments[-1], str) else ""
+    (t, k), n = arguments[0].shape, arguments[3].shape[0] if operation.startswith("w8a8") else 0
+    return runs_compiled(operation, t, n, k, target, layout)
 
 
 def _logged_once(operation: str, implementation: Callable[..., Any]) -> Callable[..., Any]:

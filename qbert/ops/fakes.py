@@ -87,6 +87,14 @@ def _add_layer_norm_quantize(
     return _normed(residual, residual.shape[0])
 
 
+def _w8a8_linear_add_norm(
+    q: Tensor, s: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor,
+    beta: Tensor, eps: float, layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    checks.w8a8_linear_add_norm(q, s, qdata, scale, bias, residual, gamma, beta, layout)
+    return _normed(residual, residual.shape[0])
+
+
 def _embed_layer_norm_quantize(
     ids: Tensor, position_ids: Tensor, token_type_ids: Tensor, words: list[Tensor], scheme: str, layout: str,
     positions: Tensor, token_types: Tensor, gamma: Tensor, beta: Tensor, eps: float,
@@ -114,5 +122,6 @@ FAKES: dict[str, Callable[..., Any]] = {
     "attention_int8": _attention_int8,
     "attention_int8_requant": _attention_int8,
     "add_layer_norm_quantize": _add_layer_norm_quantize,
+    "w8a8_linear_add_norm": _w8a8_linear_add_norm,
     "embed_layer_norm_quantize": _embed_layer_norm_quantize,
 }

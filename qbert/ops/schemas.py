@@ -1,7 +1,7 @@
 """L5. The operators' signatures. Arguments of an operation come in this order everywhere: fake, CPU, CUDA, reference.
 
-`layout` says how `qdata` lies (`qbert.layout`). Panels are padded, so a matrix's rows are not visible in them: there are as
-many as `scale` (w8*, w4a8: values; w4a16: rows) or the row pointers (dictionaries) say.
+`layout` says how `qdata` lies (`qbert.layout`). Rows of panels and fragments are padded, so a matrix's own are not visible
+in them: there are as many as `scale` (w8*, w4a8: values; w4a16: rows) or the row pointers (dictionaries) say.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ SCHEMAS: dict[str, str] = {
     "attention_int8_requant": f"({_ATTENTION}, float out_scale) -> Tensor",
     "add_layer_norm_quantize": "(Tensor y, Tensor residual, Tensor gamma, Tensor beta, float eps)"
     " -> (Tensor, Tensor, Tensor)",
+    "w8a8_linear_add_norm": f"({_TOKENS}, Tensor qdata, Tensor scale, Tensor? bias, Tensor residual, Tensor gamma,"
+    " Tensor beta, float eps, str layout) -> (Tensor, Tensor, Tensor)",
     "embed_layer_norm_quantize": "(Tensor ids, Tensor position_ids, Tensor token_type_ids, Tensor[] words, str scheme,"
     " str layout, Tensor positions, Tensor token_types, Tensor gamma, Tensor beta, float eps) -> (Tensor, Tensor, Tensor)",
 }

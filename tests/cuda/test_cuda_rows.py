@@ -1,9 +1,6 @@
-"""Row kernels and GELU of csrc/cuda without a GPU: their own source runs on the CPU, threads being the lanes of a warp."""
+"""Row kernels and GELU of csrc/cuda without a GPU: their own source on an emulated one."""
 
 from __future__ import annotations
-
-import ctypes
-from types import SimpleNamespace
 
 import builds
 import pytest
@@ -11,36 +8,16 @@ import torch
 
 from qbert import testing
 from qbert.ops import cuda
-from qbert.target import Target
 
-pytestmark = pytest.mark.skipif(
-    builds.host_compiler() is None or builds.cuda_headers() is None, reason="needs a C++ compiler and CUDA's headers"
-)
+pytestmark = pytest.mark.skipif(bool(builds.emulator_missing()), reason=builds.emulator_missing() or "runs")
 
 OPERATION = "add_layer_norm_quantize"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_C_TYPES = {"t": ctypes.c_int64, "k": ctypes.c_int64, "eps": ctypes.c_float}
-_ORDER = ("t", "k", "y", "y_type", "residual", "residual_type", "gamma", "gamma_type", "beta", "beta_type", "eps")
-_ORDER += ("normed", "codes", "scale")
-
-
-class OnCpu:
-    """What the launcher takes for the extension."""
-
-    def __init__(self):
-        self.library = builds.kernels_on_cpu()
-
-    def add_layer_norm_quantize(self, *, stream, **a):
-        types = [_C_TYPES.get(name, ctypes.c_int if name.endswith("_type") else ctypes.c_void_p) for name in _ORDER]
-        self.library.add_layer_norm_quantize(*(kind(a[name]) for kind, name in zip(types, _ORDER, strict=True)))
 
 
 @pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    emulated = OnCpu()
-    monkeypatch.setattr(cuda, "extension", lambda: emulated)
-    monkeypatch.setattr(cuda, "target_of", lambda device: Target("cuda", "", sm=90, sm_count=132))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+def on_emulator(emulated):
+    """Launchers take CPU tensors."""
 
 
 def run(arguments):
@@ -125,8 +102,7 @@ def test_nothing_beyond_the_rows_is_written(monkeypatch):
 
 def gelu(x):
     y = torch.empty_like(x)
-    library, address = builds.kernels_on_cpu(), ctypes.c_void_p
-    library.gelu(address(x.data_ptr()), address(y.data_ptr()), ctypes.c_int64(x.numel()))
+    builds.emulator_kernels().gelu(x.data_ptr(), y.data_ptr(), x.numel())
     return y
 
 
