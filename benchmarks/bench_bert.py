@@ -66,7 +66,8 @@ QUICK_ROWS = {
     "cpu": ("torch-bf16", "torch-bf16-compile", "onnxruntime-int8", "openvino-bf16", "bitsandbytes-int8", "qbert-w8a8",
             "qbert-w8a8-static"),
     "cuda": ("torch-bf16-compile", "torch-bf16-graph", "torch-bf16-unpadded", "torchao-int8-dynamic", "bitsandbytes-int8",
-             "gemlite-a8w8", "qbert-w8a8", "qbert-w8a8-static", "qbert-w8a8-static-graph", "qbert-gobo3a8-static-graph"),
+             "gemlite-a8w8", "qbert-w8a8", "qbert-w8a8-static", "qbert-w8a8-static-graph", "qbert-w8a8-static-graph-triton",
+             "qbert-w8a8-static-graph-cuda", "qbert-gobo3a8-static-graph"),
 }  # fmt: skip
 _SLOW, _LONG = 600.0, 1800.0  # seconds that a first forward and a conversion may take
 _LEAST_COSINE = 0.5  # of a result that may count as one; 3-bit codes of random weights have 0.67, unrelated ones 0
@@ -191,7 +192,7 @@ class Team:
         settings, threads = self._settings, str(self._settings.threads)
         environment = {
             "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-            "TORCHINDUCTOR_CACHE_DIR": str(settings.cache / "inductor"),
+            "TORCHINDUCTOR_CACHE_DIR": str(settings.cache / "inductor"), **row.environment,
         }  # fmt: skip
         if settings.wait_policy != "default":
             environment["OMP_WAIT_POLICY"] = settings.wait_policy

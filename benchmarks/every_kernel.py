@@ -11,16 +11,19 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its own, so th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from qbert import ops as _ops  # noqa: F401  (defines torch.ops.qbert)
-from qbert.dispatch import select_layout
+from qbert.dispatch import COMPILED_LAYOUTS, COMPOSED, select_layout
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES, Role
 from qbert.layout import Layout
+from qbert.ops.composed import COMPOSITIONS
 from qbert.ops.cuda import KERNELS as COMPILED
 from qbert.ops.schemas import SCHEMAS
 from qbert.ops.triton import TRITON
@@ -36,6 +39,7 @@ INTERPRETER = "interpreter"
 NOT_TAKEN = "it does not take this problem"
 # (tokens, output channels, input channels): one token, sizes that fill no tile, and one whose rows are not aligned.
 LINEARS = ((1, 96, 128), (37, 200, 176), (65, 130, 95))
+LINEARS_AND_NORMS = ((1, 256, 128), (37, 384, 176))  # rows that a cluster of blocks computes
 LOOK_UPS = ((37, 50, 96),)  # (tokens, rows, width)
 ROWS = ((37, 1, 768), (5, 1, 97))  # (tokens, unused, width)
 ATTENTION = ((150, 2, 64), (70, 3, 32))  # (tokens, heads, head dimension)
@@ -57,6 +61,8 @@ def _in_groups(sizes: tuple[int, int, int], scheme: str | None) -> tuple[int, in
 
 
 def _sizes(operation: str) -> tuple[tuple[int, int, int], ...]:
+    if operation in COMPOSED:
+        return LINEARS_AND_NORMS
     if "linear" in operation:
         return LINEARS
     if "embed" in operation:
@@ -64,11 +70,18 @@ def _sizes(operation: str) -> tuple[tuple[int, int, int], ...]:
     return ATTENTION if operation.startswith("attention") else ROWS
 
 
-def layout_of(operation: str, scheme: str | None, target: Target) -> Layout:
-    """The layout in which the target's kernel reads that weight; PLAIN where there is none."""
+def layout_of(operation: str, scheme: str | None, kernel: str, target: Target) -> Layout:
+    """The layout in which a kernel of the target reads that weight; PLAIN where there is none.
+
+    Args:
+        kernel: one of the names that `kernels_of` gives.
+    """
     if scheme not in SCHEMES:
         return Layout.PLAIN
-    return select_layout(SCHEMES[scheme], Role.EMBEDDING if "embed" in operation else Role.LINEAR, target)
+    if kernel == "cuda" and operation in COMPILED_LAYOUTS:
+        return COMPILED_LAYOUTS[operation]
+    role = Role.EMBEDDING if "embed" in operation else Role.LINEAR
+    return select_layout(SCHEMES[scheme], role, replace(target, prefer="triton"))
 
 
 def kernels_of(operation: str, where: str) -> dict[str, Callable[..., Any]]:
@@ -80,6 +93,8 @@ def kernels_of(operation: str, where: str) -> dict[str, Callable[..., Any]]:
     if where == "cpu":
         return {"operator": getattr(torch.ops.qbert, operation).default}
     kernels = {"triton": TRITON[operation]} if operation in TRITON else {}
+    if operation in COMPOSED:
+        kernels = {"triton": COMPOSITIONS[operation](*(TRITON[part] for part in COMPOSED[operation]))}
     if where == "cuda" and operation in COMPILED and target_of(torch.device("cuda")).native:
         kernels["cuda"] = COMPILED[operation]
     return kernels
@@ -90,17 +105,22 @@ def check(
 ) -> dict[str, str | None]:
     """What is wrong with each kernel's result, or None."""
     target = GPUS["h100"] if where == INTERPRETER else target_of(device)
-    try:
-        layout = layout_of(operation, scheme, target)
-        arguments = random_arguments(operation, *sizes, scheme=scheme, layout=layout, device=device)
-    except Exception as error:  # a broken context, perhaps: the next ones will then say so, too
-        return {"arguments": one_line(error)}
-    kernels = kernels_of(operation, where) or {"no kernel": lambda *_: NotImplemented}
-    return {name: _wrong(operation, arguments, kernel) for name, kernel in kernels.items()}
+    wrong = {}
+    for name, kernel in (kernels_of(operation, where) or {"no kernel": lambda *_: NotImplemented}).items():
+        layout = layout_of(operation, scheme, name, target)
+        given = partial(random_arguments, operation, *sizes, scheme=scheme, layout=layout, device=device)
+        wrong[name] = _wrong(operation, given, kernel)
+    return wrong
 
 
-def _wrong(operation: str, arguments: tuple[Any, ...], kernel: Callable[..., Any]) -> str | None:
+def may_refuse(operation: str, kernel: str) -> bool:
+    """Whether another kernel steps in where this one does not take a problem; none reads layouts of the compiled ones' own."""
+    return kernel == "cuda" and operation not in COMPILED_LAYOUTS
+
+
+def _wrong(operation: str, given: Callable[[], tuple[Any, ...]], kernel: Callable[..., Any]) -> str | None:
     try:
+        arguments = given()  # where a kernel has broken the context this fails, and all lines after it say so
         result = kernel(*arguments)
         if result is NotImplemented:
             return NOT_TAKEN
@@ -122,8 +142,8 @@ def main(
     for operation, scheme, sizes in problems():
         if only in operation:
             for name, reason in check(operation, scheme, sizes, device, target).items():
-                if name == "cuda" and reason == NOT_TAKEN:
-                    continue  # Triton's kernel runs there
+                if reason == NOT_TAKEN and may_refuse(operation, name):
+                    continue
                 wrong += reason is not None
                 shown = f"{operation} {scheme or '-'} {'x'.join(map(str, sizes))} {name}"
                 print(f"{shown}: {reason or 'good'}", flush=True)

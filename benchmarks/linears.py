@@ -11,7 +11,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,17 +19,21 @@ from torch import Tensor, nn
 
 from qbert import ops as _ops  # noqa: F401  (defines torch.ops.qbert)
 from qbert.dispatch import linear_operation, select_kernel, select_layout
-from qbert.formats import SCHEMES, Role
+from qbert.formats import DICT3, DICT4, INT4, INT8, SCHEMES, Role
+from qbert.layout import Layout
+from qbert.ops.cuda import KERNELS as COMPILED
+from qbert.ops.cuda import extension
+from qbert.ops.triton import TRITON
 from qbert.qtensor import QuantizedTensor
 from qbert.quantizers import quantize
 from qbert.reference import dequantize
-from qbert.target import target_of
+from qbert.target import Target, target_of
 from qbert.tiles import select_tile
 
 from .bert_models import realistic_weights
 from .peers import bnb_peer, gemlite_peer
 from .peers.ao_peer import configuration
-from .peers.base import library
+from .peers.base import Unavailable, library
 from .results_schema import Precision, Work
 from .timing import Candidate, sets_beyond_caches
 
@@ -41,6 +45,10 @@ _INT8_LIMIT, _INT4_LIMIT, _FLOAT_LIMIT = 0.04, 0.2, 0.02  # norm of the error ov
 _EXACT_LIMIT = 0.01  # largest error over the largest value: a result in bfloat16 has 0.002
 _OUT_SCALE_RANGE = 127.0
 _NF4_GROUP = 64
+
+# A GPU's kernels, each past the operator, which takes what the tables say: side by side on every problem.
+KERNELS: dict[str, dict[str, Callable[..., Any]]] = {"triton": TRITON, "cuda": COMPILED}
+_CODES = {INT8: "int8", INT4: "int4", DICT4: "dict4", DICT3: "dict3"}  # as the extension names them
 
 Check = Callable[[Any], str | None]
 ArgumentSet = tuple[Any, ...]
@@ -93,7 +101,7 @@ class Weights:
 
     def __init__(self, n: int, k: int, device: torch.device) -> None:
         self.n, self.k, self.device = n, k, device
-        self._quantized: dict[str, tuple[QuantizedTensor, Tensor]] = {}
+        self._quantized: dict[tuple[str, Layout], tuple[QuantizedTensor, Tensor]] = {}
         generator = torch.Generator().manual_seed(0)
         self.weight = realistic_weights(n, k, generator=generator).to(device)
         self.bias = torch.randn(n, generator=generator).to(device)
@@ -106,13 +114,13 @@ class Weights:
             made.bias.copy_(self.bias)
         return made.requires_grad_(False).eval()
 
-    def quantized(self, scheme: str) -> tuple[QuantizedTensor, Tensor]:
-        """In the layout of this device's kernel, and what it stands for: (n, k) float32."""
-        if scheme not in self._quantized:
+    def quantized(self, scheme: str, target: Target | None = None) -> tuple[QuantizedTensor, Tensor]:
+        """In the layout that a target's kernel reads, by default this device's; and what it stands for: (n, k) float32."""
+        layout = select_layout(SCHEMES[scheme], Role.LINEAR, target or target_of(self.device))
+        if (scheme, layout) not in self._quantized:
             plain = quantize(self.weight, SCHEMES[scheme])
-            layout = select_layout(SCHEMES[scheme], Role.LINEAR, target_of(self.device))
-            self._quantized[scheme] = plain.to_layout(layout), dequantize(plain).to(self.device)
-        return self._quantized[scheme]
+            self._quantized[scheme, layout] = plain.to_layout(layout), dequantize(plain).to(self.device)
+        return self._quantized[scheme, layout]
 
 
 @dataclass
@@ -256,8 +264,14 @@ def entries(device: torch.device, t: int) -> Iterator[Entry]:
         yield _qbert_entry(name, "activations quantized before")
         yield _qbert_entry(name, "quantize_per_token and the product", " + quantize", with_quantization=True)
     yield _qbert_entry("w8a8", "activations quantized before; leaves int8", " int8 out", requant=True)
-    for name in WEIGHT_ONLY_SCHEMES if t <= WEIGHT_ONLY_TOKENS else ():
+    weight_only = WEIGHT_ONLY_SCHEMES if t <= WEIGHT_ONLY_TOKENS else ()
+    for name in weight_only:
         yield _qbert_entry(name, "float activations")
+    for kernels in KERNELS if cuda else ():
+        what = f"{kernels}'s launcher"
+        for name in (*INTEGER_SCHEMES, *weight_only):
+            yield _qbert_entry(name, what, f" {kernels}", kernels=kernels)
+        yield _qbert_entry("w8a8", f"{what}; leaves int8", f" int8 out {kernels}", requant=True, kernels=kernels)
 
 
 def _peers(cuda: bool) -> Iterator[Entry]:
@@ -373,35 +387,53 @@ def _quantize_alone(problem: Problem) -> Built:
 
 
 def _qbert_entry(
-    scheme: str, configuration: str, suffix: str = "", *, with_quantization: bool = False, requant: bool = False
-) -> Entry:
-    build = functools.partial(_qbert, name=scheme, with_quantization=with_quantization, requant=requant)
+    scheme: str, configuration: str, suffix: str = "", *, with_quantization: bool = False, requant: bool = False,
+    kernels: str = "",
+) -> Entry:  # fmt: skip
+    build = functools.partial(
+        _qbert, name=scheme, with_quantization=with_quantization, requant=requant, kernels=kernels
+    )
     return Entry(f"qbert {scheme}{suffix}", "qbert", build, scheme, configuration)
 
 
-def _qbert(problem: Problem, name: str, with_quantization: bool = False, requant: bool = False) -> Built:
+def _qbert(
+    problem: Problem, name: str, with_quantization: bool = False, requant: bool = False, kernels: str = ""
+) -> Built:  # fmt: skip
+    """`kernels`: a key of `KERNELS`; by default what the operator chooses."""
     scheme, weights = SCHEMES[name], problem.weights
-    held, meant = weights.quantized(name)
+    target = target_of(problem.device)
+    target = replace(target, prefer=kernels) if kernels else target
+    held, meant = weights.quantized(name, target)
     operation = linear_operation(scheme) + ("_requant" if requant else "")
     operator = getattr(torch.ops.qbert, operation).default
     expected = _of_codes(problem, meant) if scheme.activation else product(problem.x.float(), meant, weights.bias)
     out_scale = float(expected.abs().max()) / _OUT_SCALE_RANGE
     first = _arguments(problem, operator, held, out_scale)
     call: Callable[..., Any] = operator
-    if with_quantization:
+    if kernels:
+        call = _launcher(operation, kernels, first)
+    elif with_quantization:
         call = lambda x, *rest: operator(*torch.ops.qbert.quantize_per_token.default(x), *rest)
         first = (problem.x, *first[2:])
     weight_bytes = sum(map(bytes_of, held.tensors.values()))
     x_bytes = problem.x.element_size() if with_quantization or not scheme.activation else 1
-    target = target_of(problem.device)
     out_dtype = torch.int8 if requant else problem.x.dtype
     return Built(
         Candidate(call, problem.sets(first)),
         problem.work("int8" if scheme.activation else _PRECISION[problem.x.dtype], weight_bytes, x_bytes, out_dtype.itemsize),
         codes_of(expected, out_scale) if requant else everywhere(expected, _EXACT_LIMIT),
-        select_kernel(operation, target, held.layout).name, weight_bytes, _name(out_dtype),
-        tile_of(operation, problem) if target.device == "cuda" else None,
+        f"{kernels} {operation}" if kernels else select_kernel(operation, target, held.layout).name,
+        weight_bytes, _name(out_dtype),
+        compiled_tile(problem, name) if kernels == "cuda" else tile_of(operation, problem) if target.device == "cuda" else None,
     )  # fmt: skip
+
+
+def _launcher(operation: str, kernels: str, arguments: ArgumentSet) -> Callable[..., Any]:
+    """Raises `Unavailable` where these kernels do not take the problem."""
+    launcher = KERNELS[kernels].get(operation)
+    if launcher is None or launcher(*arguments) is NotImplemented:
+        raise Unavailable(f"{kernels} has no kernel for this problem")
+    return launcher
 
 
 def _arguments(problem: Problem, operator: Any, held: QuantizedTensor, out_scale: float) -> ArgumentSet:
@@ -427,6 +459,17 @@ def tile_of(operation: str, problem: Problem) -> str | None:
         return None
     split = f", k / {tile.split_k}" if tile.split_k > 1 else ""
     return f"{tile.road} {tile.block_t}x{tile.block_n}x{tile.block_k}, {tile.warps} warps, {tile.stages} stages{split}"
+
+
+def compiled_tile(problem: Problem, name: str) -> str:
+    """The tile that the compiled extension chooses for a linear of a scheme."""
+    cuda, scheme, count = extension(), SCHEMES[name], target_of(problem.device).sm_count
+    sizes = problem.t, problem.weights.n, problem.weights.k
+    if scheme.activation is None:
+        return str(cuda.few_choose(*sizes, _CODES[scheme.weight], int8_activations=False, multiprocessors=count))
+    if scheme.weight is INT8:
+        return str(cuda.choose(*sizes, multiprocessors=count))
+    return str(cuda.lowbit_choose(*sizes, _CODES[scheme.weight], multiprocessors=count))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.predict --target h100                       every scheme at BERT-base's shapes
     python -m benchmarks.predict --target h100 --tokens 4096 --scheme w8a8 --model large
+    python -m benchmarks.predict --target h100 --over-w8a8            how far packed weights can be ahead of W8A8 at best
 
 A tile keeps one multiprocessor's matrix unit busy for a known number of cycles, and tiles come in waves of as many as there are
 multiprocessors: the last wave is rarely full, and the edges of a matrix rarely fill their tiles. The floor is the longer of the
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import typer
@@ -173,15 +174,51 @@ def table(rows: Sequence[Prediction], gpu: str) -> Table:
     return drawn
 
 
+# For `over_w8a8`: more tokens than bound most of its columns, and a matrix of 16 MB, of which a model has many.
+OVER_W8A8_TOKENS, OVER_W8A8_SHAPE = (16, 64, 96, 128, 144, 192, 256, 384, 512), (4096, 4096)
+
+
+def bound(scheme: Scheme, t: int, n: int, k: int, gpu: str) -> float:
+    """Seconds below which no kernel can be, whatever its tile: every byte moves once, every product is computed.
+
+    Weights come out of memory, in the layout of the compiled kernels, which store 3-bit codes in 3 bits.
+    """
+    target, rates = replace(GPUS[gpu], native=True, prefer="cuda"), TARGETS[gpu]
+    operations = 2.0 * t * n * k / rates.peak("int8" if scheme.activation else "bf16")
+    return max(operations, _bytes(scheme, t, n, k, target) / rates.bandwidth)
+
+
+def over_w8a8(gpu: str) -> Table:
+    """Bounds of packed weights with int8 activations beside that of W8A8, which computes the same products."""
+    n, k = OVER_W8A8_SHAPE
+    w8a8, *packed = (get_scheme(name, Role.LINEAR) for name in INTEGER_SCHEMES)
+    drawn = Table(
+        title=f"{n} x {k} out of memory, {TARGETS[gpu].description}: bounds, computed, not measured",
+        title_justify="left",
+    )
+    for header in ("tokens", "w8a8 us", "share of the int8 units", *(f"{scheme.name} over w8a8" for scheme in packed)):
+        drawn.add_column(header, justify="right")
+    for t in OVER_W8A8_TOKENS:
+        whole = bound(w8a8, t, n, k, gpu)
+        share = 2.0 * t * n * k / TARGETS[gpu].peak("int8") / whole
+        ratios = [f"{whole / bound(scheme, t, n, k, gpu):.2f}" for scheme in packed]
+        drawn.add_row(str(t), f"{whole * 1e6:.2f}", f"{share:.0%}", *ratios)
+    return drawn
+
+
 def main(
     target: Annotated[str, typer.Option("--target", help="h100, h200, a100, l40s, a10")] = "h100",
     scheme: Annotated[list[str] | None, typer.Option("--scheme", help="linear scheme; may be repeated")] = None,
     tokens: Annotated[list[int] | None, typer.Option("--tokens", help="may be repeated")] = None,
     model: Annotated[str, typer.Option("--model", help="base or large")] = "base",
+    ratios: Annotated[bool, typer.Option("--over-w8a8", help="bounds of packed weights beside that of W8A8")] = False,
 ) -> None:
     """Print the floors of one GPU."""
     if model not in SHAPES:
         raise typer.BadParameter(f"{model!r}; allowed: {', '.join(SHAPES)}")
+    if ratios and target in GPUS:
+        Console(width=170).print(over_w8a8(target))
+        return
     chosen = scheme or [*INTEGER_SCHEMES, *WEIGHT_ONLY_SCHEMES]
     try:
         rows = predictions(target, schemes=chosen, tokens=tokens or TOKENS, shapes=SHAPES[model])

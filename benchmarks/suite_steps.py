@@ -58,7 +58,10 @@ _MOST_TEST_WORKERS, _TEST_SECONDS = 12, 120
 _TESTS_GRACE = 15.0  # pytest waits for its workers before it writes anything
 _WIDTH = 140
 GPU_TESTS, _TESTS = "gpu tests", "tests"
-_SANITIZER_ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error")
+_SANITIZER_ERRORS, _HAZARDS = (
+    re.compile(r"ERROR SUMMARY: [1-9]\d* error"),
+    re.compile(r"RACECHECK SUMMARY: [1-9]\d* hazard.*"),
+)
 
 
 @dataclass(frozen=True)
@@ -333,7 +336,10 @@ def tracked_bytes() -> int | None:
 
 
 def build_extensions(suite: Suite, seconds: float) -> str | None:
-    """Compiles what csrc/ has, in place. Without it Triton and torch run, which `explain` says."""
+    """Compiles what csrc/ has, in place: `qbert._cuda` too, where nvcc is here and CUTLASS's headers are or were carried.
+
+    Without it Triton and torch run, which `explain` says.
+    """
     if not (ROOT / "setup.py").is_file() or not (ROOT / "csrc").is_dir():
         raise Skip("no sources in this installation")
     wanted = ["--version"] if suite.options.dry_run else ["build_ext", "--inplace"]
@@ -341,7 +347,8 @@ def build_extensions(suite: Suite, seconds: float) -> str | None:
     ended = suite.call([sys.executable, "setup.py", *wanted], seconds, QBERT_BUILD_JOBS=jobs)
     _raise_unless_done(ended, seconds)
     built = sorted(path.name for path in (ROOT / "qbert").glob("*.so"))
-    return f"{', '.join(built) or 'nothing was built'}; {jobs} jobs"
+    left_out = re.findall(r"^qbert\._cuda is not built: .*$", ended.said, re.MULTILINE)
+    return "; ".join([", ".join(built) or "nothing was built", f"{jobs} jobs", *left_out])
 
 
 # ---- correctness ----------------------------------------------------------------------------------------------------
@@ -406,19 +413,37 @@ def parse_junit(path: Path) -> TestsRow:
 def run_every_kernel(suite: Suite, seconds: float) -> str | None:
     """Every operator once under compute-sanitizer's memcheck, or, where there is none that works, just so."""
     end = time.monotonic() + seconds
-    tool = None if suite.options.dry_run else shutil.which("compute-sanitizer")
-    command = [*child_command("every_kernel"), "--target", suite.options.target]
-    note = "no compute-sanitizer here"
-    if tool is not None:
-        # Accesses count, not what CUDA's libraries ask in vain.
-        checked = [tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "86", *command]
+    try:
         # From a pool all neighbours belong to the same allocation, and nothing would be out of bounds.
-        ended = suite.call(checked, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        if verdicts(ended.said) or ended.status == _STOPPED:
-            return _every_kernel(suite, "every kernel under memcheck", ended)
-        note = f"compute-sanitizer: {ended.last}"
-    ended = suite.call(command, end - time.monotonic())
-    return f"{_every_kernel(suite, 'every kernel', ended)}; {note}"
+        return _sanitized(suite, "memcheck", seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    except Skip as reason:
+        ended = suite.call(_every_kernel_command(suite), end - time.monotonic())
+        return f"{_every_kernel(suite, 'every kernel', ended)}; {reason}"
+
+
+def sanitize(tool: str) -> Callable[[Suite, float], str | None]:
+    """A step that runs every operator once under another of compute-sanitizer's tools."""
+    return lambda suite, seconds: _sanitized(suite, tool, seconds)
+
+
+def _sanitized(suite: Suite, tool: str, seconds: float, **environment: str) -> str:
+    """Raises `Skip` where there is no compute-sanitizer, or none that works."""
+    sanitizer = None if suite.options.dry_run else shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        raise Skip("no compute-sanitizer here")
+    options = ["--tool", tool]
+    if tool != "racecheck":  # whose hazards are read, not counted
+        options += ["--error-exitcode", "86"]
+    if tool == "memcheck":  # accesses count, not what CUDA's libraries ask in vain
+        options += ["--report-api-errors", "no"]
+    ended = suite.call([sanitizer, *options, *_every_kernel_command(suite)], seconds, None, **environment)
+    if not verdicts(ended.said) and ended.status != _STOPPED:
+        raise Skip(f"compute-sanitizer: {ended.last}")
+    return _every_kernel(suite, f"every kernel under {tool}", ended)
+
+
+def _every_kernel_command(suite: Suite) -> list[str]:
+    return [*child_command("every_kernel"), "--target", suite.options.target]
 
 
 def verdicts(said: str) -> list[str]:
@@ -431,16 +456,20 @@ def _every_kernel(suite: Suite, name: str, ended: Ended) -> str:
     lines = verdicts(ended.said)
     wrong = [line for line in lines if not line.endswith(": good")]
     good = len(lines) - len(wrong)
-    found = _SANITIZER_ERRORS.search(ended.said)
-    if found and int(found.group(1)):
-        wrong.append(f"memcheck: {found.group(1)} errors, see {LOG}")
+    if errors := _SANITIZER_ERRORS.search(ended.said):
+        wrong.append(f"{errors.group(0)}, see {LOG}")
     if ended.status > 0 and not wrong:
         wrong.append(ended.last)
     complete = ended.status != _STOPPED
-    suite.add_tests(TestsRow(suite=name, passed=good, failed=len(wrong), failures=wrong, complete=complete))
+    row = TestsRow(suite=name, passed=good, failed=len(wrong), failures=wrong, complete=complete)
+    if hazards := _HAZARDS.search(
+        ended.said
+    ):  # it does not see that a barrier orders a copy and the threads that wait for it
+        row.reason = f"{hazards.group(0)}, to be read in {LOG}"
+    suite.add_tests(row)
     if not complete:
         raise Failed(f"{name}: stopped at its cap after {good} good ones", stopped=True)
-    return f"{name}: {good} good, {len(wrong)} not"
+    return f"{name}: {good} good, {len(wrong)} not{f'; {row.reason}' if row.reason else ''}"
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -524,7 +553,10 @@ _TINY_BERT = (
 )
 _BRIEF_GEMM = ("--seconds", "0.1")
 # Without what Inductor compiles for each shape anew, half a minute and more, while all others wait.
-_BRIEF_BERT = ("--rows", "torch-bf16,torch-bf16-graph,torch-bf16-unpadded,qbert-w8a8,qbert-*-graph")
+_BRIEF_BERT = (
+    "--rows",
+    "torch-bf16,torch-bf16-graph,torch-bf16-unpadded,qbert-w8a8,qbert-*-graph,qbert-*-graph-triton,qbert-*-graph-cuda*",
+)
 STEPS = (
     Step("environment", record_environment, minimum=10, share=0.5, most=30),
     Step("build", build_extensions, minimum=20, share=9, most=300),
@@ -535,6 +567,9 @@ STEPS = (
     Step("gemm", benchmark("bench_gemm", _TINY_GEMM, brief=_BRIEF_GEMM), minimum=30, share=5),
     Step("attention", benchmark("bench_attention", _TINY_ATTENTION), minimum=20, share=2),
     Step("bert", benchmark("bench_bert", _TINY_BERT, brief=_BRIEF_BERT), minimum=60, share=6),
+    # Late, because they are slow, and because results that are right under memcheck have answered most of what they ask.
+    Step("synccheck", sanitize("synccheck"), minimum=30, share=0.7, most=90),
+    Step("racecheck", sanitize("racecheck"), minimum=30, share=0.7, most=90),
     Step("report", make_report, minimum=10, share=0.5, most=60),
 )
 

@@ -3,6 +3,9 @@
     python -m benchmarks.tune --minutes 3 --out build/tuned         the table and every measurement go to that folder
     cp build/tuned/nvidia_h100.json kernels/tuned/                  from then on it is what runs
 
+The compiled extension is a candidate, too. Where it reads a weight in a layout of its own, the layout decides for all problems:
+it gets the whole operation if it is faster than Triton's best tiles in the geometric mean over the problems that were measured.
+
 A tile counts only if its result equals, bit for bit where sums are integers, that of the tile that runs now. Candidates are
 those that fit the shared memory and registers, the best by a computed time first. Problems come in order of value, and the
 table is written after each, so that it may be stopped at any time. Other processes compile before anything is timed.
@@ -29,9 +32,17 @@ from rich.console import Console
 from torch import Tensor
 
 from qbert import ops as _ops  # noqa: F401  (defines torch.ops.qbert)
-from qbert.dispatch import CUDA_OPERATIONS, linear_operation, select_layout
+from qbert.dispatch import (
+    COMPILED_LAYOUTS,
+    CUDA_OPERATIONS,
+    compiled_obstacle,
+    linear_operation,
+    prefers_extension,
+    select_layout,
+)  # fmt: skip
 from qbert.errors import QBertError
-from qbert.formats import SCHEMES, Role, Scheme
+from qbert.formats import SCHEMES, Role
+from qbert.layout import Layout
 from qbert.qtensor import QuantizedTensor
 from qbert.quantizers import quantize
 from qbert.reference import quantize_per_token
@@ -82,6 +93,11 @@ class Problem:
         """Whether its sums are integers, so that all tiles give the same bits."""
         return SCHEMES[self.scheme].activation is not None
 
+    @property
+    def bound(self) -> bool:
+        """Whether the compiled kernel reads the weight in a layout of its own, which then decides for all problems."""
+        return self.operation in COMPILED_LAYOUTS
+
 
 def problems(schemes: Sequence[str] = ALL_SCHEMES) -> Iterator[list[Problem]]:
     """All problems in order of value, those of as many tokens together; of schemes that share an operation the first."""
@@ -97,10 +113,18 @@ def problems(schemes: Sequence[str] = ALL_SCHEMES) -> Iterator[list[Problem]]:
 
 def candidates(problem: Problem, target: Target) -> list[TileConfig]:
     """Tiles worth trying: what runs now first, then by computed time, at most `MOST_CANDIDATES`."""
-    now = select_tile(problem.operation, problem.t, problem.n, problem.k, target)
-    found = {_shape(now): now}
-    if target.native and problem.operation in CUDA_OPERATIONS:
-        found.setdefault(_shape(COMPILED), COMPILED)
+    operation, sizes = problem.operation, (problem.t, problem.n, problem.k)
+    triton = select_tile(operation, *sizes, replace(target, native=False))
+    if problem.bound:
+        now = COMPILED if prefers_extension(operation, target) else triton
+    else:
+        now = select_tile(operation, *sizes, target)
+    first = [now, triton]
+    if operation in CUDA_OPERATIONS and compiled_obstacle(operation, target) is None:
+        first.append(COMPILED)
+    found: dict[tuple[object, ...], TileConfig] = {}
+    for tile in first:
+        found.setdefault(_shape(tile), tile)
     for tile in sorted(_all_tiles(problem, target), key=partial(_computed, problem, target)):
         if len(found) < MOST_CANDIDATES:
             found.setdefault(_shape(tile), tile)
@@ -181,11 +205,28 @@ def _computed(problem: Problem, target: Target, tile: TileConfig) -> float:
 # ---- one problem ----------------------------------------------------------------------------------------------------
 
 
-def arguments(problem: Problem, device: torch.device) -> tuple[Any, ...]:
-    """Random arguments of the problem's operation, with a bias and a bfloat16 result."""
+Given = Callable[[TileConfig], Sequence[Any]]
+
+
+def arguments(problem: Problem, device: torch.device) -> Given:
+    """The arguments of the problem's operation for a tile: the same numbers, the weight in the layout that the tile reads."""
+    held: dict[Layout, tuple[Any, ...]] = {}
+    triton = select_layout(SCHEMES[problem.scheme], Role.LINEAR, replace(target_of(device), prefer="triton"))
+
+    def given(tile: TileConfig) -> tuple[Any, ...]:
+        layout = COMPILED_LAYOUTS[problem.operation] if problem.bound and tile.road == "cuda" else triton
+        if layout not in held:
+            held[layout] = _arguments(problem, device, layout)
+        return held[layout]
+
+    return given
+
+
+def _arguments(problem: Problem, device: torch.device, layout: Layout) -> tuple[Any, ...]:
+    """Random ones, with a bias and a bfloat16 result."""
     scheme = SCHEMES[problem.scheme]
     x = random_activations(problem.t, problem.k).to(device, _OUT)
-    weight = _weight(scheme, problem.n, problem.k, device)
+    weight = _weight(problem, device, layout)
     names = [each.name for each in _operator(problem.operation)._schema.arguments]
     held = [weight.tensors[name] for name in names if name in weight.tensors]
     bias = torch.linspace(-1, 1, problem.n, device=device, dtype=_OUT)
@@ -194,36 +235,44 @@ def arguments(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     return (*tokens, *held, bias, "none", *out, weight.layout.value)
 
 
-def _weight(scheme: Scheme, n: int, k: int, device: torch.device) -> QuantizedTensor:
-    weight = quantize(random_weight(n, k), scheme).to_layout(select_layout(scheme, Role.LINEAR, target_of(device)))
+def _weight(problem: Problem, device: torch.device, layout: Layout) -> QuantizedTensor:
+    weight = quantize(random_weight(problem.n, problem.k), SCHEMES[problem.scheme]).to_layout(layout)
     tensors = dict(zip(weight.tensors, to_device(list(weight.tensors.values()), device), strict=True))
-    return QuantizedTensor(scheme, (n, k), weight.layout, tensors)
+    return QuantizedTensor(weight.scheme, weight.shape, weight.layout, tensors)
 
 
 def _operator(operation: str) -> Any:
     return getattr(torch.ops.qbert, operation).default
 
 
-def run(problem: Problem, tile: TileConfig, given: Sequence[Any]) -> Tensor:
+def run(problem: Problem, tile: TileConfig, given: Given) -> Tensor:
     """The operation with that tile."""
     with forced(problem.operation, tile):
-        result: Tensor = _operator(problem.operation)(*given)
+        result: Tensor = _operator(problem.operation)(*given(tile))
     return result
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came of one problem: the tiles' rows, the winner first among those with a time."""
+    """What came of one problem.
+
+    Attributes:
+        winner: the fastest tile; of a `bound` problem the fastest of Triton's.
+        rows: of all tiles.
+        compiled: of a bound problem the winner's time over the compiled kernel's: 0 where that gave no right result, None
+            where it was no candidate or the winner has no time.
+    """
 
     problem: Problem
     winner: TileConfig
     rows: list[TileRow]
+    compiled: float | None = None
 
 
 Measure = Callable[[Mapping[str, Candidate]], Samples]
 
 
-def tune_one(problem: Problem, tiles: Sequence[TileConfig], given: Sequence[Any], time_all: Measure) -> Tuned:
+def tune_one(problem: Problem, tiles: Sequence[TileConfig], given: Given, time_all: Measure) -> Tuned:
     """Times the tiles whose results are right.
 
     Args:
@@ -239,7 +288,8 @@ def tune_one(problem: Problem, tiles: Sequence[TileConfig], given: Sequence[Any]
         else:
             right[str(index)] = tile
     samples = time_all({name: Candidate(partial(run, problem, tile, given)) for name, tile in right.items()})
-    winner = _fastest(samples)
+    names = [str(index) for index, tile in enumerate(tiles) if not (problem.bound and tile.road == "cuda")]
+    winner = _fastest(names, samples)
     rows = []
     for index, tile in enumerate(tiles):
         sample, base = samples.get(str(index)), samples.get("0")
@@ -251,10 +301,20 @@ def tune_one(problem: Problem, tiles: Sequence[TileConfig], given: Sequence[Any]
                 reason=None if sample else reasons.get(index) or samples.failures.get(str(index), "not timed"),
             )
         )  # fmt: skip
-    return Tuned(problem, tiles[int(winner)], rows)
+    return Tuned(
+        problem, tiles[int(winner)], rows, _against_compiled(tiles, winner, samples) if problem.bound else None
+    )
 
 
-def _wrong(problem: Problem, tile: TileConfig, given: Sequence[Any], expected: Tensor) -> str | None:
+def _against_compiled(tiles: Sequence[TileConfig], winner: str, samples: Samples) -> float | None:
+    """The winner's time over that of the compiled kernel."""
+    compiled = next((str(index) for index, tile in enumerate(tiles) if tile.road == "cuda"), None)
+    if compiled is None or winner not in samples:
+        return None
+    return samples[winner].median / samples[compiled].median if compiled in samples else 0.0
+
+
+def _wrong(problem: Problem, tile: TileConfig, given: Given, expected: Tensor) -> str | None:
     try:
         result = run(problem, tile, given)
         if problem.exact:
@@ -265,12 +325,13 @@ def _wrong(problem: Problem, tile: TileConfig, given: Sequence[Any], expected: T
         return one_line(error)
 
 
-def _fastest(samples: Mapping[str, Any]) -> str:
-    """The first tile, unless another is clearly faster; it runs now, so it is kept where nothing could be timed."""
-    if not samples:
-        return "0"
-    best = min(samples, key=lambda name: samples[name].median)
-    return "0" if "0" in samples and samples["0"].median <= _CLEARLY * samples[best].median else best
+def _fastest(names: Sequence[str], samples: Mapping[str, Any]) -> str:
+    """The first of the names, unless another is clearly faster; it runs now, so it is kept where nothing could be timed."""
+    first, timed = names[0], [name for name in names if name in samples]
+    if not timed:
+        return first
+    best = min(timed, key=lambda name: samples[name].median)
+    return first if first in timed and samples[first].median <= _CLEARLY * samples[best].median else best
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -279,8 +340,13 @@ def _fastest(samples: Mapping[str, Any]) -> str:
 def merged(
     table: Mapping[str, Sequence[Mapping[str, Any]]], tuned: Iterable[Tuned], source: str
 ) -> dict[str, list[Any]]:
-    """The table with a row for each problem that was tuned, in place of one for the same shape and tokens."""
+    """The table with a row for each problem that was tuned, in place of one for the same shape and tokens.
+
+    Operations whose weights have a layout of their own in the compiled extension get or lose the row that sends all of them
+    there.
+    """
     result: dict[str, list[Any]] = {operation: [dict(row) for row in rows] for operation, rows in table.items()}
+    tuned = list(tuned)
     for each in tuned:
         problem, tile = each.problem, {**asdict(each.winner), "source": source}
         key = {"n": problem.n, "k": problem.k, "tokens": problem.t}
@@ -292,7 +358,23 @@ def merged(
         rows.sort(
             key=lambda row: (row.get("n") is None, row.get("n") or 0, row.get("k") or 0, row.get("tokens") or 1 << 40)
         )
+    for operation, ratios in _compiled_ratios(tuned).items():
+        rows = result[operation]
+        rows[:] = [row for row in rows if row["road"] != "cuda"]
+        mean = math.prod(ratios) ** (1 / len(ratios))
+        if mean > _CLEARLY:
+            said = f"{source}: {mean:.2f} times as fast as Triton's best, geometric mean over {len(ratios)} problems"
+            rows.append({"n": None, "k": None, "tokens": None, **asdict(COMPILED), "source": said})
     return result
+
+
+def _compiled_ratios(tuned: Iterable[Tuned]) -> dict[str, list[float]]:
+    """How many times as fast as Triton's best the compiled kernel was, problem by problem of each operation."""
+    ratios: dict[str, list[float]] = {}
+    for each in tuned:
+        if each.compiled is not None:
+            ratios.setdefault(each.problem.operation, []).append(each.compiled)
+    return ratios
 
 
 def dump(table: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -310,6 +392,8 @@ def dump(table: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 def _compile(work: tuple[Problem, TileConfig]) -> None:
     """In another process: one call, whose kernel stays in Triton's cache on disk. What fails will fail again, with a reason."""
     problem, tile = work
+    if tile.road == "cuda":
+        return
     try:
         run(problem, tile, _few_arguments(replace(problem, t=min(problem.t, _COMPILED_TOKENS))))
     except Exception:
@@ -317,7 +401,7 @@ def _compile(work: tuple[Problem, TileConfig]) -> None:
 
 
 @lru_cache(maxsize=4)
-def _few_arguments(problem: Problem) -> tuple[Any, ...]:
+def _few_arguments(problem: Problem) -> Given:
     """Quantizing a weight takes longer than compiling for it does."""
     return arguments(problem, torch.device("cuda"))
 
@@ -380,6 +464,7 @@ def _line(tuned: Tuned) -> str:
         f"{problem.scheme} t={problem.t} n={problem.n} k={problem.k}: {tile.road} {tile.block_t}x{tile.block_n}x{tile.block_k} "
         f"w{tile.warps} s{tile.stages} k/{tile.split_k}: {chosen.time.median * 1e6:.2f} us, {tops:.0f} TOPS, "
         f"{chosen.speedup or 1:.2f}x of before ({sum(row.time is not None for row in tuned.rows)} of {len(tuned.rows)} tiles)"
+        + ("" if tuned.compiled is None else f"; the compiled kernel: {tuned.compiled:.2f}x of it")
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .base import Job, Peer, Unavailable, one_line
@@ -31,6 +31,7 @@ class RowSpec:
         options: see `Job`.
         texts_only: takes texts, so it is a row of --sentences only.
         target: "cpu" or "cuda".
+        environment: variables of its process.
     """
 
     name: str
@@ -41,6 +42,7 @@ class RowSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     texts_only: bool = False
     target: str = "cpu"
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def peer_class(self) -> type[Peer]:
         """The class; importing it needs no optional library."""
@@ -76,8 +78,26 @@ def _qbert(name: str, configuration: str, *, unfused: bool = False, target: str 
     )
 
 
+# Beside the row where the tables choose the kernels: suffix, what is different, the variables that make it so (docs/cuda.md).
+_KERNELS = (
+    ("triton", "Triton's kernels alone", {"QBERT_KERNEL": "triton"}),
+    ("cuda", "compiled kernels wherever there is one", {"QBERT_KERNEL": "cuda"}),
+    ("cuda-serial", "compiled kernels, none begun before the last has ended", {"QBERT_KERNEL": "cuda", "QBERT_PDL": "0"}),
+)  # fmt: skip
+
+
+def _with_kernels(row: RowSpec) -> list[RowSpec]:
+    """The row, and rows that differ in the kernels alone."""
+    variants = [
+        replace(row, name=f"{row.name}-{suffix}", configuration=f"{row.configuration}; {what}", environment=environment)
+        for suffix, what, environment in _KERNELS
+    ]
+    return [row, *variants]
+
+
 _UNFUSED, _TOKEN = "quantize_: every linear by itself", "fused encoder, scales per token"
 _STATIC = "fused encoder, calibrated on real sentences"
+_GRAPH = f"{_STATIC}, qbert.compile"
 
 _CPU_ROWS = (
     _row("torch-fp32", _TORCH, "torch_peer:TorchPeer", "eager, sdpa attention", dtype="float32"),
@@ -142,9 +162,10 @@ _CUDA_ROWS = (
     _qbert("w8a8", _TOKEN, target="cuda", scheme="w8a8"),
     _qbert("w8a8-graph", f"{_TOKEN}, qbert.compile", target="cuda", scheme="w8a8", compile=True),
     _qbert("w8a8-static", _STATIC, target="cuda", scheme="w8a8", static=True),
-    _qbert("w8a8-static-graph", f"{_STATIC}, qbert.compile", target="cuda", scheme="w8a8", static=True, compile=True),
-    *(_qbert(f"{name}-static-graph", f"{_STATIC}, qbert.compile", target="cuda", scheme=name, static=True, compile=True)
-      for name in ("w4a8", "gobo4a8", "gobo3a8")),
+    _qbert("w4a8-static-graph", _GRAPH, target="cuda", scheme="w4a8", static=True, compile=True),
+    _qbert("gobo4a8-static-graph", _GRAPH, target="cuda", scheme="gobo4a8", static=True, compile=True),
+    *(row for name in ("w8a8", "gobo3a8") for row in _with_kernels(
+        _qbert(f"{name}-static-graph", _GRAPH, target="cuda", scheme=name, static=True, compile=True))),
 )  # fmt: skip
 
 ROWS: dict[str, dict[str, RowSpec]] = {

@@ -120,8 +120,28 @@ def test_candidates_of_a_gpu_are_those_of_the_plan():
     assert {"torch fp16", "torch._int_mm", "torch._int_mm compiled", "torchao int8 dynamic", "bitsandbytes int8",
             "bitsandbytes nf4", "gemlite a8w8", "gemlite a16w4", "qbert w8a8 int8 out"} <= set(names)  # fmt: skip
     assert "qbert gobo3" not in names
-    assert "qbert gobo3" in [entry.name for entry in entries(torch.device("cuda"), 64)]
+    assert {"qbert gobo3a8 cuda", "qbert gobo3a8 triton", "qbert w8a8 int8 out cuda"} <= set(names)
+    few = [entry.name for entry in entries(torch.device("cuda"), 64)]
+    assert {"qbert gobo3", "qbert gobo3 cuda", "qbert w4a16 triton"} <= set(few)
     assert len(set(names)) == len(names)
+
+
+def test_kernels_past_the_operator(weights, monkeypatch):
+    """A launcher computes what the operator does, and says by name that it does not take a problem."""
+    operator = torch.ops.qbert.w8a8_linear.default
+    monkeypatch.setattr(
+        linears, "KERNELS", {"cuda": {"w8a8_linear": operator}, "triton": {"w8a8_linear": lambda *_: NotImplemented}}
+    )
+    monkeypatch.setattr(linears, "compiled_tile", lambda problem, scheme: f"a tile for {scheme}")
+    chosen = [linears._qbert_entry("w8a8", "", f" {each}", kernels=each) for each in linears.KERNELS]
+    chosen.append(linears._qbert_entry("w4a8", "", " cuda", kernels="cuda"))
+    good, *bad = bench_gemm.measure_problem(Problem(weights, 4, cold=False), SETTINGS, chosen)
+    assert (good.name, good.kernel, good.reason) == ("qbert w8a8 cuda", "cuda w8a8_linear", None)
+    assert good.tile == "a tile for w8a8"
+    assert [row.reason for row in bad] == [
+        "triton has no kernel for this problem",
+        "cuda has no kernel for this problem",
+    ]
 
 
 def test_gemlite_by_whatever_its_helper_is_called(monkeypatch):

@@ -260,6 +260,31 @@ def test_every_kernel_with_and_without_a_sanitizer(tmp_path, monkeypatch, saniti
         assert "compute-sanitizer: Device not supported" in said
 
 
+@pytest.mark.parametrize(
+    ("said", "failed", "reason"),
+    [
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, None),
+        ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", 0,
+         "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings), to be read in suite.log"),
+        ("========= ERROR SUMMARY: 3 errors", 1, None),
+    ],
+)  # fmt: skip
+def test_races_are_read_and_errors_counted(tmp_path, monkeypatch, said, failed, reason):
+    suite = suite_of(tmp_path)
+    suite.options = Options(tmp_path, suite.options.deadline, dry_run=False)
+    monkeypatch.setattr(suite_steps.shutil, "which", lambda name: "echo")
+    lines = f"\na_op w8 1x2x3 cuda: good\n{said}\n"
+    monkeypatch.setattr(suite_steps, "child_command", lambda module: [lines])
+    suite_steps.sanitize("racecheck")(suite, 30.0)
+    row = suite.tests[0]
+    assert (row.suite, row.passed, row.failed, row.reason) == ("every kernel under racecheck", 1, failed, reason)
+
+
+def test_other_tools_need_a_sanitizer(tmp_path):
+    with pytest.raises(Skip, match="no compute-sanitizer here"):
+        suite_steps.sanitize("synccheck")(suite_of(tmp_path), 30.0)
+
+
 # ---- tiles ----------------------------------------------------------------------------------------------------------
 
 
@@ -373,7 +398,8 @@ def test_dry_run(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     results = load_results(out / "results.json")
     statuses = {row.name: row.status for row in results.of(StepRow)}
-    assert statuses == {step.name: "skipped" if step.name == "tune" else "done" for step in suite_steps.STEPS}
+    needs_gpu = ("tune", "synccheck", "racecheck")
+    assert statuses == {step.name: "skipped" if step.name in needs_gpu else "done" for step in suite_steps.STEPS}
     assert "no NVIDIA GPU" in next(row.reason for row in results.of(StepRow) if row.name == "tune")
     for kind in (GemmRow, AttentionRow, BertRow, CeilingRow):
         rows = results.of(kind)

@@ -73,3 +73,15 @@ def test_the_command_prints_tiles_beside_floors() -> None:
 def test_an_unknown_gpu_is_named() -> None:
     with pytest.raises(QBertError, match="unknown target 'tpu'; allowed: h100, h200"):
         prediction.predictions("tpu")
+
+
+def test_packed_weights_are_ahead_only_while_weights_are_what_takes_time() -> None:
+    """3 bits for 8 at few tokens; nothing once W8A8 keeps the matrix units busy: both compute the same products."""
+    w8a8, gobo3 = SCHEMES["w8a8"], SCHEMES["gobo3a8"]
+    ratio = {t: prediction.bound(w8a8, t, 4096, 4096, "h100") / prediction.bound(gobo3, t, 4096, 4096, "h100")
+             for t in prediction.OVER_W8A8_TOKENS}  # fmt: skip
+    assert list(ratio.values()) == sorted(ratio.values(), reverse=True)
+    assert 2.5 < ratio[16] < 8 / 3
+    assert ratio[144] > 2 > ratio[192]
+    assert ratio[384] == 1.0
+    assert prediction.over_w8a8("h100").row_count == len(ratio)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,23 @@ from benchmarks.predict import SHAPES
 from benchmarks.timing import Candidate, Sample, Samples
 from benchmarks.tune import Problem, Tuned, candidates, dump, merged, problems, tune_one
 from qbert import tiles
+from qbert.dispatch import TRITON_LAYOUTS, prefers_extension
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES
+from qbert.layout import FRAGMENT_LAYOUTS, Layout
 from qbert.target import Target
 from qbert.tiles import TUNED, TileConfig, select_tile
 
 H100 = Target("cuda", "", 90, 132, 232_448)
 A100 = Target("cuda", "", 80, 108, 166_912)
 CPU = torch.device("cpu")
+BOUND = [
+    "w4a8",
+    "gobo3a8",
+    "w8a16",
+    "w4a16",
+    "gobo3",
+]  # schemes of which the compiled kernels have a layout of their own
 
 
 @pytest.mark.parametrize(
@@ -102,6 +113,21 @@ def test_where_nothing_can_be_timed_nothing_changes() -> None:
     assert tuned.rows[0].reason == "no clock"
 
 
+@pytest.fixture(autouse=True)
+def _fresh_tables() -> Iterator[None]:
+    yield
+    tiles.table.cache_clear()
+    tiles._select.cache_clear()
+
+
+def _use(table: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Makes it the H100's table, written and read."""
+    (folder / "nvidia_h100.json").write_text(dump(table))
+    monkeypatch.setattr(tiles, "TUNED", folder)
+    tiles.table.cache_clear()
+    tiles._select.cache_clear()
+
+
 def test_measured_rows_replace_their_own_kind_and_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = json.loads((TUNED / "nvidia_h100.json").read_text())
     winner = TileConfig("tma", 64, 64, 128, 4, 3)
@@ -109,18 +135,11 @@ def test_measured_rows_replace_their_own_kind_and_are_found(monkeypatch: pytest.
     once = merged(before, [Tuned(problem, winner, [])], "measured")
     twice = merged(once, [Tuned(problem, TileConfig("tma", 64, 128, 128, 4, 3), [])], "measured again")
     assert len(twice["w8a8_linear"]) == len(once["w8a8_linear"]) == len(before["w8a8_linear"]) + 1
-    (tmp_path / "nvidia_h100.json").write_text(dump(twice))
-    monkeypatch.setattr(tiles, "TUNED", tmp_path)
-    tiles.table.cache_clear()
-    tiles._select.cache_clear()
-    try:
-        tile = select_tile("w8a8_linear", 300, 768, 768, H100)
-        assert (tile.block_n, tile.source) == (128, "measured again")
-        assert select_tile("w8a8_linear", 300, 770, 768, H100).source != "measured again"
-        assert select_tile("w8a8_linear", 300, 768, 768, A100).road != "tma"
-    finally:
-        tiles.table.cache_clear()
-        tiles._select.cache_clear()
+    _use(twice, monkeypatch, tmp_path)
+    tile = select_tile("w8a8_linear", 300, 768, 768, H100)
+    assert (tile.block_n, tile.source) == (128, "measured again")
+    assert select_tile("w8a8_linear", 300, 770, 768, H100).source != "measured again"
+    assert select_tile("w8a8_linear", 300, 768, 768, A100).road != "tma"
 
 
 def test_where_the_compiled_kernel_wins_triton_s_row_stays() -> None:
@@ -136,7 +155,73 @@ def test_the_compiled_kernel_is_a_candidate_where_it_is_built() -> None:
     native = Target("cuda", "", 90, 132, 232_448, native=True)
     assert tune.COMPILED in candidates(Problem("w8a8", 4096, 768, 768), native)
     assert tune.COMPILED not in candidates(Problem("w8a8", 4096, 768, 768), H100)
-    assert tune.COMPILED not in candidates(Problem("w4a8", 4096, 768, 768), native)
+    assert tune.COMPILED not in candidates(Problem("w8a8", 4096, 768, 768), replace(native, sm=80))
+
+
+@pytest.mark.parametrize("scheme", BOUND)
+def test_where_the_compiled_kernel_runs_now_it_comes_first_and_triton_s_tile_second(scheme: str) -> None:
+    problem = Problem(scheme, 16, 768, 768)
+    native = replace(H100, native=True)
+    table = select_tile(problem.operation, 16, 768, 768, H100)
+    assert candidates(problem, native)[:2] == [table, tune.COMPILED]
+    assert candidates(problem, replace(native, prefer="cuda"))[:2] == [tune.COMPILED, table]
+
+
+@pytest.mark.parametrize("scheme", BOUND)
+def test_each_road_gets_the_weight_in_its_own_layout(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "target_of", lambda device: replace(H100, native=True, prefer="cuda"))
+    problem = Problem(scheme, 5, 48, 128)
+    given = tune.arguments(problem, CPU)
+    triton, compiled = given(TileConfig("tma", 64, 64, 128, 4, 3)), given(tune.COMPILED)
+    assert Layout(triton[-1]) in TRITON_LAYOUTS[problem.operation]
+    assert Layout(compiled[-1]) in FRAGMENT_LAYOUTS
+    assert given(TileConfig("few", 16, 64, 128, 4, 3)) is triton
+    assert torch.equal(
+        tune.run(problem, tune.COMPILED, given), tune.run(problem, TileConfig("tma", 64, 64, 128, 4, 3), given)
+    )
+
+
+@pytest.mark.parametrize("scheme", BOUND)
+def test_triton_s_tiles_are_chosen_among_themselves_where_layouts_differ(scheme: str) -> None:
+    problem = Problem(scheme, 5, 48, 128)
+    listed = [tune.COMPILED, TileConfig("few", 16, 16, 64, 4, 2), TileConfig("few", 16, 32, 64, 4, 2)]
+    given = tune.arguments(problem, CPU)
+    tuned = tune_one(problem, listed, given, _clock({"0": 1e-6, "1": 3e-6, "2": 2e-6}))
+    assert tuned.winner == listed[2]
+    assert tuned.compiled == pytest.approx(2.0)
+    assert [row.chosen for row in tuned.rows] == [False, False, True]
+    untimed = tune_one(problem, listed, given, lambda named: Samples({"1": _sample(1e-6)}, {"0": "lost", "2": "lost"}))
+    assert (untimed.winner, untimed.compiled) == (listed[1], 0.0)
+    assert tune_one(problem, listed[1:], given, _clock({"0": 1e-6, "1": 1e-6})).compiled is None
+
+
+@pytest.mark.parametrize(
+    ("ratios", "gets_it"),
+    [
+        ([2.0, 0.9], True),
+        ([2.0, 0.4], False),
+        ([1.0, 1.0], False),
+        ([3.0, 0.0], False),
+        ([None, 1.5], True),
+        ([None], None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scheme", BOUND)
+def test_a_whole_operation_is_compiled_where_its_geometric_mean_is_better(
+    scheme: str, ratios: list[float | None], gets_it: bool | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = json.loads((TUNED / "nvidia_h100.json").read_text())
+    operation, tile = Problem(scheme, 1, 1, 1).operation, TileConfig("few", 16, 16, 64, 4, 2)
+    had = {"n": None, "k": None, "tokens": None, **dataclasses.asdict(tune.COMPILED)}
+    for rows in (before[operation], [*before[operation], had]):
+        results = [Tuned(Problem(scheme, 300 + index, 768, 768), tile, [], ratio) for index, ratio in enumerate(ratios)]
+        table = merged({**before, operation: rows}, results, "measured")
+        assert len([row for row in table[operation] if row["source"] == "measured"]) == len(ratios)
+        _use(table, monkeypatch, tmp_path)
+        expected = gets_it if gets_it is not None else rows[-1] is had
+        assert prefers_extension(operation, replace(H100, native=True)) == expected
+        assert select_tile(operation, 300, 768, 768, H100).source == "measured"
 
 
 def test_the_table_in_the_repository_is_written_as_the_tuner_writes() -> None:
