@@ -467,7 +467,7 @@ def compiled_tile(problem: Problem, name: str) -> str:
     sizes = problem.t, problem.weights.n, problem.weights.k
     if scheme.activation is None:
         return str(cuda.few_choose(*sizes, _CODES[scheme.weight], int8_activations=False, multiprocessors=count))
-    if scheme.weight is INT8:
+    if scheme.weight == INT8:
         return str(cuda.choose(*sizes, multiprocessors=count))
     return str(cuda.lowbit_choose(*sizes, _CODES[scheme.weight], multiprocessors=count))
 

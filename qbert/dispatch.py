@@ -241,7 +241,7 @@ def select_layout(scheme: Scheme, role: Role, target: Target) -> Layout:
         compiled = COMPILED_LAYOUTS.get(linear_operation(scheme))
         if compiled is not None and prefers_extension(linear_operation(scheme), target):
             return compiled
-        if scheme.weight is DICT3 and scheme.activation is None:
+        if scheme.weight == DICT3 and scheme.activation is None:
             return Layout.DICT3_WORDS  # bound by bytes, so all three bits count
         return {INT8: Layout.INT8_ROWS, INT4: Layout.NIBBLE_HALVES}.get(scheme.weight, Layout.SELECT_HALVES)
     if target.device != "cpu":

@@ -111,10 +111,16 @@ class QuantizedTensor:
         return 8 * self.stored_bytes / max(1, self.shape[0] * self.shape[1])
 
     def to_layout(self, layout: Layout) -> QuantizedTensor:
-        """The same matrix in another layout; itself where it is in that layout already."""
+        """The same matrix in another layout; itself where it is in that layout already. On a GPU it is there on return."""
         if layout is self.layout:
             return self
         plain = _layout.to_plain(self.tensors, self.scheme, self.shape, self.layout)
-        return QuantizedTensor(
-            self.scheme, self.shape, layout, _layout.from_plain(plain, self.scheme, self.shape, layout)
-        )
+        tensors = _layout.from_plain(plain, self.scheme, self.shape, layout)
+        _wait_for(tensors["qdata"].device)
+        return QuantizedTensor(self.scheme, self.shape, layout, tensors)
+
+
+def _wait_for(device: torch.device) -> None:
+    """Until a GPU has done what it was told: compiled kernels fetch weights while the launch before theirs still runs."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import replace
 
@@ -93,6 +94,7 @@ def test_layouts_are_legal_and_read_by_the_operation(role: Role, scheme: Scheme,
     layout = select_layout(scheme, role, target)
     assert layout in layouts_of(scheme)
     assert select_layout(scheme, role, target) is layout
+    assert select_layout(copy.deepcopy(scheme), role, target) is layout  # as of a copied model
     operation = (linear_operation if role is Role.LINEAR else embedding_operation)(scheme)
     takes_layout = any(each.name == "layout" for each in getattr(torch.ops.qbert, operation).default._schema.arguments)
     assert takes_layout or layout is Layout.PLAIN  # an operation that is not told reads PLAIN

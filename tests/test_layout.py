@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -120,6 +121,21 @@ def test_unpack_wants_exactly_the_bytes_of_its_codes(width: int) -> None:
     """A short row would read as codes 0, without a word."""
     with pytest.raises(QBertError, match=f"17 codes of 3 bits take 7 bytes a row, got {width}"):
         unpack_bits(torch.zeros(2, width, dtype=torch.uint8), 3, 17)
+
+
+@pytest.mark.parametrize(("scheme", "layout"), LAYOUTS_OF_SCHEMES)
+def test_a_copied_scheme_lies_in_the_same_layouts(scheme: Scheme, layout: Layout) -> None:
+    """`copy.deepcopy` of a model copies schemes and formats too."""
+    copied = copy.deepcopy(scheme)
+    assert copied.weight is not scheme.weight
+    assert layouts.layouts_of(copied) == layouts.layouts_of(scheme)
+    tensors = quantize(random_weight(17, 128), scheme).tensors
+    expected, found = (layouts.from_plain(tensors, each, (17, 128), layout)["qdata"] for each in (scheme, copied))
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+    back = layouts.to_plain({**tensors, "qdata": found}, copied, (17, 128), layout)["qdata"]
+    assert back.dtype == tensors["qdata"].dtype
+    assert torch.equal(back, tensors["qdata"])
 
 
 @pytest.mark.parametrize(("scheme", "layout"), LAYOUTS_OF_SCHEMES)

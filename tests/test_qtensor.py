@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qbert.formats import SCHEMES, Scheme
 from qbert.layout import Layout, layouts_of, qdata_shape
-from qbert.qtensor import QuantizedTensor, column_dtype, plain_specs
+from qbert.qtensor import QuantizedTensor, _wait_for, column_dtype, plain_specs
 from qbert.quantizers import quantize
 from qbert.testing import random_weight
 
@@ -137,3 +138,13 @@ def test_same_layout_is_the_same_object() -> None:
 def test_bits_of_an_empty_matrix_are_a_number() -> None:
     empty = {name: torch.empty(spec.shape) for name, spec in plain_specs(SCHEMES["w8a8"], (0, 8)).items()}
     assert QuantizedTensor(SCHEMES["w8a8"], (0, 8), Layout.PLAIN, empty).bits_per_weight == 0.0
+
+
+def test_a_gpu_has_a_layout_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append("synchronized"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    _wait_for(torch.device("cpu"))
+    assert waited == []
+    _wait_for(torch.device("cuda", 0))
+    assert waited == ["synchronized"]

@@ -32,7 +32,7 @@ void launch_steps(const AddLayerNormQuantize& a, const Launch& launch) {
 
 // Encoders are 256, 384, 512, 768 and 1024 wide; few are wider, and take the widest kernel.
 void launch_add_layer_norm_quantize(const AddLayerNormQuantize& a, const Launch& launch) {
-    const int64_t steps = (a.k + kStepColumns - 1) / kStepColumns;
+    const int64_t steps = (a.k + kRowStepColumns - 1) / kRowStepColumns;
     if (steps <= 2) return launch_steps<2>(a, launch);
     if (steps == 3) return launch_steps<3>(a, launch);
     if (steps == 4) return launch_steps<4>(a, launch);

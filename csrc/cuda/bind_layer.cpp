@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "cuda/bind.h"
-#include "cuda/error.h"
 #include "cuda/layer.h"
 
 namespace py = pybind11;
@@ -62,11 +61,6 @@ void w8a8_linear_add_norm(int64_t t, int64_t n, int64_t k, uintptr_t q, int64_t 
     a.norm.scale = at<float>(out_scale);
     py::gil_scoped_release release;
     run(a, tile, stream);
-}
-
-void check_problem(int64_t t, int64_t n, int64_t k, int multiprocessors) {
-    require(t >= 1 && n >= 1 && k >= 1, "a problem of ", t, " x ", n, " x ", k, "; allowed: 1 or more of each");
-    require(multiprocessors >= 1, multiprocessors, " multiprocessors; allowed: 1 or more");
 }
 
 std::string choose_name(int64_t t, int64_t n, int64_t k, int multiprocessors) {

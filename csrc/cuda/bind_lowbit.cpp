@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "cuda/bind.h"
-#include "cuda/error.h"
 #include "cuda/lowbit.h"
 
 namespace py = pybind11;
@@ -82,8 +81,7 @@ void lowbit_linear(int64_t t, int64_t n, int64_t k, uintptr_t q, int64_t q_pitch
 }
 
 LowbitProblem problem_of(int64_t t, int64_t n, int64_t k, const std::string& code, bool gelu, int multiprocessors) {
-    require(t >= 1 && n >= 1 && k >= 1, "a problem of ", t, " x ", n, " x ", k, "; allowed: 1 or more of each");
-    require(multiprocessors >= 1, multiprocessors, " multiprocessors; allowed: 1 or more");
+    check_problem(t, n, k, multiprocessors);
     return {t, n, k, code_named(code.c_str()), gelu};
 }
 

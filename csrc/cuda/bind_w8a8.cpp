@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "cuda/bind.h"
-#include "cuda/error.h"
 #include "cuda/launch.h"
 
 namespace py = pybind11;
@@ -65,19 +64,14 @@ void w8a8_linear(int64_t t, int64_t n, int64_t k, uintptr_t q, int64_t q_pitch, 
     run(a, tile, stream);
 }
 
-Problem problem_of(int64_t t, int64_t n, int64_t k, bool gelu) {
-    require(t >= 1 && n >= 1 && k >= 1, "a problem of ", t, " x ", n, " x ", k, "; allowed: 1 or more of each");
-    return {t, n, k, gelu};
-}
-
 const char* choose_name(int64_t t, int64_t n, int64_t k, bool gelu, int multiprocessors) {
-    require(multiprocessors >= 1, multiprocessors, " multiprocessors; allowed: 1 or more");
-    return kTiles[choose(problem_of(t, n, k, gelu), multiprocessors)].name;
+    check_problem(t, n, k, multiprocessors);
+    return kTiles[choose({t, n, k, gelu}, multiprocessors)].name;
 }
 
 double cycles_of(const std::string& tile, int64_t t, int64_t n, int64_t k, bool gelu, int multiprocessors) {
-    require(multiprocessors >= 1, multiprocessors, " multiprocessors; allowed: 1 or more");
-    return model_cycles(kTiles[tile_named(tile.c_str())], problem_of(t, n, k, gelu), multiprocessors);
+    check_problem(t, n, k, multiprocessors);
+    return model_cycles(kTiles[tile_named(tile.c_str())], {t, n, k, gelu}, multiprocessors);
 }
 
 std::vector<std::string> tile_names() {

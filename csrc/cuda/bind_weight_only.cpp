@@ -4,7 +4,6 @@
 #include <string>
 
 #include "cuda/bind.h"
-#include "cuda/error.h"
 #include "cuda/lowbit_few.h"
 #include "cuda/weight_only.h"
 
@@ -88,8 +87,7 @@ void expand_weight(int64_t n, int64_t k, const std::string& code, uintptr_t code
 
 // A problem of no tensors, for the choice alone. Without int8 activations the tokens are of 16 bits.
 StreamPlan plan_of(int64_t t, int64_t n, int64_t k, const std::string& code, bool int8_activations, int multiprocessors) {
-    require(t >= 1 && n >= 1 && k >= 1, "a problem of ", t, " x ", n, " x ", k, "; allowed: 1 or more of each");
-    require(multiprocessors >= 1, multiprocessors, " multiprocessors; allowed: 1 or more");
+    check_problem(t, n, k, multiprocessors);
     if (int8_activations) {
         LowbitLinear a{};
         a.t = t, a.n = n, a.k = k, a.code = code_named(code.c_str());

@@ -16,6 +16,18 @@ inline constexpr int64_t kAlignment = 16;
 // 1 ... limit.
 void check_extent(const char* name, int64_t extent, int64_t limit, const char* because = "");
 
+// Whole tiles beyond the edge must still be int32, and so must the count of tiles.
+inline constexpr int64_t kMaxExtent = INT32_MAX - 1024;
+
+// Tokens and output channels of a product.
+void check_tokens_and_channels(int64_t t, int64_t n);
+
+// A problem without tensors, on which a model is asked for a tile.
+void check_problem(int64_t t, int64_t n, int64_t k, int multiprocessors);
+
+// Rows that do not overlap, near enough for 64-bit addresses. Pitch and columns in elements.
+void check_pitch(const char* name, int64_t columns, int64_t pitch, int64_t element_bytes);
+
 // An aligned address, and rows that start aligned too and do not overlap. Pitch and columns in elements.
 void check_matrix(const char* name, const void* address, int64_t columns, int64_t pitch, int64_t element_bytes);
 

@@ -6,8 +6,6 @@
 namespace qbert::cuda {
 namespace {
 
-constexpr unsigned kMaxPortableCluster = 8;
-
 // QBERT_PDL=0 makes grids wait for each other as ever: to look for a fault, and to measure what overlapping gives.
 bool overlap_allowed() {
     static const bool allowed = [] {
@@ -19,15 +17,11 @@ bool overlap_allowed() {
 
 }  // namespace
 
-void prepare_kernel(const void* kernel, const Grid& grid, const Device& device, std::atomic<uint64_t>& allowed) {
+void prepare_kernel(const void* kernel, const Device& device, std::atomic<uint64_t>& allowed) {
     const uint64_t bit = uint64_t{1} << (device.index % 64);
     if (allowed.load(std::memory_order_relaxed) & bit) return;
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_memory),
                "allowing ", device.shared_memory, " bytes of shared memory on device ", device.index);
-    if (grid.cluster > kMaxPortableCluster) {
-        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "allowing clusters of ",
-                   grid.cluster, " blocks on device ", device.index);
-    }
     allowed.fetch_or(bit, std::memory_order_relaxed);
 }
 

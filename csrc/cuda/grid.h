@@ -31,7 +31,7 @@ struct Grid {
 namespace qbert::cuda {
 
 // What every launch needs of a kernel, once for each device. `allowed` belongs to the kernel.
-void prepare_kernel(const void* kernel, const Grid& grid, const Device& device, std::atomic<uint64_t>& allowed);
+void prepare_kernel(const void* kernel, const Device& device, std::atomic<uint64_t>& allowed);
 void launch_prepared(const void* kernel, const Grid& grid, const Launch& launch, void** arguments, const char* what);
 
 // Launches kKernel with one parameter; `what` names the operation and its numbers in an error.
@@ -39,7 +39,7 @@ template <auto kKernel, class Parameters>
 void launch_grid(const Grid& grid, const Launch& launch, const Parameters& parameters, const char* what) {
     static std::atomic<uint64_t> allowed{0};
     const auto kernel = reinterpret_cast<const void*>(kKernel);
-    prepare_kernel(kernel, grid, launch.device, allowed);
+    prepare_kernel(kernel, launch.device, allowed);
     void* arguments[] = {const_cast<Parameters*>(&parameters)};
     launch_prepared(kernel, grid, launch, arguments, what);
 }

@@ -11,7 +11,7 @@
 namespace qbert::cuda {
 namespace {
 
-constexpr int kRowSteps = kMaxAddNormColumns / kStepColumns;
+constexpr int kRowSteps = kMaxAddNormColumns / kRowStepColumns;
 constexpr int kRowPadding = 4;  // floats: tokens that a warp sends at once lie in different banks
 
 struct AddNorm {
@@ -22,7 +22,7 @@ struct AddNorm {
 
 // 90 and 80 KB of stages, 8 KB of gamma and beta, 9 and 18 KB of rows.
 template <int kTokens>
-struct AddNormBlock : SmallTile<kAddNormChannels / kGroupChannels, kTokens, kTokens == 16 ? 5 : 4> {
+struct AddNormBlock : SmallTile<kAddNormChannels / kStripChannels, kTokens, kTokens == 16 ? 5 : 4> {
     struct Shared {
         typename AddNormBlock::Pipeline pipeline;
         sm90::Barrier norm;  // hears of gamma and beta
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(AddNormBlock<kTokens>::kThreads)
                     (static_cast<int>(p.linear.k) + kStepK - 1) / kStepK};
     if (threadIdx.x == 0) sm90::barrier_init(shared.norm, 1);
     Block::init(shared.pipeline);
-    sm90::cluster_arrive();
+    sm90::cluster_arrive_relaxed();
     __syncthreads();
     if (sm90::warp_index() < Block::kProducerWarp) return multiply_and_finish<kTokens, kResidualBytes>(shared, p, part);
 

@@ -10,9 +10,6 @@
 namespace qbert::cuda {
 namespace {
 
-// Whole tiles beyond the edge must still be int32, and so must the count of tiles.
-constexpr int64_t kMaxExtent = INT32_MAX - 1024;
-constexpr int64_t kMaxTiles = INT32_MAX / 4;
 // Codes of tokens are within +-127, operands of weights within +-128.
 constexpr int64_t kMaxLowbitK = INT32_MAX / (127 * 128);
 
@@ -36,13 +33,10 @@ double few_cycles(const LowbitProblem& problem, int multiprocessors) {
 }
 
 void check_extents(const LowbitLinear& a) {
-    check_extent("t", a.t, kMaxExtent);
-    check_extent("n", a.n, kMaxExtent);
+    check_tokens_and_channels(a.t, a.n);
     check_extent("k", a.k, kMaxLowbitK, ", beyond which int32 sums could overflow");
-    const int64_t tiles = (a.t / 64 + 1) * (a.n / 128 + 1);
     const int64_t blocks = strips_of(a.n) * blocks_of(a.k);
     require(blocks <= kMaxExtent, "n = ", a.n, " by k = ", a.k, " is ", blocks, " blocks of 64 x 128; allowed: ", kMaxExtent);
-    require(tiles <= kMaxTiles, "t = ", a.t, " by n = ", a.n, " is ", tiles, " tiles of 64 x 128; allowed: ", kMaxTiles);
 }
 
 void check_int4(const LowbitLinear& a) {
@@ -93,7 +87,7 @@ void check_arguments(const LowbitLinear& a) {
     }
     if (a.bias != nullptr) check_vector("bias", a.bias, bytes_of(a.bias_type));
     check_vector("out", a.out, a.out_bytes());
-    require(a.out_pitch >= a.n, "rows of out are ", a.out_pitch, " elements apart; allowed: at least their length, ", a.n);
+    check_pitch("out", a.n, a.out_pitch, a.out_bytes());
 }
 
 LowbitTileIndex lowbit_tile_named(const char* name) {

@@ -36,7 +36,7 @@
 namespace qbert::cuda {
 
 // Threads: the producer's warp group, of which one or two warps work, and the consumers'.
-inline constexpr int kGroupThreads = 128, kGroupWarps = 4, kConsumers = 2;
+inline constexpr int kGroupWarps = kGroupThreads / 32, kConsumers = 2;
 inline constexpr int kGroupStrips = 2, kGroupChannels = kGroupStrips * kBlockRows;  // of a consumer at a time
 inline constexpr int kManyThreads = (1 + kConsumers) * kGroupThreads;
 // Named barriers: a consumer's turn at the matrix units, and a consumer's own four warps.
@@ -44,7 +44,7 @@ inline constexpr unsigned kTurnBarrier = 1, kGroupBarrier = kTurnBarrier + kCons
 
 // Group scales (n, groups) as a thread reads them: the word of four bytes where a block's 4, 2 or 1 scales of a row begin, and
 // the next one if they go on there.
-struct GroupScales {
+struct ManyGroupScales {
     const uint32_t* words;
     int skew, last;     // bytes of the first word that come before; the last word
     int groups;         // of a row
@@ -61,7 +61,7 @@ struct ManyParameters {
 
     const unsigned char* codes;
     int strips;
-    GroupScales group_scales;
+    ManyGroupScales group_scales;
     const int8_t* codebook;
     const float* scale;
     int rows_of_scale;
@@ -210,7 +210,7 @@ class Producer {
 // ---- group scales ----------------------------------------------------------------------------------------------------
 
 // A row's group scales of a block, a byte for each step. Those of padding beyond the last group may be any: its codes are 0.
-__device__ inline uint32_t load_scales(const GroupScales& g, int row, int block) {
+__device__ inline uint32_t load_scales(const ManyGroupScales& g, int row, int block) {
     const int at = g.skew + row * g.groups + static_cast<int>(static_cast<uint64_t>(block) * g.step >> 32);
     const uint32_t low = g.words[at / 4];
     const bool goes_on = at % 4 + g.of_block > 4 && at / 4 < g.last;
@@ -627,11 +627,11 @@ __global__ void __launch_bounds__(kManyThreads, 1) lowbit_many_kernel(const __gr
 
 // ---- host -------------------------------------------------------------------------------------------------------------
 
-inline GroupScales group_scales_of(const LowbitLinear& a) {
+inline ManyGroupScales group_scales_of(const LowbitLinear& a) {
     if (a.code != Code::int4) return {};
     constexpr uint64_t kOne = uint64_t{1} << 32;
     const auto address = reinterpret_cast<uintptr_t>(a.group_scale), skew = address % 4;
-    GroupScales g{};
+    ManyGroupScales g{};
     g.words = reinterpret_cast<const uint32_t*>(address - skew);
     g.skew = static_cast<int>(skew);
     g.last = static_cast<int>((static_cast<int64_t>(skew) + a.n * a.groups - 1) / 4);

@@ -27,9 +27,9 @@ struct AddLayerNormQuantize {
 
 // A warp takes a row and keeps it in registers: 256 columns a step, eight neighbours a lane.
 inline constexpr int kLaneColumns = 8;
-inline constexpr int kStepColumns = 32 * kLaneColumns;
+inline constexpr int kRowStepColumns = 32 * kLaneColumns;
 inline constexpr int kMaxSteps = 8;
-inline constexpr int64_t kMaxRowColumns = kMaxSteps * kStepColumns;
+inline constexpr int64_t kMaxRowColumns = kMaxSteps * kRowStepColumns;
 
 // Everything that can be said without a GPU. Throws Error.
 void check_arguments(const AddLayerNormQuantize& arguments);

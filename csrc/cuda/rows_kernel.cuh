@@ -101,7 +101,9 @@ __device__ inline uint2 codes_of(const float* normed, float inverse) {
 }
 
 // The columns that a lane holds of a row: eight neighbours of every step.
-__device__ inline int row_column(int step) { return step * kStepColumns + static_cast<int>(threadIdx.x % 32) * kLaneColumns; }
+__device__ inline int row_column(int step) {
+    return step * kRowStepColumns + static_cast<int>(threadIdx.x % 32) * kLaneColumns;
+}
 
 template <int kSteps, int kBytes>
 __device__ void load_row(const Floats& matrix, int64_t row, int k, Neighbours<kBytes> (&to)[kSteps]) {

@@ -42,6 +42,9 @@ __device__ inline void give_registers() {
     cutlass::arch::warpgroup_reg_dealloc<kRegisters>();
 }
 
+// Accesses of memory stay on their side of this. CUTLASS's barriers are volatile but do not say that they order memory.
+__device__ inline void keep_order() { asm volatile("" ::: "memory"); }
+
 // ---- shared memory and clusters ---------------------------------------------------------------------------------------
 
 // The block's dynamic shared memory, aligned to 1024 bytes, which is what swizzled tiles are aligned to.
@@ -52,8 +55,10 @@ __device__ inline unsigned char* shared_memory() {
 __device__ inline uint32_t shared_address(const void* pointer) { return cute::cast_smem_ptr_to_uint(pointer); }
 
 __device__ inline unsigned cluster_rank() { return cute::block_rank_in_cluster(); }
-__device__ inline void cluster_arrive() { cute::cluster_arrive(); }  // releases what this thread wrote
-__device__ inline void cluster_wait() { cute::cluster_wait(); }      // acquires what all wrote before they arrived
+__device__ inline void cluster_arrive() { keep_order(), cute::cluster_arrive(); }  // releases what this thread wrote
+// Releases nothing, and so waits for no write: to say that a block has begun, or has read what it wanted.
+__device__ inline void cluster_arrive_relaxed() { keep_order(), cute::cluster_arrive_relaxed(); }
+__device__ inline void cluster_wait() { cute::cluster_wait(), keep_order(); }  // acquires what all wrote before they arrived
 __device__ inline void cluster_sync() { cluster_arrive(), cluster_wait(); }
 
 // The place of the same variable in the shared memory of another block of the cluster, to read and to write.
@@ -81,19 +86,25 @@ __device__ inline void barrier_init(Barrier& barrier, unsigned arrivals) {
     cutlass::arch::ClusterBarrier::init(&barrier.word, arrivals);
 }
 // After all inits, by the thread that made them: the copy engine and the cluster see them (then sync).
-__device__ inline void fence_barrier_init() { cutlass::arch::fence_barrier_init(); }
-__device__ inline void barrier_arrive(Barrier& barrier) { cutlass::arch::ClusterBarrier::arrive(&barrier.word); }
+__device__ inline void fence_barrier_init() { keep_order(), cutlass::arch::fence_barrier_init(); }
+__device__ inline void barrier_arrive(Barrier& barrier) {
+    keep_order();
+    cutlass::arch::ClusterBarrier::arrive(&barrier.word);
+}
 __device__ inline void barrier_arrive_in_block(Barrier& barrier, unsigned rank) {
+    keep_order();
     cutlass::arch::ClusterBarrier::arrive(&barrier.word, rank, 1);
 }
 __device__ inline void barrier_arrive_expect(Barrier& barrier, unsigned bytes) {
+    keep_order();
     cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&barrier.word, bytes);
 }
 __device__ inline void barrier_wait(Barrier& barrier, unsigned parity) {
     cutlass::arch::ClusterBarrier::wait(&barrier.word, parity);
+    keep_order();
 }
 // Between this thread's own writes to shared memory and their use by the copy engine or the matrix units.
-__device__ inline void fence_shared_for_async() { cutlass::arch::fence_view_async_shared(); }
+__device__ inline void fence_shared_for_async() { keep_order(), cutlass::arch::fence_view_async_shared(); }
 
 // ---- copies -----------------------------------------------------------------------------------------------------------
 
@@ -245,7 +256,7 @@ __device__ inline uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) {
 
 // ---- from grid to grid ------------------------------------------------------------------------------------------------
 
-// A grid launched to overlap (Launch::overlap) may start while the one before it still runs: until this returns it reads
+// A grid launched to overlap (Grid::overlap) may start while the one before it still runs: until this returns it reads
 // nothing that an earlier grid may have written, and writes nothing at all. Older GPUs than Hopper never overlap grids.
 __device__ inline void wait_for_earlier_grids() {
 #if __CUDA_ARCH__ >= 900

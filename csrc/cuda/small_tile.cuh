@@ -10,13 +10,13 @@
 namespace qbert::cuda {
 
 inline constexpr int kStepK = 128;  // a row of the widest swizzle
-inline constexpr int kGroupChannels = 64;
+inline constexpr int kStripChannels = 64;
 
 // kGroups warp groups multiply. Two blocks should fit on a multiprocessor: one waits with its weights while the other ends.
 template <int kGroups_, int kTokens_, int kStages_>
 struct SmallTile {
     static constexpr int kGroups = kGroups_, kTokens = kTokens_, kStages = kStages_;
-    static constexpr int kChannels = kGroups * kGroupChannels;
+    static constexpr int kChannels = kGroups * kStripChannels;
     static constexpr int kProducerWarp = 4 * kGroups;  // the warps before it multiply
     static constexpr int kThreads = 32 * (kProducerWarp + 1);
 
@@ -79,7 +79,7 @@ __device__ void copy_steps(typename Tile::Pipeline& pipeline, const TensorMap& w
 // By the warps that multiply; `sums` as sm90::multiply_s8 has them, of the group's 64 channels, zeros before.
 template <class Tile>
 __device__ void multiply_steps(typename Tile::Pipeline& pipeline, int group, int steps, int32_t (&sums)[Tile::kTokens / 2]) {
-    const uint32_t weight = sm90::shared_address(pipeline.stages[0].weight) + group * kGroupChannels * kStepK;
+    const uint32_t weight = sm90::shared_address(pipeline.stages[0].weight) + group * kStripChannels * kStepK;
     const uint32_t tokens = sm90::shared_address(pipeline.stages[0].tokens);
     const auto release = [&](int step) {
         if (sm90::lane_index() == 0) sm90::barrier_arrive(pipeline.empty[step % Tile::kStages]);

@@ -66,7 +66,7 @@ struct StreamParameters {
     typename Product::Arguments product;
 };
 
-inline constexpr int kGroupThreads = 128, kProducerThreads = 32;
+inline constexpr int kProducerThreads = 32;
 
 template <class Operand>
 using SumOf = std::conditional_t<std::is_same_v<Operand, int8_t>, int32_t, float>;
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(most_groups(kTokens) * kGroupThreads + kProduc
     p.stream.cluster > 1 ? sm90::cluster_sync() : __syncthreads();
     sm90::wait_for_earlier_grids();  // also in threads that write, and read what the copies do not bring
     if (consumer) finish(share, p.product, shared_sums);
-    if (p.stream.cluster > 1) sm90::cluster_sync();  // no block leaves while others read its sums
+    if (p.stream.cluster > 1) sm90::cluster_arrive_relaxed(), sm90::cluster_wait();  // none leaves while others read its sums
 }
 
 // What all launches of a stream share.

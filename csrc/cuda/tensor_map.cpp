@@ -14,8 +14,13 @@ Encode encode_function() {
     static const Encode found = [] {
         void* function = nullptr;
         cudaDriverEntryPointQueryResult result{};
-        check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result),
-                   "asking the driver for cuTensorMapEncodeTiled");
+        constexpr const char* kName = "cuTensorMapEncodeTiled";
+#if CUDART_VERSION >= 12050  // CUDA 13 has only this one
+        const cudaError_t asked = cudaGetDriverEntryPointByVersion(kName, &function, 12000, cudaEnableDefault, &result);
+#else
+        const cudaError_t asked = cudaGetDriverEntryPoint(kName, &function, cudaEnableDefault, &result);
+#endif
+        check_cuda(asked, "asking the driver for ", kName);
         require(result == cudaDriverEntryPointSuccess && function != nullptr,
                 "the driver has no cuTensorMapEncodeTiled; it must be of CUDA 12.0 or newer");
         return reinterpret_cast<Encode>(function);

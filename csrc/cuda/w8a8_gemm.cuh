@@ -249,7 +249,7 @@ void launch_kernel(const W8a8Linear& linear, const Launch& launch) {
     grid.overlap = true;
     static std::atomic<uint64_t> allowed{0};
     const auto kernel = reinterpret_cast<const void*>(cutlass::device_kernel<Kernel>);
-    prepare_kernel(kernel, grid, launch.device, allowed);
+    prepare_kernel(kernel, launch.device, allowed);
     void* arguments[] = {&params};
     launch_prepared(kernel, grid, launch, arguments, description_of(kTiles[kIndex], linear).text);
 }

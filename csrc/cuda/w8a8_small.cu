@@ -10,9 +10,9 @@ namespace qbert::cuda {
 namespace {
 
 constexpr int kFinishColumns = 4;                                  // neighbours of a token that a thread finishes
-constexpr int kRowThreads = kGroupChannels / kFinishColumns;       // threads that finish a token
+constexpr int kRowThreads = kStripChannels / kFinishColumns;       // threads that finish a token
 constexpr int kRowsAtOnce = 128 / kRowThreads;                     // tokens that the warp group finishes at once
-constexpr int kSumPitch = kGroupChannels + 4;                      // two tokens lie eight banks apart: no conflicts
+constexpr int kSumPitch = kStripChannels + 4;                      // two tokens lie eight banks apart: no conflicts
 
 struct SmallLinear {
     TensorMap weight, tokens;
@@ -137,10 +137,10 @@ __global__ void __launch_bounds__(Small<kTokens>::kThreads) w8a8_small_kernel(co
     auto& shared = *reinterpret_cast<typename Small<kTokens>::Shared*>(sm90::shared_memory());
     const int steps = (static_cast<int>(p.linear.k) + kStepK - 1) / kStepK, rank = static_cast<int>(sm90::cluster_rank());
     const int first_step = steps * rank / p.split;
-    const Part part{static_cast<int>(blockIdx.x) / p.split * kGroupChannels, static_cast<int>(blockIdx.y) * kTokens, first_step,
+    const Part part{static_cast<int>(blockIdx.x) / p.split * kStripChannels, static_cast<int>(blockIdx.y) * kTokens, first_step,
                     steps * (rank + 1) / p.split - first_step};
     Small<kTokens>::init(shared.pipeline);
-    sm90::cluster_arrive();
+    sm90::cluster_arrive_relaxed();
     __syncthreads();
     if (sm90::warp_index() < Small<kTokens>::kProducerWarp) return multiply_and_finish<kTokens>(shared, p, part);
 
@@ -155,12 +155,12 @@ void launch_tokens(const W8a8Linear& a, const Tile& tile, const Launch& launch) 
     constexpr int64_t kMaxRows = 65535;  // of a grid
     require(a.t <= kMaxRows * kTokens, "t is ", a.t, "; allowed with tile ", tile.name, ": 1 ... ", kMaxRows * kTokens);
     SmallLinear parameters{};
-    parameters.weight = tensor_map(a.weight, a.n, a.k, a.weight_pitch, 1, kGroupChannels);
+    parameters.weight = tensor_map(a.weight, a.n, a.k, a.weight_pitch, 1, kStripChannels);
     parameters.tokens = tensor_map(a.q, a.t, a.k, a.q_pitch, 1, kTokens);
     parameters.linear = a;
     parameters.split = tile.cluster;
     Grid grid{};
-    grid.x = static_cast<unsigned>((a.n + kGroupChannels - 1) / kGroupChannels * tile.cluster);
+    grid.x = static_cast<unsigned>((a.n + kStripChannels - 1) / kStripChannels * tile.cluster);
     grid.y = static_cast<unsigned>((a.t + kTokens - 1) / kTokens);
     grid.threads = Small<kTokens>::kThreads;
     grid.shared_bytes = sizeof(typename Small<kTokens>::Shared);

@@ -6,8 +6,6 @@
 namespace qbert::cuda {
 namespace {
 
-constexpr int64_t kMaxExtent = INT32_MAX - 1024;  // whole blocks beyond the edge must still be int32
-
 void check_int4(const PackedWeight& a) {
     check_vector("scale", a.scale, 2);
     check_extent("groups", a.groups, a.k);
@@ -50,8 +48,7 @@ void check_arguments(const WeightOnlyLinear& a) {
     check_matrix("x", a.x, a.weight.k, a.x_pitch, 2);
     if (a.bias != nullptr) check_vector("bias", a.bias, bytes_of(a.bias_type));
     check_vector("out", a.out, 2);
-    require(a.out_pitch >= a.weight.n, "rows of out are ", a.out_pitch, " elements apart; allowed: at least their length, ",
-            a.weight.n);
+    check_pitch("out", a.weight.n, a.out_pitch, 2);
 }
 
 void check_arguments(const ExpandedWeight& a) {

@@ -95,7 +95,7 @@ def _fragments_for(fmt: Format, int8_activations: bool) -> tuple[Layout, ...]:
     """An int8 weight under int8 activations has none: the copy engine brings it to `wgmma` through shared memory as it is."""
     if not int8_activations:
         return (Layout.FRAGMENTS_F16,)
-    return () if fmt is INT8 else (Layout.FRAGMENTS_S8,)
+    return () if fmt == INT8 else (Layout.FRAGMENTS_S8,)
 
 
 def layouts_of(scheme: Scheme) -> tuple[Layout, ...]:

@@ -70,14 +70,14 @@ def pack(codes: Tensor, fmt: Format, operand: Operand) -> Tensor:
     """(n, k) to `fragments_shape`, uint8, or int8 of int8."""
     quads = _quads(codes.view(torch.uint8), operand)
     packed = _to_pieces(_PACK[fmt](quads, operand))
-    return packed.view(torch.int8) if fmt is INT8 else packed
+    return packed.view(torch.int8) if fmt == INT8 else packed
 
 
 def unpack(fragments: Tensor, fmt: Format, n: int, k: int, operand: Operand) -> Tensor:
     """Inverse of `pack`."""
     quads = _UNPACK[fmt](_from_pieces(fragments.view(torch.uint8)), operand)
     codes = _unquads(quads, operand)[:n, :k].contiguous()
-    return codes.view(torch.int8) if fmt is INT8 else codes
+    return codes.view(torch.int8) if fmt == INT8 else codes
 
 
 # ---- a matrix and the quads of its threads --------------------------------------------------------------------------

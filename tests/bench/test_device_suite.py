@@ -111,7 +111,7 @@ def test_a_process_is_stopped_at_its_cap_with_all_its_children(tmp_path, monkeyp
 
 
 def test_what_a_stopped_process_writes_at_its_end_is_kept(tmp_path):
-    code = "import time\nprint('begun', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('what it had so far')"
+    code = "import time\ntry: print('begun', flush=True), time.sleep(60)\nexcept KeyboardInterrupt: print('what it had so far')"
     ended = suite_of(tmp_path).call([*PYTHON, code], 2.0)
     assert ended.status == suite_steps._STOPPED
     assert ended.said.split("\n")[0] == "begun"

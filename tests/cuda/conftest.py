@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builds
 import pytest
+import torch
 
 from qbert.ops.cuda import launch
 from qbert.target import Target
@@ -20,3 +21,21 @@ def emulated(monkeypatch):
     monkeypatch.setattr(launch, "target_of", lambda device: target)
     monkeypatch.setattr(launch, "stream_of", lambda device: 0)
     return module
+
+
+@pytest.fixture
+def poisoned(emulated, monkeypatch):
+    """Results and workspaces come with wrong bytes, inside and around; those around must stay."""
+    held = []
+
+    def new_empty(self, *shape, dtype=None):
+        shape, dtype = torch.Size(shape[0] if isinstance(shape[0], tuple) else shape), dtype or self.dtype
+        memory = torch.full((shape.numel() * dtype.itemsize + 128,), 77, dtype=torch.uint8)
+        held.append(memory)
+        return memory[64:-64].view(dtype).view(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield
+    for memory in held:
+        assert bool((memory[:64] == 77).all())
+        assert bool((memory[-64:] == 77).all())

@@ -41,12 +41,14 @@ def show(kernel: sass.Kernel) -> None:
 
 
 def main(stems: Sequence[str]) -> None:
-    for source in sorted((builds.ROOT / "csrc/cuda").glob("*.cu")):
-        if not stems or source.stem in stems:
-            obj, _ = builds.compile_for_sm90(source)
-            print(f"{source.stem}: {', '.join(sorted(sass.contents(obj)))}")
-            for kernel in sass.kernels_of(obj):
-                show(kernel)
+    sources = {source.stem: source for source in sorted((builds.ROOT / "csrc/cuda").glob("*.cu"))}
+    if unknown := set(stems) - set(sources):
+        sys.exit(f"there is no {', '.join(sorted(unknown))}; allowed: {', '.join(sources)}")
+    for stem in stems or sources:
+        obj, _ = builds.compile_for_sm90(sources[stem])
+        print(f"{stem}: {', '.join(sorted(sass.contents(obj)))}")
+        for kernel in sass.kernels_of(obj):
+            show(kernel)
 
 
 if __name__ == "__main__":

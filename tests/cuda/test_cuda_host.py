@@ -100,7 +100,7 @@ def test_model_counts_waves(cuda):
 
 @pytest.mark.parametrize("arguments", [(0, 768, 768), (1, 0, 768), (1, 768, 0), (-1, 768, 768), (1, 1, 1, False, 0)])
 def test_choose_refuses_empty_problems(cuda, arguments):
-    with pytest.raises(QBertError, match="allowed: 1 or more"):
+    with pytest.raises(QBertError, match=r"is (0|-1); allowed: 1 \.\.\. "):
         cuda.choose(*arguments)
 
 

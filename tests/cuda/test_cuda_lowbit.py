@@ -35,22 +35,9 @@ def with_outliers(arguments, counts, columns=torch.int16):
 
 
 @pytest.fixture(autouse=True)
-def poisoned(emulated, monkeypatch):
-    """Results and workspaces come with wrong bytes, inside and around; those around must stay."""
+def two_multiprocessors(emulated, poisoned):
+    """A single cluster, which goes through all tiles."""
     emulated.emulate(seed=0, multiprocessors=2)
-    held = []
-
-    def new_empty(self, *shape, dtype=None):
-        shape, dtype = torch.Size(shape[0] if isinstance(shape[0], tuple) else shape), dtype or self.dtype
-        memory = torch.full((shape.numel() * dtype.itemsize + 128,), 77, dtype=torch.uint8)
-        held.append(memory)
-        return memory[64:-64].view(dtype).view(shape)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    yield
-    for memory in held:
-        assert bool((memory[:64] == 77).all())
-        assert bool((memory[-64:] == 77).all())
 
 
 def run(operation, arguments, tile):
@@ -277,6 +264,7 @@ def test_rows_of_the_result_may_lie_anywhere(pitch, start, emulated):
         ({"activation": 2}, "activation has the code 2; allowed: 0 ... 1"),
         ({"out_type": 3}, "out's type has the code 3; allowed: 0 ... 2"),
         ({"out_pitch": 59}, "rows of out are 59 elements apart; allowed: at least their length, 60"),
+        ({"out_pitch": 2**62}, "rows of out are 4611686018427387904 elements apart; allowed: 1099511627760 bytes"),
         ({"tile": "big"}, "there is no tile 'big'; allowed: few, 64x128x128 pingpong, 128x128x128 pingpong"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
@@ -312,6 +300,31 @@ def test_long_sums_take_the_tile_with_the_fewest_bytes(emulated):
     assert (
         emulated.lowbit_choose(16384, 1024, 4096, "dict4") == emulated.lowbit_choose(4096, 768, 3072, "int4") == MANY[2]
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"t": 0}, "t is 0; allowed: 1 "),
+        ({"n": -1}, "n is -1; allowed: 1 "),
+        ({"n": 2**40}, "n is 1099511627776; allowed: 1 ... 2147482623"),
+        ({"k": 2**62}, "k is 4611686018427387904; allowed: 1 "),
+        ({"t": 2**31 - 1025, "n": 2**31 - 1025}, "tiles of 64 x 128; allowed: 536870911"),
+        ({"multiprocessors": 0}, "multiprocessors is 0; allowed: 1 "),
+    ],
+    ids=str,
+)
+def test_problems_that_no_model_can_count(changes, message, emulated):
+    """Of 2**40 channels the count of tiles is 0 as an int32, by which a model would divide."""
+    problem = {"t": 1, "n": 64, "k": 64, **changes}
+    choices = {
+        "choose": {}, "add_norm_choose": {}, "lowbit_choose": {"code": "dict4"}, "lowbit_columns_bytes": {"outliers": 5},
+        "few_choose": {"code": "dict4", "int8_activations": True},
+    }  # fmt: skip
+    for name, more in choices.items():
+        with pytest.raises(QBertError) as refused:
+            getattr(emulated, name)(**problem, **more)
+        assert message in str(refused.value), name
 
 
 def test_workspace_is_for_outliers_of_many_tokens_only(emulated):

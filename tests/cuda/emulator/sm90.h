@@ -34,6 +34,7 @@ uint32_t shared_address(const void* pointer);
 
 unsigned cluster_rank();
 void cluster_arrive();
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 void cluster_wait();
 inline void cluster_sync() { cluster_arrive(), cluster_wait(); }
 
