@@ -167,10 +167,11 @@ class Suite:
             log.write(f"\n$ {' '.join(command)}    [at most {seconds:.0f} s]\n".encode())
             log.flush()
             begin = log.tell()
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, process_group=0,
-                env={**self._environment(), **environment},
-            )  # fmt: skip
+            with _interruptible():
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, process_group=0,
+                    env={**self._environment(), **environment},
+                )  # fmt: skip
             status = _wait(process, seconds, _GRACE if grace is None else grace)
             log.seek(begin)
             return Ended(status, log.read().decode(errors="replace"))
@@ -181,6 +182,22 @@ class Suite:
         if self.machine.commit:
             found[COMMIT_VARIABLE] = self.machine.commit
         return found | ({"OMP_NUM_THREADS": "1"} if self.options.dry_run else {})
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within the block children are started that can be interrupted, also by a shell's background job.
+
+    Such a job ignores SIGINT, and what a process ignores its children ignore.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float, grace: float) -> int:
