@@ -41,18 +41,22 @@ void check_extents(const LowbitLinear& a) {
 
 void check_int4(const LowbitLinear& a) {
     check_vector("group_scale", a.group_scale, 1);
-    check_extent("groups", a.groups, a.k);
-    require(a.k % a.groups == 0, a.groups, " groups do not divide k = ", a.k);
-    const int64_t size = a.k / a.groups;
-    require(a.groups == 1 || size == 32 || size == 64 || size % kBlockColumns == 0, "groups of ", size,
-            "; allowed: 32, 64, multiples of 128, or one group");
+    check_groups(a.groups, a.k);
     require(a.n * a.groups <= kMaxExtent, a.n, " rows of ", a.groups, " group scales; allowed: ", kMaxExtent, " scales");
     require(a.matrices == 1, "an int4 weight has ", a.matrices, " matrices; allowed: 1, a scale for each row");
     require(a.outliers.count == 0, "an int4 weight has ", a.outliers.count, " outliers; allowed: none");
 }
 
-void check_outliers(const LowbitLinear& a) {
-    const Outliers& o = a.outliers;
+void check_dictionary(const LowbitLinear& a) {
+    check_vector("codebook", a.codebook, 4);
+    check_extent("matrices", a.matrices, a.n);
+    require(a.n % a.matrices == 0, a.matrices, " matrices do not divide n = ", a.n);
+    check_outliers(a.outliers);
+}
+
+}  // namespace
+
+void check_outliers(const Outliers& o) {
     require(o.count >= 0 && o.count <= INT32_MAX, o.count, " outliers; allowed: 0 ... ", INT32_MAX);
     if (o.count == 0) return;
     require(o.col_bytes == 2 || o.col_bytes == 4, "columns of outliers have ", o.col_bytes, " bytes; allowed: 2, 4");
@@ -61,14 +65,13 @@ void check_outliers(const LowbitLinear& a) {
     check_vector("delta", o.delta, 4);
 }
 
-void check_dictionary(const LowbitLinear& a) {
-    check_vector("codebook", a.codebook, 4);
-    check_extent("matrices", a.matrices, a.n);
-    require(a.n % a.matrices == 0, a.matrices, " matrices do not divide n = ", a.n);
-    check_outliers(a);
+void check_groups(int64_t groups, int64_t k) {
+    check_extent("groups", groups, k);
+    require(k % groups == 0, groups, " groups do not divide k = ", k);
+    const int64_t size = k / groups;
+    require(groups == 1 || size == 32 || size == 64 || size % kBlockColumns == 0, "groups of ", size,
+            "; allowed: 32, 64, multiples of 128, or one group");
 }
-
-}  // namespace
 
 void check_arguments(const LowbitLinear& a) {
     require(a.code != Code::int8, "code is int8; allowed: int4, dict4, dict3");

@@ -19,6 +19,9 @@ struct Outliers {
     const float* delta;  // (count,)
     int64_t count;       // 0: nothing else is looked at
 };
+void check_outliers(const Outliers& outliers);
+// Groups of a row of k int4 weights: what a thread expands at once has one scale.
+void check_groups(int64_t groups, int64_t k);
 
 // y[t, n] = finish((sum_k q[t, k] * weight[n, k]) * scale + outliers of row n * q[t]) * s[t] + bias[n]), where the int8 operand
 // weight[n, k] is

@@ -8,32 +8,19 @@ namespace {
 
 void check_int4(const PackedWeight& a) {
     check_vector("scale", a.scale, 2);
-    check_extent("groups", a.groups, a.k);
-    require(a.k % a.groups == 0, a.groups, " groups do not divide k = ", a.k);
-    const int64_t size = a.k / a.groups;
-    require(a.groups == 1 || size == 32 || size == 64 || size % kBlockColumns == 0, "groups of ", size,
-            "; allowed: 32, 64, multiples of 128, or one group");
-}
-
-void check_outliers(const PackedWeight& a) {
-    const Outliers& o = a.outliers;
-    require(o.count >= 0 && o.count <= INT32_MAX, o.count, " outliers; allowed: 0 ... ", INT32_MAX);
-    if (o.count == 0) return;
-    require(a.code == Code::dict3 || a.code == Code::dict4, "an integer weight has ", o.count, " outliers; allowed: none");
-    require(o.col_bytes == 2 || o.col_bytes == 4, "columns of outliers have ", o.col_bytes, " bytes; allowed: 2, 4");
-    check_vector("rowptr", o.rowptr, 4);
-    check_vector("col", o.col, o.col_bytes);
-    check_vector("delta", o.delta, 4);
+    check_groups(a.groups, a.k);
 }
 
 void check_weight(const PackedWeight& a) {
+    const bool dictionary = a.code == Code::dict3 || a.code == Code::dict4;
     check_extent("n", a.n, kMaxExtent);
     check_extent("k", a.k, kMaxExtent);
     check_vector("codes", a.codes, kAlignment);
     if (a.code == Code::int8) check_vector("scale", a.scale, 4);
     if (a.code == Code::int4) check_int4(a);
-    if (a.code == Code::dict3 || a.code == Code::dict4) check_vector("codebook", a.codebook, 4);
-    check_outliers(a);
+    if (dictionary) check_vector("codebook", a.codebook, 4);
+    require(dictionary || a.outliers.count == 0, "an integer weight has ", a.outliers.count, " outliers; allowed: none");
+    check_outliers(a.outliers);
 }
 
 }  // namespace

@@ -9,6 +9,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # what tests of other folders share
 
 import builds
 import sass

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from inner_loop import inner_loop
+
 REGISTER_FILE = 65_536  # 32-bit registers of a multiprocessor
 REGISTER_GRANULE = 8  # registers of a thread are handed out in eights
 HOPPER = "sm_90a"
@@ -36,15 +38,7 @@ class Kernel:
 
     def loop(self, instruction: str) -> Counter[str]:
         """How often each instruction stands in the innermost loop that one is in, by their names up to a dot."""
-        found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)([^;]*);", self.sass)
-        places = {int(address, 16): index for index, (address, _, _) in enumerate(found)}
-        loops = []
-        for index, (_, opcode, rest) in enumerate(found):
-            target = re.search(r"0x([0-9a-f]+)\s*$", rest)
-            start = places.get(int(target.group(1), 16)) if opcode == "BRA" and target else None
-            if start is not None and start < index:
-                loops.append(Counter(name for _, name, _ in found[start : index + 1]))
-        return min((loop for loop in loops if loop[instruction]), key=Counter.total)
+        return inner_loop(self.sass, instruction)
 
     @property
     def products_from_shared(self) -> int:

@@ -5,11 +5,17 @@ python tests/kernels/machine_code.py
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # what tests of other folders share
+
 import test_attention_kernel as attention
 import test_int8_gemm as int8
 import test_lowbit_gemm as lowbit
 import test_row_kernels as rows
 import triton
+from inner_loop import inner_loop
 from sm90 import Built
 
 from qbert.tiles import TileConfig
@@ -25,7 +31,7 @@ def show(name: str, built: Built, more: str = "") -> None:
 
 def issue_cycles(built: Built) -> str:
     """Of a k step: what all warps of a program issue, on a multiprocessor that has it alone."""
-    loop = lowbit._inner_loop(built.sass, "IGMMA")
+    loop = inner_loop(built.sass, "IGMMA")
     return f"; a step: {loop.total() * built.warps / ISSUE_SLOTS:.0f} issue cycles, {loop['PRMT']} PRMT a warp"
 
 

@@ -6,7 +6,6 @@ import importlib.util
 import itertools
 import re
 import struct
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ import interpreted
 import lowbit_gemm_cases as cases
 import ptx
 import sm90
+from inner_loop import inner_loop
 
 from qbert.layout import rows
 from qbert.reference import OUT_SCALE_AT
@@ -197,19 +197,6 @@ def _build(
     )  # fmt: skip
 
 
-def _inner_loop(sass: str, instruction: str) -> Counter[str]:
-    """How often each instruction stands in the innermost loop that one is in, by their names up to a dot."""
-    found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)([^;]*);", sass)
-    places = {int(address, 16): index for index, (address, _, _) in enumerate(found)}
-    loops = []
-    for index, (_, opcode, rest) in enumerate(found):
-        target = re.search(r"0x([0-9a-f]+)\s*$", rest)
-        start = places.get(int(target.group(1), 16)) if opcode == "BRA" and target else None
-        if start is not None and start < index:
-            loops.append(Counter(name for _, name, _ in found[start : index + 1]))
-    return min((loop for loop in loops if loop[instruction]), key=Counter.total)
-
-
 def _check(built: sm90.Built, tile: TileConfig) -> None:
     programs = 16 // tile.warps if tile.road == "tma" else 1
     programs = min(programs, sm90.SHARED_LIMIT // built.shared)
@@ -217,7 +204,7 @@ def _check(built: sm90.Built, tile: TileConfig) -> None:
         built, wgmma=True, tma=tile.road != "pointer", a_from_registers=True, blocks_per_sm=programs
     )
     assert programs > 1 or tile.road != "tma"
-    loop = _inner_loop(built.sass, "IGMMA")
+    loop = inner_loop(built.sass, "IGMMA")
     assert "STS" not in loop, "the expanded operand goes from registers to the matrix unit, not through shared memory"
     if tile.block_t >= 32:  # a result of 16 tokens has less than 16 bytes for each thread
         assert re.search(r"STG\.E\.128", built.sass)
@@ -238,7 +225,7 @@ def test_large_tile(operation: str, out: str, options: dict[str, Any]) -> None:
     tile = LARGE[operation]
     built = _build(operation, tile, out, **options)
     _check(built, tile)
-    loop = _inner_loop(built.sass, "IGMMA")
+    loop = inner_loop(built.sass, "IGMMA")
     assert loop["IGMMA"] == 4, "64 rows of a warp group, 128 tokens, 128 inputs"
     assert loop["LDSM"] == 2, "packed weights reach registers as the matrix unit wants them"
     if operation == "gobo_linear":
