@@ -26,7 +26,7 @@ from torch import nn
 from qbert.convert import quantize_
 from qbert.errors import QBertError
 from qbert.explain import explain
-from qbert.formats import Role, scheme_names
+from qbert.formats import SCHEMES, Role, scheme_names
 from qbert.recipe import Recipe
 from qbert.workflow import load_float
 
@@ -140,7 +140,7 @@ def main(
         print(measure(*json.loads(row)).model_dump_json())
         return
     device_of(target)
-    every = [*(name for name in scheme_names(Role.LINEAR) if "-g" not in name), "gobo3+gobo4"]
+    every = [*(name for name in scheme_names(Role.LINEAR) if not SCHEMES[name].is_variant), "gobo3+gobo4"]
     schemes = scheme or (list(_QUICK_SCHEMES) if quick else every)
     models = model or (["base"] if quick else ["minilm", "base"])
     jobs: list[Job] = []

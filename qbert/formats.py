@@ -221,6 +221,11 @@ class Scheme:
         return self.granularity.size if isinstance(self.granularity, PerGroup) else None
 
     @property
+    def is_variant(self) -> bool:
+        """Whether it is another one at a group size that is not the default: comparisons leave it out."""
+        return self.group_size not in (None, DEFAULT_GROUP_SIZE)
+
+    @property
     def has_dictionary(self) -> bool:
         """Whether codes are indices into a learned dictionary, with outliers kept apart."""
         return self.weight.kind is Kind.DICTIONARY
@@ -241,8 +246,13 @@ _LINEAR, _EMBEDDING = frozenset({Role.LINEAR}), frozenset({Role.EMBEDDING})
 W4A8_GROUP_SCALE_MAX = INT8.qmax // INT4.qmax
 
 
+# Names that people also use -> the one that stands in files.
+SCHEME_ALIASES: dict[str, str] = {}
+
+
 def _grouped(name: str, activation: Format | None, roles: frozenset[Role], summary: str) -> list[Scheme]:
-    """The scheme at every group size; the default size also goes by the bare name."""
+    """The scheme at every group size; that of the default size has the bare name, and the spelled-out one as an alias."""
+    SCHEME_ALIASES[f"{name}-g{DEFAULT_GROUP_SIZE}"] = name
     return [
         Scheme(
             name if size == DEFAULT_GROUP_SIZE else f"{name}-g{size}", INT4, PerGroup(size), activation, roles,
@@ -281,13 +291,12 @@ def scheme_names(role: Role) -> list[str]:
 
 
 def get_scheme(name: str, role: Role) -> Scheme:
-    """The scheme of that name.
+    """The scheme of that name or alias: w4a8-g64 is w4a8.
 
     Raises:
         QBertError: unknown name, or a scheme that cannot be applied to `role`.
     """
-    # The default group size may be spelled out: w4a8-g64 is w4a8.
-    scheme = SCHEMES.get(name.removesuffix(f"-g{DEFAULT_GROUP_SIZE}") if isinstance(name, str) else name)
+    scheme = SCHEMES.get(SCHEME_ALIASES.get(name, name))
     if scheme is None or role not in scheme.roles:
         problem = "unknown scheme" if scheme is None else f"scheme is not for {role.value}s:"
         raise QBertError(f"{problem} {name!r}; allowed for {role.value}s: {', '.join(scheme_names(role))}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from qbert.bert import KEEP_FLOAT
 from qbert.errors import QBertError
-from qbert.formats import Role, Scheme, get_scheme, scheme_names
+from qbert.formats import SCHEME_ALIASES, Role, Scheme, get_scheme, scheme_names
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Recipe:
             get_scheme(self.embedding, Role.EMBEDDING)
         known = {*scheme_names(Role.LINEAR), *scheme_names(Role.EMBEDDING), None}
         for pattern, scheme in self.overrides.items():
-            if scheme not in known:
+            if scheme not in known and scheme not in SCHEME_ALIASES:
                 allowed = ", ".join(sorted(filter(None, known)))
                 raise QBertError(f"override {pattern!r}: unknown scheme {scheme!r}; allowed: None, {allowed}")
 

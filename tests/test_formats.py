@@ -13,7 +13,17 @@ import pytest
 
 from qbert import formats
 from qbert.errors import QBertError
-from qbert.formats import DEFAULT_GROUP_SIZE, FORMATS, GROUP_SIZES, NF4, SCHEMES, TIED_LINEAR_SCHEME, Kind, Role
+from qbert.formats import (
+    DEFAULT_GROUP_SIZE,
+    FORMATS,
+    GROUP_SIZES,
+    NF4,
+    SCHEME_ALIASES,
+    SCHEMES,
+    TIED_LINEAR_SCHEME,
+    Kind,
+    Role,
+)
 
 FLOAT_NAMES = ["float8_e4m3fn", "float8_e5m2", "float6_e2m3fn", "float6_e3m2fn", "float4_e2m1fn"]
 PAIRS_OF_ROLE_AND_SCHEME = [(role, name) for name, scheme in SCHEMES.items() for role in sorted(scheme.roles, key=str)]
@@ -140,6 +150,17 @@ def test_group_sizes_and_their_spellings(family: str) -> None:
     assert formats.get_scheme(f"{family}-g{DEFAULT_GROUP_SIZE}", role) is formats.get_scheme(family, role)
     assert formats.get_scheme(family, role).group_size == DEFAULT_GROUP_SIZE
     assert f"{family}-g{DEFAULT_GROUP_SIZE}" not in SCHEMES  # one scheme, one name in a file
+
+
+def test_a_name_of_ones_own_may_end_in_a_group_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Aliases are a table, no rule about endings: a scheme that somebody adds is found as it is called."""
+    mine = replace(SCHEMES["w4a8"], name="mine-g64")
+    monkeypatch.setitem(SCHEMES, "mine-g64", mine)
+    assert formats.get_scheme("mine-g64", Role.LINEAR) is mine
+    with pytest.raises(QBertError, match="unknown scheme 'mine'"):
+        formats.get_scheme("mine", Role.LINEAR)
+    assert set(SCHEME_ALIASES.values()) <= set(SCHEMES)
+    assert not set(SCHEME_ALIASES) & set(SCHEMES)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def test_overrides_win_over_the_skip_list_and_the_default() -> None:
     assert recipe.decide("classifier", Role.LINEAR).scheme is SCHEMES["w8a16"]
     assert recipe.decide(QUERY, Role.LINEAR).scheme is SCHEMES["w4a8"]
     assert recipe.decide(QUERY, Role.LINEAR).reason == "override 'query'"
+    assert Recipe(overrides={"query": "w4a8-g64"}).decide(QUERY, Role.LINEAR).scheme is SCHEMES["w4a8"]  # an alias
 
 
 def test_the_first_override_that_matches_wins() -> None:
