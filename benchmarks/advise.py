@@ -24,8 +24,8 @@ from qbert.errors import QBertError
 from qbert.formats import SCHEMES, Scheme
 from qbert.zoo import resolve_model
 
-from .bert_models import SHAPES, read_config
 from .machine import describe
+from .problems import LINEAR_SCHEMES, SHAPES, Shape, read_config, shape_of
 from .results_schema import RESULTS, AccuracyRow, BertRow, GemmRow, Results, load_results
 
 Basis = Literal["measured", "interpolated", "linears", "roofline"]
@@ -35,13 +35,11 @@ BASES: dict[Basis, str] = {
     "linears": "linears measured alone on this device; the rest assumed alike",
     "roofline": "modelled by the roofline only: at most",
 }
-SCHEME_NAMES = ("w8a8", "w4a8", "gobo4a8", "gobo3a8", "w8a16", "w4a16", "gobo4", "gobo3")
 # Less is not worth a change of the model. What is modelled only is an upper bound that no kernel reaches.
 WORTH: dict[Basis, float] = {"measured": 1.1, "interpolated": 1.15, "linears": 1.25, "roofline": 1.5}
 MAX_DROP = 1.0  # points
 _EQUAL = 0.97  # less apart than that is no difference
 _NEAR = 2.0  # a number of tokens this much beyond what was measured still counts as near
-_VOCABULARY, _POSITIONS = 30_522, 514
 _SYSTEM = re.compile(r"qbert-(?P<scheme>[a-z0-9]+)(?P<how>(-static|-graph|-unfused)*)")
 _FLOAT_SYSTEMS = "torch-"
 _LAYER_PASSES = 12  # reads and writes of (tokens, hidden) values a layer between its products: norms, residuals, GELU
@@ -52,29 +50,10 @@ _FLOAT_PRECISIONS = ("bf16", "fp16", "fp32")
 
 @dataclass(frozen=True)
 class Encoder:
-    """The shape of a model."""
+    """A model: what it is called, and its sizes."""
 
     name: str
-    layers: int
-    hidden: int
-    inner: int
-    vocabulary: int = _VOCABULARY
-
-    @property
-    def linears(self) -> tuple[tuple[int, int], ...]:
-        """(n, k) of a layer's products, query, key and value together."""
-        h, f = self.hidden, self.inner
-        return (3 * h, h), (h, h), (f, h), (h, f)
-
-    @property
-    def linear_weights(self) -> int:
-        """Of all layers."""
-        return self.layers * sum(n * k for n, k in self.linears)
-
-    @property
-    def table_weights(self) -> int:
-        """Of the embeddings."""
-        return (self.vocabulary + _POSITIONS) * self.hidden
+    shape: Shape
 
 
 class Option(BaseModel):
@@ -156,7 +135,7 @@ def advise(
     device = [each for each in found if on_target(each, target)]
     rates = functools.cache(lambda: roofline or (measure_here() if target == HERE else TARGETS[target]))
     options = [*_from_encoders(encoder, batch, seq, device)]
-    for name in SCHEME_NAMES:
+    for name in LINEAR_SCHEMES:
         if not any(each.scheme == name for each in options):
             options.append(
                 _from_linears(encoder, name, batch * seq, device) or _modelled(encoder, name, batch, seq, rates())
@@ -181,22 +160,17 @@ def encoder_of(model: str) -> Encoder:
         QBertError: unknown, or no encoder.
     """
     if model in SHAPES:
-        layers, hidden, _, inner = SHAPES[model]
-        return Encoder(model, layers, hidden, inner)
+        return Encoder(model, SHAPES[model])
     folder = Path(resolve_model(model))
     if not folder.is_dir():
         raise QBertError(f"model {model!r} is not here; allowed: a folder, an alias, or {', '.join(SHAPES)}")
     config = read_config(folder)
-    # The second names are DistilBERT's.
-    layers, hidden, inner = (
-        next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 0)
-        for names in (("num_hidden_layers", "n_layers"), ("hidden_size", "dim"), ("intermediate_size", "hidden_dim"))
-    )
-    if not (layers and hidden and inner):
+    shape = shape_of(config)
+    if shape is None:
         raise QBertError(
             f"model {model!r}: its configuration ({type(config).__name__}) is that of no BERT-type encoder"
         )
-    return Encoder(model, layers, hidden, inner, int(getattr(config, "vocab_size", _VOCABULARY)))
+    return Encoder(model, shape)
 
 
 def stored_results(folder: Path = RESULTS) -> Iterable[Results]:
@@ -257,11 +231,8 @@ def _cases(results: Results, encoder: Encoder) -> list[list[BertRow]]:
 
 def _names(encoder: Encoder) -> set[str]:
     """Names in results that stand for this shape: random weights run as fast as trained ones."""
-    shape = (encoder.layers, encoder.hidden, encoder.inner)
-    return {
-        encoder.name,
-        *(name for name, (layers, hidden, _, inner) in SHAPES.items() if (layers, hidden, inner) == shape),
-    }
+    sizes = lambda shape: (shape.layers, shape.hidden, shape.inner)
+    return {encoder.name, *(name for name, shape in SHAPES.items() if sizes(shape) == sizes(encoder.shape))}
 
 
 def _over_float(row: BertRow, case: Sequence[BertRow]) -> float | None:
@@ -289,7 +260,7 @@ def _from_linears(encoder: Encoder, scheme: str, tokens: int, results: Sequence[
     name = f"qbert {scheme}" + (" + quantize" if SCHEMES[scheme].activation else "")
     for each in reversed(results):
         rows = [row for row in each.of(GemmRow) if row.time is not None]
-        sums = [(_seconds(rows, n, k, tokens, name), _best_float(rows, n, k, tokens)) for n, k in encoder.linears]
+        sums = [(_seconds(rows, n, k, tokens, name), _best_float(rows, n, k, tokens)) for n, k in encoder.shape.linears]
         if all(ours and floats for ours, floats in sums):
             speedup = sum(floats for _, floats in sums if floats) / sum(ours for ours, _ in sums if ours)
             return _option(encoder, f"qbert-{scheme}", speedup, "linears", f"{len(sums)} shapes of `qbert bench gemm`")
@@ -327,12 +298,12 @@ def modelled_seconds(
     weight_bytes = value_bytes if scheme is None else scheme.weight_bits / 8
     in_bytes = 1 if integer else value_bytes
     products = 0.0
-    for n, k in encoder.linears:
+    for n, k in encoder.shape.linears:
         moved = weight_bytes * n * k + in_bytes * tokens * k + value_bytes * tokens * n
         products += max(2.0 * tokens * n * k / peak, moved / rates.bandwidth)
-    attention = 4.0 * batch * seq**2 * encoder.hidden / rates.peak(precision)
-    between = _LAYER_PASSES * value_bytes * tokens * encoder.hidden / rates.bandwidth
-    return encoder.layers * (products + attention + between)
+    attention = 4.0 * batch * seq**2 * encoder.shape.hidden / rates.peak(precision)
+    between = _LAYER_PASSES * value_bytes * tokens * encoder.shape.hidden / rates.bandwidth
+    return encoder.shape.layers * (products + attention + between)
 
 
 # ---- size and accuracy ----------------------------------------------------------------------------------------------
@@ -353,8 +324,10 @@ def _option(encoder: Encoder, system: str, speedup: float, basis: Basis, detail:
 def _share(encoder: Encoder, scheme: Scheme) -> float:
     """Of the stored bytes, embeddings left float: what `quantize_` does unless it is told otherwise."""
     group = 0.0 if not scheme.group_size else (8 if scheme.activation else 16) / scheme.group_size
-    linears = encoder.linear_weights * (scheme.weight_bits + group) / 8
-    return (linears + 4 * encoder.table_weights) / (4 * (encoder.linear_weights + encoder.table_weights))
+    linears = encoder.shape.linear_weights * (scheme.weight_bits + group) / 8
+    return (linears + 4 * encoder.shape.table_weights) / (
+        4 * (encoder.shape.linear_weights + encoder.shape.table_weights)
+    )
 
 
 def _add_accuracy(option: Option, encoder: Encoder, results: Sequence[Results]) -> None:
@@ -413,7 +386,10 @@ def _choose(
 
 def _bound_by_launches(encoder: Encoder, batch: int, seq: int, rates: RooflineTarget) -> str | None:
     """A reason, where a GPU's host needs longer to launch a forward's kernels than these need to run in float."""
-    launches, floor = encoder.layers * _LAYER_LAUNCHES * rates.launch_s, modelled_seconds(encoder, batch, seq, rates)
+    launches, floor = (
+        encoder.shape.layers * _LAYER_LAUNCHES * rates.launch_s,
+        modelled_seconds(encoder, batch, seq, rates),
+    )
     if launches <= _LAUNCH_BOUND * floor:
         return None
     return (

@@ -36,13 +36,18 @@ from .bert_inputs import squad_lengths
 from .bounds import Bounds
 from .machine import Machine, physical_cores
 from .peers.base import Unavailable, library, reason_of
+from .problems import SHAPES
 from .recorder import Recorder, check_picture, device_name, device_of, run_command, table_console
 from .results_schema import AttentionRow, Precision, Work
 from .timing import Candidate, measure, ratio
 
 BASELINE = "torch sdpa"
 LENGTHS = (128, 512, 384, 64, 256)
-HEADS = {"base": (12, 64), "large": (16, 64), "minilm": (12, 32)}
+# Kind of heads -> (heads, head size).
+HEADS = {
+    name: (SHAPES[shape].heads, SHAPES[shape].head_dim)
+    for name, shape in {"base": "base", "large": "large", "minilm": "minilm-shape"}.items()
+}
 TOKENS = {"cpu": 1024, "cuda": 16384}  # of a dense batch
 RAGGED = {"cpu": 4, "cuda": 64}  # sequences, with lengths as in SQuAD
 SECONDS, QUICK_SECONDS = 0.3, 0.1

@@ -26,10 +26,10 @@ from qbert.errors import QBertError
 
 from . import predict as prediction
 from .bounds import Bounds
-from .linears import WEIGHT_ONLY_TOKENS, Built, Entry, Problem, Weights, entries
+from .linears import Built, Entry, Problem, Weights, entries
 from .machine import Machine, physical_cores
 from .peers.base import reason_of
-from .predict import SHAPES
+from .problems import LINEARS, WEIGHT_ONLY_TOKENS
 from .recorder import Recorder, check_picture, device_name, device_of, run_command, table_console
 from .results_schema import GemmRow
 from .timing import Caches, Sample, measure, ratio, refuse_zeros
@@ -56,7 +56,7 @@ class Settings:
 
 def grid(models: Sequence[str], tokens: Sequence[int]) -> Grid:
     """All problems in the order of their value; a shape that two models share is there once."""
-    shapes = list(dict.fromkeys(shape for model in models for shape in SHAPES[model]))
+    shapes = list(dict.fromkeys(shape for model in models for shape in LINEARS[model]))
     return [(n, k, t) for t in tokens for n, k in shapes]
 
 
@@ -194,9 +194,9 @@ def main(
     plot: Annotated[Path | None, typer.Option("--plot", help="write a picture (.png, .svg, .pdf)")] = None,
 ) -> None:
     """Times linear layers beside their peers."""
-    models = model or (["base"] if quick else list(SHAPES))
-    if unknown := [each for each in models if each not in SHAPES]:
-        raise QBertError(f"model {unknown[0]!r}: allowed are {', '.join(SHAPES)}")
+    models = model or (["base"] if quick else list(LINEARS))
+    if unknown := [each for each in models if each not in LINEARS]:
+        raise QBertError(f"model {unknown[0]!r}: allowed are {', '.join(LINEARS)}")
     if predict:
         _predict(target, models, tokens)
         return
@@ -226,7 +226,7 @@ def main(
 def _predict(gpu: str, models: Sequence[str], tokens: Sequence[int] | None) -> None:
     gpu = "h100" if gpu in ("cpu", "cuda") else gpu
     for each in models:
-        rows = prediction.predictions(gpu, tokens=tokens or prediction.TOKENS, shapes=SHAPES[each])
+        rows = prediction.predictions(gpu, tokens=tokens or prediction.TOKENS, shapes=LINEARS[each])
         table_console().print(prediction.table(rows, gpu))
 
 

@@ -30,9 +30,10 @@ from qbert.formats import SCHEMES, Role, scheme_names
 from qbert.recipe import Recipe
 from qbert.workflow import load_float
 
-from .bert_models import SHAPES, random_model
+from .bert_models import random_model
 from .machine import Machine, child_command, child_environment
 from .peers.base import reason_of
+from .problems import SHAPES
 from .recorder import Recorder, device_name, device_of, run_command, table_console
 from .results_schema import QuantizeRow
 

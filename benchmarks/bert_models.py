@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,8 @@ from qbert.errors import QBertError
 from qbert.evaluate.loading import quiet_transformers
 from qbert.zoo import WEIGHTS_FILE, new_folder, resolve_model, sha256_of_file
 
-# layers, hidden size, heads, width of the feed-forward network
-SHAPES: Mapping[str, tuple[int, int, int, int]] = {
-    "base": (12, 768, 12, 3072),
-    "large": (24, 1024, 16, 4096),
-    "minilm-shape": (6, 384, 12, 1536),
-    "tiny": (2, 64, 2, 256),
-}
+from .problems import SHAPES, read_config
+
 # Of trained encoders: deviation 0.04 to 0.1 a matrix, and a few weights in a thousand far outside (0.32% in MiniLM beyond what
 # GOBO calls an outlier). Weights as they are initialized, normal with 0.02, would have almost none of these.
 DEVIATION = 0.04
@@ -90,13 +84,6 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def read_config(folder: Path) -> Any:
-    """The configuration beside a model."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder)
-
-
 def _weights_bytes(folder: Path) -> int:
     return (folder / WEIGHTS_FILE).stat().st_size
 
@@ -105,10 +92,11 @@ def random_model(name: str) -> Any:
     """A BertModel of a shape of `SHAPES`, without its pooler, the same one every time."""
     from transformers import BertConfig, BertModel
 
-    layers, hidden, heads, inner = SHAPES[name]
+    shape = SHAPES[name]
     config = BertConfig(
-        num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, intermediate_size=inner
-    )
+        num_hidden_layers=shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads,
+        intermediate_size=shape.inner,
+    )  # fmt: skip
     model = BertModel(config, add_pooling_layer=False).eval()
     generator = torch.Generator().manual_seed(_SEED)
     with torch.no_grad():

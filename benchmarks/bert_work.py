@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .bert_inputs import Batch
-from .bert_models import read_config
+from .problems import read_config, shape_of
 from .results_schema import Precision, Work
 
 _HIDDEN_BYTES = 4  # of a value of the result
@@ -24,17 +24,13 @@ def precision_of(system: str) -> Precision:
 
 def work_of(folder: Path, batch: Batch, system: str, weight_bytes: int) -> Work:
     """Products of the linears and of attention without padding; all weights read once, the result written once."""
-    config = read_config(folder)
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    shape = shape_of(read_config(folder))
+    assert shape is not None  # `find_model` takes nothing else
     lengths = batch.mask.sum(1).tolist()
-    linears = 2.0 * sum(lengths) * layers * (4 * hidden * hidden + 2 * hidden * inner)
-    attention = 4.0 * sum(length**2 for length in lengths) * hidden * layers
-    # Of the word embeddings only the rows of the batch's tokens are read.
-    words = config.vocab_size * hidden / max(1, _parameters(hidden, inner, layers, config)) * weight_bytes
-    moved = weight_bytes - words + _HIDDEN_BYTES * sum(lengths) * hidden
+    linears = 2.0 * sum(lengths) * shape.linear_weights
+    attention = 4.0 * sum(length**2 for length in lengths) * shape.hidden * shape.layers
+    # Of the word embeddings only the rows of the batch's tokens are read. Parameters: about all, matrices and the word table.
+    words = shape.vocabulary * shape.hidden
+    unread = words / (shape.linear_weights + words) * weight_bytes
+    moved = weight_bytes - unread + _HIDDEN_BYTES * sum(lengths) * shape.hidden
     return Work(operations=linears + attention, precision=precision_of(system), bytes=max(0.0, moved))
-
-
-def _parameters(hidden: int, inner: int, layers: int, config: object) -> int:
-    """About all of them: matrices, and the word table."""
-    return layers * (4 * hidden * hidden + 2 * hidden * inner) + int(getattr(config, "vocab_size", 0)) * hidden

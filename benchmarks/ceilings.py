@@ -18,7 +18,7 @@ import typer
 from rich.table import Table
 from torch import Tensor
 
-from qbert.analyze.targets import TARGETS, RooflineTarget
+from qbert.devices import datasheet_of
 from qbert.target import native_cpu
 
 from .bounds import COPY
@@ -34,11 +34,6 @@ COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 SECONDS = 0.5  # of rounds for each ceiling
 _PEAK_TRIES = 3
 _GIGA, _TERA = 1e9, 1e12
-# GPUs' names -> target whose datasheet figures stand beside the measured ones; another variant has other figures.
-_DATASHEETS = {
-    "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA L40S": "l40s",
-    "NVIDIA A10": "a10", "Tesla T4": "t4",
-}  # fmt: skip
 
 Build = Callable[[torch.device, int], Callable[[], object]]
 
@@ -181,12 +176,8 @@ def _instruction_peak() -> CeilingRow:
 def _datasheet(device: torch.device) -> dict[str, float]:
     if device.type != "cuda":
         return {}
-    found = _DATASHEETS.get(torch.cuda.get_device_name(device))
-    return _rates(TARGETS[found]) if found else {}
-
-
-def _rates(target: RooflineTarget) -> dict[str, float]:
-    return {COPY: target.bandwidth, **target.peaks}
+    found = datasheet_of(torch.cuda.get_device_name(device))
+    return {COPY: found.bandwidth, **found.peaks} if found else {}
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -34,11 +34,10 @@ from .bert_models import realistic_weights
 from .peers import bnb_peer, gemlite_peer
 from .peers.ao_peer import configuration
 from .peers.base import Unavailable, library
+from .problems import INTEGER_SCHEMES, WEIGHT_ONLY_SCHEMES, WEIGHT_ONLY_TOKENS
 from .results_schema import Precision, Work
 from .timing import Candidate, sets_beyond_caches
 
-INTEGER_SCHEMES, WEIGHT_ONLY_SCHEMES = ("w8a8", "w4a8", "gobo4a8", "gobo3a8"), ("w8a16", "w4a16", "gobo4", "gobo3")
-WEIGHT_ONLY_TOKENS = 64  # beyond, arithmetic in bfloat16 bounds them: weight-only schemes cannot win
 _MAX_SETS = 256
 _COMPILED_SHAPES = 64
 _INT8_LIMIT, _INT4_LIMIT, _FLOAT_LIMIT = 0.04, 0.2, 0.02  # norm of the error over that of the result

@@ -20,33 +20,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from qbert import devices
 from qbert.analyze.targets import TARGETS, RooflineTarget
 from qbert.dispatch import linear_operation, select_layout
 from qbert.errors import QBertError
 from qbert.formats import Role, Scheme, get_scheme
 from qbert.layout import qdata_shape
 from qbert.target import Target
-from qbert.tiles import TileConfig, select_tile
+from qbert.tiles import MIN_SM, TileConfig, select_tile
 
-# (output channels, input channels) of an encoder layer's products: query, key and value together, attention's output, and the
-# feed-forward network's two.
-SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
-    "base": ((2304, 768), (768, 768), (3072, 768), (768, 3072)),
-    "large": ((3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096)),
-}
+from .problems import INTEGER_SCHEMES, LINEAR_SCHEMES, LINEARS, WEIGHT_ONLY_TOKENS
+
 TOKENS = (1, 16, 64, 128, 512, 1024, 4096, 16384)
-# Schemes whose products run on int8 matrix units, and those that only stream their weights.
-INTEGER_SCHEMES, WEIGHT_ONLY_SCHEMES = ("w8a8", "w4a8", "gobo4a8", "gobo3a8"), ("w8a16", "w4a16", "gobo4", "gobo3")
-WEIGHT_ONLY_TOKENS = 64
 _BF16_BYTES = 2
-# Compute capability, multiprocessors and shared memory of a block: from NVIDIA's data sheets and its CUDA programming guide.
-GPUS: dict[str, Target] = {
-    "h100": Target("cuda", "", 90, 132, 232_448),
-    "h200": Target("cuda", "", 90, 132, 232_448),
-    "a100": Target("cuda", "", 80, 108, 166_912),
-    "l40s": Target("cuda", "", 89, 142, 101_376),
-    "a10": Target("cuda", "", 86, 72, 101_376),
-}
+GPUS: dict[str, Target] = {name: Target(**gpu.limits) for name, gpu in devices.GPUS.items() if gpu.sm >= MIN_SM}
 
 
 @dataclass(frozen=True)
@@ -136,8 +123,8 @@ def _bf16_floor(t: int, n: int, k: int, rates: RooflineTarget) -> float:
 
 
 def predictions(
-    gpu: str, *, schemes: Iterable[str] = (*INTEGER_SCHEMES, *WEIGHT_ONLY_SCHEMES), tokens: Iterable[int] = TOKENS,
-    shapes: Sequence[tuple[int, int]] = SHAPES["base"],
+    gpu: str, *, schemes: Iterable[str] = LINEAR_SCHEMES, tokens: Iterable[int] = TOKENS,
+    shapes: Sequence[tuple[int, int]] = LINEARS["base"],
 ) -> list[Prediction]:  # fmt: skip
     """Floors of every scheme at every shape and number of tokens; weight-only ones up to `WEIGHT_ONLY_TOKENS`.
 
@@ -207,21 +194,21 @@ def over_w8a8(gpu: str) -> Table:
 
 
 def main(
-    target: Annotated[str, typer.Option("--target", help="h100, h200, a100, l40s, a10")] = "h100",
+    target: Annotated[str, typer.Option("--target", help=", ".join(GPUS))] = "h100",
     scheme: Annotated[list[str] | None, typer.Option("--scheme", help="linear scheme; may be repeated")] = None,
     tokens: Annotated[list[int] | None, typer.Option("--tokens", help="may be repeated")] = None,
     model: Annotated[str, typer.Option("--model", help="base or large")] = "base",
     ratios: Annotated[bool, typer.Option("--over-w8a8", help="bounds of packed weights beside that of W8A8")] = False,
 ) -> None:
     """Print the floors of one GPU."""
-    if model not in SHAPES:
-        raise typer.BadParameter(f"{model!r}; allowed: {', '.join(SHAPES)}")
+    if model not in LINEARS:
+        raise typer.BadParameter(f"{model!r}; allowed: {', '.join(LINEARS)}")
     if ratios and target in GPUS:
         Console(width=170).print(over_w8a8(target))
         return
-    chosen = scheme or [*INTEGER_SCHEMES, *WEIGHT_ONLY_SCHEMES]
+    chosen = scheme or LINEAR_SCHEMES
     try:
-        rows = predictions(target, schemes=chosen, tokens=tokens or TOKENS, shapes=SHAPES[model])
+        rows = predictions(target, schemes=chosen, tokens=tokens or TOKENS, shapes=LINEARS[model])
     except QBertError as error:
         raise typer.BadParameter(str(error)) from error
     Console(width=170).print(table(rows, target))

@@ -52,11 +52,10 @@ from qbert.tiles import MIN_SM, TMA_SM, TUNED, TileConfig, forced, select_tile, 
 
 from .machine import describe
 from .peers.base import one_line
-from .predict import INTEGER_SCHEMES, SHAPES, WEIGHT_ONLY_SCHEMES, WEIGHT_ONLY_TOKENS
+from .problems import LINEAR_SCHEMES, LINEARS, WEIGHT_ONLY_TOKENS
 from .results_schema import ResultsWriter, TileRow
 from .timing import Candidate, DeviceLost, Samples, measure
 
-ALL_SCHEMES = (*INTEGER_SCHEMES, *WEIGHT_ONLY_SCHEMES)
 # The compiled extension chooses its own tile.
 COMPILED = TileConfig("cuda", 128, 128, 128, 12, 4, source="candidate")
 # By value: a batch that fills the GPU, the usual small one, a large one, single sentences, and what lies between.
@@ -99,10 +98,10 @@ class Problem:
         return self.operation in COMPILED_LAYOUTS
 
 
-def problems(schemes: Sequence[str] = ALL_SCHEMES) -> Iterator[list[Problem]]:
+def problems(schemes: Sequence[str] = LINEAR_SCHEMES) -> Iterator[list[Problem]]:
     """All problems in order of value, those of as many tokens together; of schemes that share an operation the first."""
     leaders = list({linear_operation(SCHEMES[name]): name for name in reversed(schemes)}.values())[::-1]
-    shapes = list(dict.fromkeys(itertools.chain.from_iterable(SHAPES.values())))
+    shapes = list(dict.fromkeys(itertools.chain.from_iterable(LINEARS.values())))
     for t in TOKENS:
         suited = [name for name in leaders if SCHEMES[name].activation or t <= WEIGHT_ONLY_TOKENS]
         yield [Problem(name, t, n, k) for name in suited for n, k in shapes]
@@ -407,7 +406,7 @@ def _few_arguments(problem: Problem) -> Given:
 
 
 def tune(
-    minutes: float, out: Path, *, schemes: Sequence[str] = ALL_SCHEMES, console: Console | None = None
+    minutes: float, out: Path, *, schemes: Sequence[str] = LINEAR_SCHEMES, console: Console | None = None
 ) -> list[Tuned]:
     """Tunes in order of value until the time is up; the table and all rows lie in `out` after each problem.
 
@@ -476,10 +475,10 @@ def main(
     """Tune this GPU's tiles."""
     unknown = [name for name in scheme or () if name not in SCHEMES or Role.LINEAR not in SCHEMES[name].roles]
     if unknown:
-        raise typer.BadParameter(f"unknown scheme {unknown[0]!r}; allowed: {', '.join(ALL_SCHEMES)}")
+        raise typer.BadParameter(f"unknown scheme {unknown[0]!r}; allowed: {', '.join(LINEAR_SCHEMES)}")
     out.mkdir(parents=True, exist_ok=True)
     try:
-        tune(minutes, out, schemes=scheme or ALL_SCHEMES, console=Console())
+        tune(minutes, out, schemes=scheme or LINEAR_SCHEMES, console=Console())
     except (QBertError, DeviceLost) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None

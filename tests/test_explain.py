@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 import qbert
 from qbert import Recipe, explain, quantize_
+from qbert.devices import GPUS
 from qbert.dispatch import select_kernel, select_layout
 from qbert.explain import Row
 from qbert.formats import Role, scheme_names
@@ -20,7 +21,7 @@ from qbert.nn import GUARD, QTiedLinear, QuantizedModule
 from qbert.target import Target, cpu_target
 from qbert.testing import random_weight
 
-H100 = Target("cuda", "", sm=90, sm_count=132, shared_memory=232_448, native_missing="qbert was installed without them")
+H100 = Target(**GPUS["h100"].limits, native_missing="qbert was installed without them")
 
 
 def _bert() -> BertForMaskedLM:

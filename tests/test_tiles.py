@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from qbert import tiles
+from qbert.devices import GPUS
 from qbert.dispatch import COMPILED_LAYOUTS
 from qbert.errors import QBertError
 from qbert.target import Target
 from qbert.tiles import LAYOUT_BOUND, ROADS, TileConfig, forced, prefers_compiled, select_tile, table, tiles_of
 
-H100 = Target("cuda", "", 90, 132, 232_448)
-A100 = Target("cuda", "", 80, 108, 166_912)
+H100 = Target(**GPUS["h100"].limits)
+A100 = Target(**GPUS["a100"].limits)
 B200 = Target("cuda", "", 100, 148, 232_448)
 OPERATIONS = ("w8a8_linear", "w4a8_linear", "gobo_linear", "w8a16_linear", "w4a16_linear", "gobo_a16_linear")
 SHAPES = list(itertools.product((768, 1024, 2304, 3072, 4096), repeat=2))

@@ -1,8 +1,4 @@
-"""Peak rates of machines, for the roofline: public figures of GPUs, and measured ones of this machine.
-
-All figures are dense; datasheets that print only the figure with 2:4 sparsity are halved. They are peaks at boost clock:
-no kernel reaches them, so a time predicted from them is a floor.
-"""
+"""Peak rates of machines, for the roofline: public figures of GPUs (`qbert.devices`), and measured ones of this machine."""
 
 from __future__ import annotations
 
@@ -14,9 +10,8 @@ from pathlib import Path
 
 import torch
 
+from qbert.devices import GPUS
 from qbert.errors import QBertError
-
-_TERA, _GIGA = 1e12, 1e9
 
 # Bytes of one element in each precision that a user can choose for the float part of a model.
 DTYPE_BYTES: dict[str, int] = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
@@ -61,44 +56,11 @@ class RooflineTarget:
 GPU_LAUNCH_S = 3e-6
 
 
-def _gpu(
-    name: str, description: str, *, bandwidth_gb: float, source: str, fp32: float, **tensor_tera: float
-) -> RooflineTarget:
-    """A GPU from its datasheet: TFLOPS (TOPS for int8) and GB/s; `fp32` is that of the CUDA cores."""
-    peaks = {precision: tera * _TERA for precision, tera in {"fp32": fp32, **tensor_tera}.items()}
-    return RooflineTarget(
-        name, description, peaks, fp32 * _TERA, bandwidth_gb * _GIGA, GPU_LAUNCH_S, f"{source}; launch: assumed"
-    )
-
-
 TARGETS: dict[str, RooflineTarget] = {
-    target.name: target
-    for target in (
-        _gpu(
-            "h100", "NVIDIA H100 SXM5 80 GB", fp32=66.9, tf32=494.7, bf16=989.4, fp16=989.4, fp8=1978.9, int8=1978.9,
-            bandwidth_gb=3350, source="NVIDIA H100 Tensor Core GPU Architecture whitepaper, H100 SXM5; bandwidth: datasheet",
-        ),
-        _gpu(
-            "h200", "NVIDIA H200 SXM 141 GB", fp32=66.9, tf32=494.7, bf16=989.4, fp16=989.4, fp8=1978.9, int8=1978.9,
-            bandwidth_gb=4800, source="NVIDIA H200 datasheet: rates as H100 SXM5, 4.8 TB/s",
-        ),
-        _gpu(
-            "a100", "NVIDIA A100 SXM4 80 GB", fp32=19.5, tf32=156, bf16=312, fp16=312, int8=624,
-            bandwidth_gb=2039, source="NVIDIA A100 80GB datasheet, SXM",
-        ),
-        _gpu(
-            "l40s", "NVIDIA L40S 48 GB", fp32=91.6, tf32=183, bf16=362.05, fp16=362.05, fp8=733, int8=733,
-            bandwidth_gb=864, source="NVIDIA L40S datasheet, figures without sparsity",
-        ),
-        _gpu(
-            "a10", "NVIDIA A10 24 GB", fp32=31.2, tf32=62.5, bf16=125, fp16=125, int8=250,
-            bandwidth_gb=600, source="NVIDIA A10 datasheet, figures without sparsity",
-        ),
-        _gpu(
-            "t4", "NVIDIA T4 16 GB", fp32=8.1, fp16=65, int8=130,
-            bandwidth_gb=320, source="NVIDIA T4 datasheet",
-        ),
+    name: RooflineTarget(
+        name, gpu.description, gpu.peaks, gpu.peaks["fp32"], gpu.bandwidth, GPU_LAUNCH_S, f"{gpu.source}; launch: assumed"
     )
+    for name, gpu in GPUS.items()
 }  # fmt: skip
 
 HERE = "here"

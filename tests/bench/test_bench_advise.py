@@ -8,6 +8,7 @@ import pytest
 from benchmarks import advise as advising
 from benchmarks.advise import Encoder, advise, encoder_of, interpolate, modelled_seconds
 from benchmarks.machine import Gpu, describe
+from benchmarks.problems import SHAPES
 from benchmarks.results_schema import RESULTS, AccuracyRow, BertRow, GemmRow, Results, load_results
 from benchmarks.timing import Sample
 from qbert.analyze.targets import TARGETS, RooflineTarget
@@ -115,7 +116,7 @@ def test_another_device_another_model_and_padded_rows_do_not_count():
 
 def test_linears_stand_in_for_an_encoder():
     rows = []
-    for n, k in BASE.linears:
+    for n, k in BASE.shape.linears:
         for name, seconds in (("torch fp32", 4e-3), ("torch bf16", 2e-3), ("qbert gobo3", 1e-3)):
             rows.append(
                 GemmRow(name=name, library="x", regime="cold", t=16, n=n, k=k, time=Sample.of([seconds] * 3))
@@ -197,7 +198,7 @@ def test_a_modelled_answer_says_at_most():
 
 
 def test_the_roofline():
-    tiny = Encoder("x", layers=2, hidden=64, inner=256)
+    tiny = Encoder("x", SHAPES["tiny"])
     rates = TARGETS["h100"]
     w8a8, float_ = (modelled_seconds(BASE, 32, 128, rates, scheme) for scheme in (SCHEMES["w8a8"], None))
     assert w8a8 < float_ < 2 * w8a8
@@ -214,7 +215,7 @@ def test_stored_results_are_read():
     for model in cases:
         monkey = cpu.model_copy(update={"machine": describe()})
         advice = advise(model, 8, 128, results=[monkey], roofline=HERE)
-        assert {option.scheme for option in advice.options} == set(advising.SCHEME_NAMES)
+        assert {option.scheme for option in advice.options} == set(advising.LINEAR_SCHEMES)
         assert any(option.basis in ("measured", "interpolated") for option in advice.options)
         assert json.loads(advice.model_dump_json())["reason"]
 

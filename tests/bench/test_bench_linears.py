@@ -184,7 +184,7 @@ def test_a_deadline_leaves_the_rest_out():
 
 
 def test_the_command_writes_rows_and_prints_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_gemm, "SHAPES", {"base": ((32, 64),)})
+    monkeypatch.setattr(bench_gemm, "LINEARS", {"base": ((32, 64),)})
     monkeypatch.setattr(Bounds, "measured", classmethod(lambda cls, device, add: BOUNDS))
     path = tmp_path / "out.json"
     bench_gemm.main(tokens=[2], model=["base"], only=["w8a8"], seconds=0.001, json_path=path, threads=1)
@@ -287,7 +287,7 @@ def test_bounds():
 
 def test_pictures_of_what_was_measured(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(bench_gemm, "SHAPES", {"base": ((32, 64),)})
+    monkeypatch.setattr(bench_gemm, "LINEARS", {"base": ((32, 64),)})
     monkeypatch.setattr(bench_attention, "HEADS", {"base": (1, 32)})
     monkeypatch.setitem(bench_attention.TOKENS, "cpu", 16)
     monkeypatch.setitem(bench_attention.RAGGED, "cpu", 2)

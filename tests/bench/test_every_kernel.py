@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from benchmarks import every_kernel
+from qbert.devices import GPUS
 from qbert.dispatch import COMPILED_LAYOUTS, TRITON_LAYOUTS
 from qbert.layout import Layout
 from qbert.ops import reference_of
 from qbert.target import Target
 from qbert.testing import schemes_of
 
-H100 = Target("cuda", "", 90, 132, 232_448, native=True)
+H100 = Target(**GPUS["h100"].limits, native=True)
 
 
 @pytest.mark.parametrize("operation", ["w8a8_linear", "w4a8_linear", "gobo_linear_requant", "gobo_a16_linear"])

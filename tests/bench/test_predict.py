@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import predict as prediction
+from benchmarks.problems import LINEARS
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES
 from qbert.tiles import TileConfig, forced
@@ -49,9 +50,9 @@ def test_few_tokens_are_bound_by_weight_bytes(scheme: str, bits: float) -> None:
 
 
 @pytest.mark.parametrize("gpu", list(prediction.GPUS))
-@pytest.mark.parametrize("model", list(prediction.SHAPES))
+@pytest.mark.parametrize("model", list(LINEARS))
 def test_every_gpu_scheme_and_shape_has_a_floor(gpu: str, model: str) -> None:
-    rows = prediction.predictions(gpu, shapes=prediction.SHAPES[model])
+    rows = prediction.predictions(gpu, shapes=LINEARS[model])
     assert len({(row.scheme, row.t, row.n, row.k) for row in rows}) == len(rows)
     for row, (attribute, top) in itertools.product(rows, [("busy", 1.0), ("floor_s", 1.0)]):
         assert 0 < getattr(row, attribute) <= top + 1e-9

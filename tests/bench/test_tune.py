@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import tune
-from benchmarks.predict import SHAPES
+from benchmarks.problems import LINEARS
 from benchmarks.timing import Candidate, Sample, Samples
 from benchmarks.tune import Problem, Tuned, candidates, dump, merged, problems, tune_one
 from qbert import tiles
+from qbert.devices import GPUS
 from qbert.dispatch import TRITON_LAYOUTS, prefers_extension
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES
@@ -25,8 +26,8 @@ from qbert.layout import FRAGMENT_LAYOUTS, Layout
 from qbert.target import Target
 from qbert.tiles import TUNED, TileConfig, select_tile
 
-H100 = Target("cuda", "", 90, 132, 232_448)
-A100 = Target("cuda", "", 80, 108, 166_912)
+H100 = Target(**GPUS["h100"].limits)
+A100 = Target(**GPUS["a100"].limits)
 CPU = torch.device("cpu")
 BOUND = [
     "w4a8",
@@ -57,10 +58,10 @@ def test_problems_come_in_order_of_value_and_once() -> None:
     groups = list(problems())
     flat = [problem for group in groups for problem in group]
     assert len(set(flat)) == len(flat)
-    assert groups[0][0] == Problem("w8a8", 4096, *SHAPES["base"][0])
+    assert groups[0][0] == Problem("w8a8", 4096, *LINEARS["base"][0])
     assert {problem.operation for problem in groups[0]} == {"w8a8_linear", "w4a8_linear", "gobo_linear"}
     assert all(SCHEMES[problem.scheme].activation or problem.t <= 64 for problem in flat)
-    assert {(problem.n, problem.k) for problem in flat} == {shape for shapes in SHAPES.values() for shape in shapes}
+    assert {(problem.n, problem.k) for problem in flat} == {shape for shapes in LINEARS.values() for shape in shapes}
 
 
 def _sample(seconds: float) -> Sample:
@@ -152,7 +153,7 @@ def test_where_the_compiled_kernel_wins_triton_s_row_stays() -> None:
 
 
 def test_the_compiled_kernel_is_a_candidate_where_it_is_built() -> None:
-    native = Target("cuda", "", 90, 132, 232_448, native=True)
+    native = replace(H100, native=True)
     assert tune.COMPILED in candidates(Problem("w8a8", 4096, 768, 768), native)
     assert tune.COMPILED not in candidates(Problem("w8a8", 4096, 768, 768), H100)
     assert tune.COMPILED not in candidates(Problem("w8a8", 4096, 768, 768), replace(native, sm=80))
