@@ -34,6 +34,7 @@ from qbert.target import target_of
 
 from .bert_inputs import squad_lengths
 from .bounds import Bounds
+from .ceilings import device_bounds
 from .machine import Machine, physical_cores
 from .peers.base import Unavailable, library, reason_of
 from .problems import SHAPES
@@ -383,7 +384,7 @@ def main(
     torch.set_num_threads(threads or physical_cores())
     spend = seconds or (QUICK_SECONDS if quick else SECONDS)
     recorder = Recorder("attention", {"target": target, "models": models, "seconds": spend}, json_path, device)
-    bounds = recorder.bounds(device)
+    bounds = device_bounds(recorder, device)
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     for case in track(cases(models, lengths, target), "attention", console=Console(stderr=True), transient=True):
         if time.monotonic() < deadline:

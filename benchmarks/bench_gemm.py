@@ -26,6 +26,7 @@ from qbert.errors import QBertError
 
 from . import predict as prediction
 from .bounds import Bounds
+from .ceilings import device_bounds
 from .linears import Built, Entry, Problem, Weights, entries
 from .machine import Machine, physical_cores
 from .peers.base import reason_of
@@ -206,7 +207,7 @@ def main(
     torch.set_num_threads(threads or physical_cores())
     settings = Settings(device, seconds or (QUICK_SECONDS if quick else SECONDS), tuple(only or ()))
     recorder = Recorder("gemm", {"target": target, "models": models, "seconds": settings.seconds}, json_path, device)
-    bounds = recorder.bounds(device)
+    bounds = device_bounds(recorder, device)
     deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
     problems = grid(models, chosen)
     left = run(

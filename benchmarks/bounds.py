@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from .results_schema import CeilingRow, Work
 
@@ -23,16 +20,6 @@ class Bounds:
     def of(cls, rows: Iterable[CeilingRow]) -> Bounds:
         """From results; the last of each quantity counts."""
         return cls({row.quantity: row.per_second for row in rows if row.per_second})
-
-    @classmethod
-    def measured(cls, device: torch.device, add: Callable[[Any], None]) -> Bounds:
-        """Measures this device now; its rows go to `add`."""
-        from .ceilings import measure_ceilings
-
-        rows = list(measure_ceilings(device))
-        for row in rows:
-            add(row)
-        return cls.of(rows)
 
     def seconds(self, work: Work) -> float | None:
         """The least that the work can take; None where a ceiling is not known."""

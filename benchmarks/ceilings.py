@@ -21,7 +21,7 @@ from torch import Tensor
 from qbert.devices import datasheet_of
 from qbert.target import native_cpu
 
-from .bounds import COPY
+from .bounds import COPY, Bounds
 from .machine import bytes_beyond_caches, physical_cores
 from .peers.base import Unavailable, one_line
 from .recorder import Recorder, device_name, device_of, run_command, table_console
@@ -57,6 +57,15 @@ def measure_ceilings(
     for quantity, row in _rows(device, kind, size or SIZES[kind], copy_bytes or _copy_bytes(kind), seconds):
         row.datasheet = datasheet.get(quantity)
         yield row
+
+
+def device_bounds(recorder: Recorder, device: torch.device) -> Bounds:
+    """The device's ceilings: those that the recorder's file has already, else measured now and added to it."""
+    known = recorder.stored(CeilingRow)
+    if not known:
+        known = list(measure_ceilings(device))
+        recorder.extend(known)
+    return Bounds.of(known)
 
 
 def _copy_bytes(kind: str) -> int:

@@ -14,9 +14,8 @@ from rich.console import Console
 
 from qbert.errors import MissingDependency, QBertError
 
-from .bounds import Bounds
 from .machine import Machine, describe
-from .results_schema import AnyRow, CeilingRow, ResultsWriter, RowType, RunRow, load_results
+from .results_schema import AnyRow, ResultsWriter, RowType, RunRow, load_results
 
 TARGETS = ("cpu", "cuda")
 EXIT_BAD_INPUT = 2
@@ -54,10 +53,9 @@ class Recorder:
         for row in rows:
             self.add(row)
 
-    def bounds(self, device: torch.device) -> Bounds:
-        """The device's ceilings: those that the file has already, else measured now and added to it."""
-        known = [] if self._writer is None else load_results(self._writer.path).of(CeilingRow)
-        return Bounds.of(known) if known else Bounds.measured(device, self.add)
+    def stored(self, kind: type[RowType]) -> list[RowType]:
+        """Rows of one class that the file has, those of earlier runs among them."""
+        return [] if self._writer is None else load_results(self._writer.path).of(kind)
 
     def of(self, kind: type[RowType]) -> list[RowType]:
         """Rows of one class, in their order."""

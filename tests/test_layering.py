@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,23 @@ def test_benchmarks_are_one_package_with_two_names():
     assert (PACKAGE / "benchmarks").resolve() == ROOT / "benchmarks"
     for path in BENCHMARKS:
         assert not re.search(r"^\s*(from|import) (qbert\.)?benchmarks\b", path.read_text(), re.M), path
+
+
+def test_benchmarks_import_each_other_without_circles():
+    """Also inside functions: what needs that is two modules in one."""
+    graph = {path.relative_to(PACKAGE / "benchmarks"): relative_imports(path) for path in BENCHMARKS}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names them
+
+
+def relative_imports(path: Path) -> set[Path]:
+    """Files of benchmarks/ that one of them imports, by their paths in it."""
+    home, found = PACKAGE / "benchmarks", set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            for place in (folder, *(folder / alias.name for alias in node.names)):
+                found |= {each for each in (place.with_suffix(".py"), place / "__init__.py") if each.is_file()}
+    return {each.relative_to(home) for each in found} - {Path("__init__.py"), path.relative_to(home)}
 
 
 def test_import_is_light():

@@ -185,7 +185,7 @@ def test_a_deadline_leaves_the_rest_out():
 
 def test_the_command_writes_rows_and_prints_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_gemm, "LINEARS", {"base": ((32, 64),)})
-    monkeypatch.setattr(Bounds, "measured", classmethod(lambda cls, device, add: BOUNDS))
+    monkeypatch.setattr(bench_gemm, "device_bounds", lambda recorder, device: BOUNDS)
     path = tmp_path / "out.json"
     bench_gemm.main(tokens=[2], model=["base"], only=["w8a8"], seconds=0.001, json_path=path, threads=1)
     stored = load_results(path).of(GemmRow)
@@ -291,7 +291,8 @@ def test_pictures_of_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_attention, "HEADS", {"base": (1, 32)})
     monkeypatch.setitem(bench_attention.TOKENS, "cpu", 16)
     monkeypatch.setitem(bench_attention.RAGGED, "cpu", 2)
-    monkeypatch.setattr(Bounds, "measured", classmethod(lambda cls, device, add: BOUNDS))
+    for benchmark in (bench_gemm, bench_attention):
+        monkeypatch.setattr(benchmark, "device_bounds", lambda recorder, device: BOUNDS)
     bench_gemm.main(tokens=[2, 4], model=["base"], only=["w8a8"], seconds=0.001, plot=tmp_path / "gemm.svg", threads=1)
     bench_attention.main(model=["base"], length=[8], seconds=0.001, plot=tmp_path / "attention.svg", threads=1)
     assert {path.name for path in tmp_path.iterdir()} == {"gemm.svg", "attention.svg"}
