@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qbert.formats import DEFAULT_GROUP_SIZE
 from qbert.zoo import new_folder
 
 from ..bert_inputs import Batch, pad
@@ -28,7 +29,6 @@ CONFIGS = {
     "int8-weight": "Int8WeightOnlyConfig",
     "int4-weight": "IntxWeightOnlyConfig",
 }
-_GROUP = 64
 _CALIBRATION_BATCHES, _CALIBRATION_BATCH = 8, 8  # HistogramObserver, in eager torch, takes most of a second a batch
 
 
@@ -63,7 +63,7 @@ def configuration(name: str) -> Any:
     if name == "fp8":  # a scale per token and per output channel, like the int8 rows
         return kind(granularity=quantization.PerRow())
     if name == "int4-weight":  # the one that runs everywhere; Int4WeightOnlyConfig wants a GPU library
-        return kind(weight_dtype=torch.int4, granularity=quantization.PerGroup(_GROUP))  # type: ignore[attr-defined]
+        return kind(weight_dtype=torch.int4, granularity=quantization.PerGroup(DEFAULT_GROUP_SIZE))  # type: ignore[attr-defined]
     return kind()
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbert.formats import DEFAULT_GROUP_SIZE
+
 from .base import Unavailable, library
 from .torch_peer import TorchPeer
 
@@ -15,7 +17,7 @@ HELPERS: dict[str, tuple[str, ...]] = {
     "a8w8": ("A8W8_INT8_dynamic", "A8W8_int8_dynamic"),
     "a16w4": ("A16W4_HQQ_INT",),
 }
-_GROUP, _LEVELS = 64, 15
+_LEVELS = 15
 
 
 class Gemlite(TorchPeer):
@@ -49,7 +51,7 @@ def layer_of(linear: nn.Linear, kind: str) -> Any:
 
 def four_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes 0 ... 15 (n, k), scales and zeros (n, k / 64): weight is about (codes - zeros) * scales, group by group."""
-    groups = weight.float().unflatten(1, (-1, _GROUP))
+    groups = weight.float().unflatten(1, (-1, DEFAULT_GROUP_SIZE))
     low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
     scales = ((high - low) / _LEVELS).clamp(min=torch.finfo(torch.float16).tiny)
     zeros = (-low / scales).round().clamp(0, _LEVELS)

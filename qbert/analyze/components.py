@@ -10,6 +10,8 @@ import enum
 import functools
 import re
 
+from qbert.bert import TASK_HEADS
+
 
 class Component(enum.StrEnum):
     """One row of the breakdown, in the order in which a token meets them."""
@@ -41,13 +43,7 @@ _END = r"(?:\.|$)"  # the module itself and whatever a wrapper put below it
 _BERT_LAYER = _START + r"encoder\.layer\.\d+"  # BERT, RoBERTa, ELECTRA, MPNet
 _DISTIL_LAYER = _START + r"transformer\.layer\.\d+"
 
-_HEAD_NAMES = (
-    "pooler",
-    "cls", "qa_outputs", "classifier",  # BERT and the task heads that all families share
-    "lm_head",  # RoBERTa, MPNet
-    "pre_classifier", "vocab_transform", "vocab_layer_norm", "vocab_projector",  # DistilBERT
-    "generator_predictions", "generator_lm_head", "discriminator_predictions", "sequence_summary",  # ELECTRA
-)  # fmt: skip
+_HEAD_NAMES = ("pooler", *TASK_HEADS, "vocab_layer_norm")  # the last is DistilBERT's
 
 # First match wins: leaves stand before the containers whose own (functional) work is what is left of them.
 PATTERNS: tuple[tuple[Component, str], ...] = (

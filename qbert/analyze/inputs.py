@@ -9,20 +9,9 @@ import torch
 from torch import nn
 
 from qbert.errors import QBertError
+from qbert.positions import longest
 
-# These families number positions from padding_idx + 1 on (fairseq's rule), so that many of their table's rows are unused.
-_POSITIONS_AFTER_PADDING = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"})
 _SEED = 0
-
-
-def max_seq(config: Any) -> int | None:
-    """Longest sequence that the position table allows, or None where the model has no such limit."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None:
-        return None
-    if getattr(config, "model_type", "") in _POSITIONS_AFTER_PADDING:
-        return int(positions) - (config.pad_token_id + 1)
-    return int(positions)
 
 
 def require_positive(name: str, value: int) -> None:
@@ -52,7 +41,7 @@ def make_inputs(model: nn.Module, batch: int, seq: int, device: torch.device) ->
     require_positive("batch", batch)
     require_positive("seq", seq)
     config: Any = model.config
-    limit = max_seq(config)
+    limit = longest(config)
     if limit is not None and seq > limit:
         raise QBertError(f"seq is {seq}; allowed: 1 to {limit}, the positions of {type(model).__name__}")
     generator = torch.Generator().manual_seed(_SEED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from qbert.errors import QBertError
+from qbert.positions import longest
 
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -20,9 +22,6 @@ POOLINGS = ("mean", "cls")
 DEFAULT_BATCH_TOKENS = 4096  # padded tokens of a batch: 8 texts of 512, 128 texts of 32
 MIN_MAX_LENGTH = 3  # [CLS], one token, [SEP]
 CLASSIFIER_SUFFIX = "ForSequenceClassification"
-# These models number their positions from padding_idx + 1 = 2, so that many rows of the table are never a position.
-POSITION_OFFSET = 2
-POSITION_OFFSET_TYPES = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text"})
 
 
 @dataclass(frozen=True)
@@ -122,11 +121,7 @@ def is_classifier(model: nn.Module) -> bool:
 
 def checked_max_length(model: nn.Module, tokenizer: Any, wanted: int | None = None) -> int:
     """Tokens a text may have: the smaller of the position table and the tokenizer's limit, or `wanted` if that fits."""
-    config: Any = model.config
-    limit = int(tokenizer.model_max_length)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions:
-        limit = min(limit, positions - (POSITION_OFFSET if config.model_type in POSITION_OFFSET_TYPES else 0))
+    limit = min(int(tokenizer.model_max_length), longest(model.config) or sys.maxsize)
     if wanted is not None and not MIN_MAX_LENGTH <= wanted <= limit:
         raise QBertError(f"max_length {wanted}: allowed are {MIN_MAX_LENGTH} to {limit} for this model")
     return limit if wanted is None else wanted
