@@ -27,13 +27,14 @@ from qbert.errors import QBertError
 from qbert.evaluate import Baseline, EvalResult, get_task, load_tokenizer, prepare_baseline, score
 from qbert.evaluate.loading import load_fp32
 from qbert.recipe import Recipe
+from qbert.timing import reason_of
 from qbert.workflow import DEFAULT_TEXTS, load_any, quantize_checkpoint
 from qbert.zoo import resolve_model
 
 from .machine import Machine
 from .peers import bnb_peer
 from .peers.ao_peer import configuration
-from .peers.base import library, reason_of
+from .peers.base import library
 from .published import SOURCE, TABLE, published_rows
 from .recorder import Recorder, device_name, run_command, table_console
 from .results_schema import AccuracyRow

@@ -30,17 +30,17 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from qbert import ops as _ops  # noqa: F401  (defines torch.ops.qbert)
 from qbert.dispatch import select_kernel
 from qbert.errors import QBertError
-from qbert.target import target_of
+from qbert.target import physical_cores, target_of
+from qbert.timing import Candidate, Rules, Unavailable, measure, ratio, reason_of
 
 from .bert_inputs import squad_lengths
 from .bounds import Bounds
 from .ceilings import device_bounds
-from .machine import Machine, physical_cores
-from .peers.base import Unavailable, library, reason_of
+from .machine import Machine
+from .peers.base import library
 from .problems import SHAPES
 from .recorder import Recorder, check_picture, device_name, device_of, run_command, table_console
 from .results_schema import AttentionRow, Precision, Work
-from .timing import Candidate, measure, ratio
 
 BASELINE = "torch sdpa"
 LENGTHS = (128, 512, 384, 64, 256)
@@ -289,7 +289,7 @@ def measure_case(
             ready[entry.name] = made.candidate
         except Exception as raised:  # whatever a library raises is a row with its reason
             row.reason = reason_of(raised)
-    samples = measure(ready, device, seconds=seconds)
+    samples = measure(ready, device, Rules(seconds))
     for name, sample in samples.items():
         rows[name].time = sample
         if BASELINE in samples:

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -26,7 +27,10 @@ import torch
 import typer
 from rich.console import Console
 
+from qbert.clocks import GpuState, gpu_state
 from qbert.errors import QBertError
+from qbert.target import physical_cores
+from qbert.timing import Unavailable, come_to_rest, in_rounds
 from qbert.zoo import cache_dir
 
 from .bert_inputs import (
@@ -45,14 +49,13 @@ from .bert_models import ModelFolder, find_model, load_float32
 from .bert_report import add_ratios, cosines, sample, tables
 from .bert_work import work_of
 from .linears import true_float32
-from .machine import memory_bytes, physical_cores
-from .peers import BASELINES, ISAS, ROWS, TARGETS, Job, RowSpec, Unavailable, isa_environment, rows_of
+from .machine import memory_bytes
+from .peers import BASELINES, ISAS, ROWS, TARGETS, Job, RowSpec, isa_environment, rows_of
 from .peers.base import Bound, Floats, Loaded
 from .peers.child import mean_pooled
 from .peers.driver import Child
 from .recorder import QUIET_LOAD, Recorder, Setting, check_picture, device_of, run_command, table_console
 from .results_schema import BertRow, SystemRow
-from .timing import GpuState, come_to_rest, gpu_state
 
 TURN_SECONDS = 0.15  # short forwards are repeated for that long in each turn
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
@@ -75,7 +78,6 @@ _PATIENCE = 120.0  # for a first forward on a GPU, whose time is borrowed
 _MEMORY_PER_MODEL, _SPARE_MEMORY = 3, 1 << 29  # a system loads a float model, converts it and keeps a packed copy
 _CONVERTED_SECONDS = 2.0  # a longer preparation left memory behind: the system gets a fresh process
 
-Rounds = dict[str, list[list[float]]]
 Item = TypeVar("Item")
 
 
@@ -231,36 +233,6 @@ def for_each(do: Callable[[Item], None], items: Iterable[Item], *, at_once: bool
             done.result()
 
 
-def in_rounds(systems: Mapping[str, Caller], command: Sequence[Any], seconds: float) -> tuple[Rounds, dict[str, str]]:
-    """Every system runs once a round, in turn, so that a disturbance meets all alike; each round begins with another one.
-
-    Args:
-        command: what each is told in its turn, and the arguments; it answers with the seconds of its forwards.
-        seconds: as many rounds as fit, but no fewer than MIN_ROUNDS and no more than MAX_ROUNDS.
-
-    Returns:
-        Seconds of forwards by system and round, and the reasons of systems that failed on the way (they are left out).
-    """
-    rounds: Rounds = {name: [] for name in systems}
-    failed: dict[str, str] = {}
-    begin = time.perf_counter()
-    done, last = 0, 0.0
-    while done < MAX_ROUNDS and (done < MIN_ROUNDS or time.perf_counter() - begin + last < seconds):
-        start = time.perf_counter()
-        for name in _rotated([name for name in systems if name not in failed], done):
-            try:
-                rounds[name].append(systems[name].call(*command, timeout=_SLOW))
-            except Unavailable as reason:
-                failed[name] = str(reason)
-        done, last = done + 1, time.perf_counter() - start
-    return {name: times for name, times in rounds.items() if name not in failed}, failed
-
-
-def _rotated(names: list[str], by: int) -> list[str]:
-    at = by % len(names) if names else 0
-    return names[at:] + names[:at]
-
-
 def measure_case(
     systems: Mapping[str, Caller], case: BertRow, inputs: Sequence[Any], reference: Floats, keep: Any, seconds: float,
     commands: tuple[str, Sequence[Any], str] = ("bind", ("turn", TURN_SECONDS), "memory"), target: str = "cpu",
@@ -293,7 +265,9 @@ def measure_case(
     for_each(first_forward, systems, at_once=cuda)
     able = {name: system for name, system in systems.items() if rows[name].reason is None}
     before = _state(target)
-    rounds, failed = in_rounds(able, timed, seconds - (time.perf_counter() - begin))
+    turns = {name: partial(system.call, *timed, timeout=_SLOW) for name, system in able.items()}
+    left = seconds - (time.perf_counter() - begin)
+    rounds, failed = in_rounds(turns, left, MIN_ROUNDS, MAX_ROUNDS, refusal=Unavailable)
     after = _state(target)
     for name, reason in failed.items():
         rows[name].reason = reason

@@ -23,17 +23,17 @@ from rich.progress import track
 from rich.table import Table
 
 from qbert.errors import QBertError
+from qbert.target import physical_cores
+from qbert.timing import Caches, Rules, Sample, measure, ratio, reason_of, refuse_zeros
 
 from . import predict as prediction
 from .bounds import Bounds
 from .ceilings import device_bounds
 from .linears import Built, Entry, Problem, Weights, entries
-from .machine import Machine, physical_cores
-from .peers.base import reason_of
+from .machine import Machine
 from .problems import LINEARS, WEIGHT_ONLY_TOKENS
 from .recorder import Recorder, check_picture, device_name, device_of, run_command, table_console
 from .results_schema import GemmRow
-from .timing import Caches, Sample, measure, ratio, refuse_zeros
 
 BASELINE = {"cpu": "torch fp32", "cuda": "torch bf16"}
 # Most valuable first: where a budget ends a run, what is missing matters least.
@@ -77,7 +77,7 @@ def measure_problem(problem: Problem, settings: Settings, chosen: Sequence[Entry
             row.reason = reason_of(error)
     ready = {name: made.candidate for name, made in built.items() if rows[name].reason is None}
     caches: Caches = "rotate" if problem.cold else "warm"
-    samples = measure(ready, problem.device, seconds=settings.seconds, caches=caches)
+    samples = measure(ready, problem.device, Rules(settings.seconds, caches=caches))
     for name, reason in samples.failures.items():
         rows[name].reason = reason
     _add_times(rows, samples, BASELINE[problem.device.type])

@@ -28,11 +28,11 @@ from qbert.errors import QBertError
 from qbert.explain import explain
 from qbert.formats import SCHEMES, Role, scheme_names
 from qbert.recipe import Recipe
+from qbert.timing import reason_of
 from qbert.workflow import load_float
 
 from .bert_models import random_model
 from .machine import Machine, child_command, child_environment
-from .peers.base import reason_of
 from .problems import SHAPES
 from .recorder import Recorder, device_name, device_of, run_command, table_console
 from .results_schema import QuantizeRow

@@ -11,10 +11,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qbert.clocks import GpuState
+from qbert.timing import Sample, ratio
+
 from .machine import Machine
 from .recorder import device_name
 from .results_schema import BertRow, SystemRow
-from .timing import GpuState, Sample, ratio
 
 _MS, _MB = 1e3, 1e6
 _HOW = "wall clock of a forward until its result is there, in a process of its own; warm caches"

@@ -19,14 +19,12 @@ from rich.table import Table
 from torch import Tensor
 
 from qbert.devices import datasheet_of
-from qbert.target import native_cpu
+from qbert.target import bytes_beyond_caches, native_cpu, physical_cores
+from qbert.timing import Candidate, Rules, Sample, Unavailable, measure, one_line
 
 from .bounds import COPY, Bounds
-from .machine import bytes_beyond_caches, physical_cores
-from .peers.base import Unavailable, one_line
 from .recorder import Recorder, device_name, device_of, run_command, table_console
 from .results_schema import CeilingRow
-from .timing import Candidate, Sample, measure
 
 # Rows, columns and depth of the square products: large enough that edges and launches do not count.
 SIZES: dict[str, int] = {"cpu": 2048, "cuda": 8192}
@@ -89,7 +87,7 @@ def _rows(
 def _timed(row: CeilingRow, device: torch.device, build: Build, size: int, amount: float, seconds: float) -> CeilingRow:
     """Fills in the rate, or why there is none."""
     try:
-        samples = measure({row.quantity: Candidate(build(device, size), graph=False)}, device, seconds=seconds)
+        samples = measure({row.quantity: Candidate(build(device, size), graph=False)}, device, Rules(seconds))
     except (RuntimeError, NotImplementedError, AttributeError, Unavailable) as error:
         row.reason = one_line(error)
         return row

@@ -30,8 +30,8 @@ from qbert.ops.triton import TRITON
 from qbert.ops.triton.launch import INTERPRETED
 from qbert.target import Target, target_of
 from qbert.testing import assert_matches_reference, random_arguments, schemes_of
+from qbert.timing import one_line
 
-from .peers.base import one_line
 from .predict import GPUS
 from .recorder import device_of, run_command
 

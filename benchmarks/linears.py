@@ -29,14 +29,14 @@ from qbert.quantizers import quantize
 from qbert.reference import dequantize
 from qbert.target import Target, target_of
 from qbert.tiles import select_tile
+from qbert.timing import Candidate, Unavailable, sets_beyond_caches
 
 from .bert_models import realistic_weights
 from .peers import bnb_peer, gemlite_peer
 from .peers.ao_peer import configuration
-from .peers.base import Unavailable, library
+from .peers.base import library
 from .problems import INTEGER_SCHEMES, WEIGHT_ONLY_SCHEMES, WEIGHT_ONLY_TOKENS
 from .results_schema import Precision, Work
-from .timing import Candidate, sets_beyond_caches
 
 _MAX_SETS = 256
 _COMPILED_SHAPES = 64

@@ -17,7 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from qbert.analyze.targets import device_description
-from qbert.target import cpu_target
+from qbert.clocks import query_smi
+from qbert.target import cpu_target, last_level_cache, physical_cores, read_text
 
 ROOT = Path(__file__).resolve().parents[1]  # of a clone; elsewhere the folder of the package
 _PACKAGE = __package__ or "benchmarks"  # "benchmarks" from a clone, "qbert.benchmarks" from an installed qbert
@@ -34,8 +35,7 @@ _FLAGS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_vbmi", "avx512vbmi",
     "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
 )  # fmt: skip
-_MIB, _KIB = 2**20, 2**10
-_NO_CACHE_KNOWN = 32 * _MIB
+_KIB = 2**10
 
 
 class Gpu(BaseModel):
@@ -149,17 +149,6 @@ def describe_gpu(device: torch.device) -> Gpu:
     )
 
 
-def query_smi(uuid: str, fields: str) -> list[str] | None:
-    """Fields of `nvidia-smi --query-gpu` (read only), or None where there is no such program or it does not answer."""
-    command = ["nvidia-smi", "-i", uuid, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    found = [each.strip() for each in answer.strip().split(",")]
-    return found if len(found) == len(fields.split(",")) else None
-
-
 def _number(text: str | None) -> float | None:
     """A figure, or None for what the program writes where it has none."""
     try:
@@ -208,32 +197,9 @@ def commit() -> str | None:
     return None
 
 
-def physical_cores() -> int:
-    """Physical cores that this process may run on: two hardware threads of one core count once."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    siblings = {_read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in allowed}
-    return max(1, len(siblings))
-
-
-def last_level_cache() -> int | None:
-    """Bytes of the largest cache of the first core, or None if the system does not say."""
-    sizes = []
-    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
-        text = _read(index / "size")
-        unit = {"K": _KIB, "M": _MIB}.get(text[-1:]) if text else None
-        if text and unit:
-            sizes.append(int(text[:-1]) * unit)
-    return max(sizes, default=None)
-
-
-def bytes_beyond_caches() -> int:
-    """Twice the last level cache: what is read in turn from that much memory comes out of memory every time."""
-    return 2 * (last_level_cache() or _NO_CACHE_KNOWN)
-
-
 def memory_bytes(field: str) -> int:
     """A field of /proc/meminfo in bytes, such as MemTotal or MemAvailable; 0 where there is none."""
-    for line in _read("/proc/meminfo").splitlines():
+    for line in read_text("/proc/meminfo").splitlines():
         name, _, rest = line.partition(":")
         if name == field:
             return int(rest.split()[0]) * _KIB
@@ -241,15 +207,8 @@ def memory_bytes(field: str) -> int:
 
 
 def _cpu_flags() -> list[str]:
-    for line in _read("/proc/cpuinfo").splitlines():
+    for line in read_text("/proc/cpuinfo").splitlines():
         if line.startswith("flags"):
             has = set(line.split())
             return [flag for flag in _FLAGS if flag in has]
     return []
-
-
-def _read(path: str | Path) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""

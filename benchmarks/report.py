@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 
 from qbert.errors import QBertError
+from qbert.timing import Sample
 
 from . import plots
 from .bounds import Bounds
@@ -41,7 +42,6 @@ from .results_schema import (
     Work,
     load_results,
 )
-from .timing import Sample
 
 SUFFIXES = (".md", ".html")
 FIGURES = "figures"  # folder of a Markdown page's pictures, beside it

@@ -25,9 +25,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from qbert.errors import QBertError
+from qbert.timing import Sample
 
 from .machine import Machine
-from .timing import Sample
 
 SCHEMA_VERSION = 1  # raised when a file written before would be read wrongly
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -49,12 +49,11 @@ from qbert.reference import quantize_per_token
 from qbert.target import Target, target_of
 from qbert.testing import random_activations, random_weight, to_device
 from qbert.tiles import MIN_SM, TMA_SM, TUNED, TileConfig, forced, select_tile, table_name
+from qbert.timing import Candidate, DeviceLost, Rules, Samples, measure, one_line
 
 from .machine import describe
-from .peers.base import one_line
 from .problems import LINEAR_SCHEMES, LINEARS, WEIGHT_ONLY_TOKENS
 from .results_schema import ResultsWriter, TileRow
-from .timing import Candidate, DeviceLost, Samples, measure
 
 # The compiled extension chooses its own tile.
 COMPILED = TileConfig("cuda", 128, 128, 128, 12, 4, source="candidate")
@@ -421,7 +420,7 @@ def tune(
         raise QBertError(f"{machine.gpu.name if machine.gpu else device}: compute capability below {MIN_SM / 10:.1f}")
     name = table_name(target)
     writer = ResultsWriter(out / f"{name}-tiles.json", machine)
-    time_all: Measure = partial(measure, device=device, seconds=_SECONDS, max_rounds=_ROUNDS)
+    time_all: Measure = partial(measure, device=device, rules=Rules(_SECONDS, max_rounds=_ROUNDS))
     source = f"measured on {torch.cuda.get_device_name(device)}, {machine.date[:10]}"
     before, done = json.loads((TUNED / f"{name}.json").read_text()), list[Tuned]()
     workers = min(_WORKERS, os.cpu_count() or 1)

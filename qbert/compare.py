@@ -18,7 +18,7 @@ from qbert.errors import MissingDependency, QBertError
 from qbert.evaluate import Baseline, EvalResult, load_tokenizer, prepare_baseline, score
 from qbert.nn import encoders, obstacle
 from qbert.recipe import Recipe
-from qbert.timing import interleaved_medians
+from qbert.timing import medians
 from qbert.workflow import DEFAULT_TEXTS, load_any, quantize_checkpoint
 from qbert.zoo import resolve_model
 
@@ -305,7 +305,7 @@ def _forward_ms(models: dict[str, nn.Module], batch: int, seq: int) -> dict[str,
     ids = torch.randint(0, vocabulary, (batch, seq), generator=generator)
     with torch.inference_mode():
         runs = {name: (lambda model=model: model(input_ids=ids)) for name, model in models.items()}
-        seconds = interleaved_medians(runs)
+        seconds = medians(runs)
     return {name: 1e3 * value for name, value in seconds.items()}
 
 

@@ -7,11 +7,15 @@ import importlib
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qbert.errors import MissingDependency, QBertError
 
 log = logging.getLogger(__name__)
+
+_MIB, _KIB = 2**20, 2**10
+_NO_CACHE_KNOWN = 32 * _MIB
 
 
 @dataclass(frozen=True)
@@ -132,3 +136,36 @@ def target_of(device: Any) -> Target:
     if device.type == "cuda":
         return cuda_target(device.index or 0)
     return cpu_target()
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may run on: two hardware threads of one core count once."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    siblings = {
+        read_text(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in allowed
+    }
+    return max(1, len(siblings))
+
+
+def last_level_cache() -> int | None:
+    """Bytes of the largest cache of the first core, or None if the system does not say."""
+    sizes = []
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        text = read_text(index / "size")
+        unit = {"K": _KIB, "M": _MIB}.get(text[-1:]) if text else None
+        if text and unit:
+            sizes.append(int(text[:-1]) * unit)
+    return max(sizes, default=None)
+
+
+def bytes_beyond_caches() -> int:
+    """Twice the last level cache: what is read in turn from that much memory comes out of memory every time."""
+    return 2 * (last_level_cache() or _NO_CACHE_KNOWN)
+
+
+def read_text(path: str | Path) -> str:
+    """What a file of the system says, without space around it; empty where it cannot be read."""
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from benchmarks import bench_bert, bert_inputs, timing
-from benchmarks.bench_bert import Settings, bench_cases, in_rounds, measure_case, select_rows, sorted_batches
+from benchmarks import bench_bert, bert_inputs
+from benchmarks.bench_bert import Settings, bench_cases, measure_case, select_rows, sorted_batches
 from benchmarks.bert_inputs import make_batch, pad, padding_share, parse_case, pick_ragged
 from benchmarks.bert_models import DEVIATION, OUTLIER_SHARE, realistic_weights
 from benchmarks.bert_report import add_ratios, cosines, sample, tables
@@ -19,13 +19,15 @@ from benchmarks.bert_work import precision_of, work_of
 from benchmarks.machine import describe
 from benchmarks.peers import BASELINES, ISAS, ROWS, TARGETS, isa_environment, torch_peer
 from benchmarks.peers import child as child_module
-from benchmarks.peers.base import Bound, Job, Peer, Unavailable
+from benchmarks.peers.base import Bound, Job, Peer
 from benchmarks.peers.child import Host, _answer, mean_pooled
 from benchmarks.peers.driver import Child
 from benchmarks.peers.plain_bert import PlainBert
 from benchmarks.peers.sdpa_bert import PackedBert, SdpaBert
 from benchmarks.results_schema import BertRow, SystemRow, load_results
+from qbert import timing
 from qbert.errors import QBertError
+from qbert.timing import Unavailable
 
 CLS, SEP = 101, 102
 TINY = {
@@ -202,29 +204,6 @@ class Fake:
         if self.turns == self.fails_at:
             raise Unavailable(f"{self.name} broke")
         return [0.001]
-
-
-def test_rounds_are_interleaved_and_rotate():
-    log: list[str] = []
-    systems = {name: Fake(name, log) for name in "abc"}
-    rounds, failed = in_rounds(systems, ("turn", 0.0), seconds=0.0)
-    assert not failed
-    assert "".join(log) == "abc" + "bca" + "cab"  # no fewer than three rounds
-    assert {name: len(times) for name, times in rounds.items()} == dict.fromkeys("abc", 3)
-
-
-def test_rounds_end():
-    rounds, _ = in_rounds({"a": Fake("a", [])}, ("turn", 0.0), seconds=1e9)
-    assert len(rounds["a"]) == bench_bert.MAX_ROUNDS
-
-
-def test_what_breaks_is_left_out_of_later_rounds():
-    log: list[str] = []
-    systems = {"a": Fake("a", log), "b": Fake("b", log, fails_at=2)}
-    rounds, failed = in_rounds(systems, ("turn", 0.0), seconds=0.0)
-    assert list(rounds) == ["a"]
-    assert failed == {"b": "b broke"}
-    assert log.count("b") == 2
 
 
 def test_a_system_that_fails_is_a_row_with_its_reason():

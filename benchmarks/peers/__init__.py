@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .base import Job, Peer, Unavailable, one_line
+from qbert.timing import Unavailable, one_line
+
+from .base import Job, Peer
 
 __all__ = [
     "BASELINES", "ISAS", "ROWS", "TARGETS", "Job", "Peer", "RowSpec", "Unavailable", "isa_environment", "one_line", "rows_of",

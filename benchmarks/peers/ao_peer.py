@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from qbert.formats import DEFAULT_GROUP_SIZE
+from qbert.timing import Unavailable
 from qbert.zoo import new_folder
 
 from ..bert_inputs import Batch, pad
 from ..bert_models import fingerprint, load_float32
 from ..machine import versions
-from .base import Ids, Peer, Unavailable, library
+from .base import Ids, Peer, library
 from .plain_bert import PlainBert
 from .torch_peer import TorchPeer
 

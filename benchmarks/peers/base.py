@@ -12,12 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from qbert.timing import Unavailable, one_line
+
 Ids = NDArray[np.int64]  # (batch, width), a mask is of the same type
 Floats = NDArray[np.float32]
-
-
-class Unavailable(Exception):
-    """A row that cannot be measured here. The message is the reason that its row shows."""
 
 
 @dataclass(frozen=True)
@@ -131,14 +129,3 @@ def library(name: str) -> Any:
         raise Unavailable(f"{error.name} is not installed: pip install --no-deps -r requirements-peers.txt") from None
     except (ImportError, OSError) as error:
         raise Unavailable(f"{name} cannot be imported: {one_line(error)}") from None
-
-
-def reason_of(error: BaseException) -> str:
-    """What the row of a system that raised this says: our own reasons as they are, others with their kind."""
-    return str(error) if isinstance(error, Unavailable) else one_line(error)
-
-
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """The kind of an error and the beginning of its message, in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:limit]}" if text else type(error).__name__

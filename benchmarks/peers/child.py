@@ -22,9 +22,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..timing import come_to_rest
+from qbert.timing import Unavailable, come_to_rest, one_line
+
 from . import ROWS
-from .base import Bound, Floats, Ids, Job, Loaded, Peer, TextPeer, Unavailable, one_line
+from .base import Bound, Floats, Ids, Job, Loaded, Peer, TextPeer
 
 _ALWAYS_WARM_BELOW = 0.1  # seconds: a shorter forward feels what other processes left in the caches
 _MAX_FORWARDS = 200

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
+from qbert.timing import Unavailable, one_line
+
 from ..machine import child_command, child_environment
-from .base import Unavailable, one_line
 
 _GRACE = 5.0  # seconds for a child to leave by itself
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from qbert.formats import DEFAULT_GROUP_SIZE
+from qbert.timing import Unavailable
 
-from .base import Unavailable, library
+from .base import library
 from .torch_peer import TorchPeer
 
 # What a helper is called in one version and another; the first that is there is taken.

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from qbert.timing import Unavailable
 from qbert.zoo import new_folder
 
 from ..bert_models import fingerprint, load_float32
 from ..machine import versions
-from .base import Floats, Ids, Peer, Unavailable, library
+from .base import Floats, Ids, Peer, library
 from .plain_bert import INPUTS, PlainBert
 
 _SAMPLES = 300  # NNCF's default

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import qbert
+from qbert.timing import Unavailable
 
 from ..bert_inputs import pad
 from ..bert_models import fingerprint, load_float32
-from .base import Unavailable
 from .torch_peer import TorchPeer
 
 _CALIBRATION_BATCH = 16

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from .base import Floats, TextPeer, Unavailable, library
+from qbert.timing import Unavailable
+
+from .base import Floats, TextPeer, library
 
 
 class SentenceTransformers(TextPeer):

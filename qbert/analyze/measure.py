@@ -17,6 +17,7 @@ from torch import nn
 
 from qbert.analyze.components import Component
 from qbert.analyze.tracker import ComponentTracker
+from qbert.timing import elapsed, in_rounds
 
 WARM_UP_PASSES = 2
 _MS_PER_S = 1e3
@@ -82,39 +83,28 @@ def _between_ms(start: float | torch.cuda.Event, end: float | torch.cuda.Event) 
     return start.elapsed_time(end)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _timed_ms(model: nn.Module, inputs: Mapping[str, torch.Tensor], device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    model(**inputs)
-    _synchronize(device)
-    return (time.perf_counter() - start) * _MS_PER_S
-
-
 def measure_latency(
     model: nn.Module, inputs: Mapping[str, torch.Tensor], device: torch.device, repeats: int
 ) -> Latency:
     """Time `model(**inputs)` on `device`, `repeats` times plain and `repeats` times with stamps, in turn."""
-    totals: list[float] = []
-    stamped_totals: list[float] = []
-    components: list[dict[Component, float]] = []
+    forward = lambda: model(**inputs)
+
+    def plain() -> tuple[float, dict[Component, float]]:
+        return elapsed(forward, device) * _MS_PER_S, {}
+
+    def stamped() -> tuple[float, dict[Component, float]]:
+        stamps = _Stamps(device)
+        with ComponentTracker(model, stamps.take):
+            seconds = elapsed(forward, device)
+        return seconds * _MS_PER_S, stamps.component_ms()
+
     with torch.inference_mode():
         for _ in range(WARM_UP_PASSES):
-            model(**inputs)
-        for repeat in range(repeats):
-            # The first of a pair may find the caches in another state than the second: take turns.
-            for stamped in (False, True) if repeat % 2 == 0 else (True, False):
-                if not stamped:
-                    totals.append(_timed_ms(model, inputs, device))
-                    continue
-                stamps = _Stamps(device)
-                with ComponentTracker(model, stamps.take):
-                    stamped_totals.append(_timed_ms(model, inputs, device))
-                components.append(stamps.component_ms())
+            forward()
+        rounds, _ = in_rounds({"plain": plain, "stamped": stamped}, 0.0, repeats, repeats, refusal=())
+    totals = [milliseconds for milliseconds, _ in rounds["plain"]]
+    stamped_totals = [milliseconds for milliseconds, _ in rounds["stamped"]]
+    components = [found for _, found in rounds["stamped"]]
     return Latency(
         total_ms=statistics.median(totals),
         fastest_ms=min(totals),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from qbert.devices import GPUS
 from qbert.errors import QBertError
+from qbert.timing import Rules, elapsed, measure
 
 # Bytes of one element in each precision that a user can choose for the float part of a model.
 DTYPE_BYTES: dict[str, int] = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
@@ -130,22 +130,12 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _seconds(device: torch.device, run: Callable[[], object]) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def _best_seconds(device: torch.device, run: Callable[[], object]) -> float:
     """The shortest of the runs that fit into the time for one rate."""
-    times: list[float] = []
-    while len(times) < _MIN_REPEATS or sum(times) < _RATE_SECONDS:
-        times.append(_seconds(device, run))
-    return min(times)
+    samples = measure({"rate": run}, device, Rules(_RATE_SECONDS, 0.0, _MIN_REPEATS, graphs="never"))
+    if samples.failures:
+        raise QBertError(f"cannot measure {device}: {samples.failures['rate']}")
+    return min(samples["rate"].rounds)
 
 
 Product = Callable[[int], Callable[[], object]]
@@ -172,7 +162,7 @@ def _matmul_rate(device: torch.device, product: Product) -> float:
     size = _FIRST_SIZE
     run = product(size)
     run()
-    while _seconds(device, run) < _ENOUGH_S and size < _LAST_SIZE[device.type]:
+    while elapsed(run, device) < _ENOUGH_S and size < _LAST_SIZE[device.type]:
         size *= 2
         run = product(size)
         run()
@@ -182,7 +172,7 @@ def _matmul_rate(device: torch.device, product: Product) -> float:
 def _copy_bandwidth(device: torch.device) -> float:
     """Bytes/s of a copy, read and write together."""
     nbytes = _COPY_BYTES[device.type]
-    source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
     copy = torch.empty_like(source)
     copy.copy_(source)  # touches the pages
     return 2 * nbytes / _best_seconds(device, lambda: copy.copy_(source))

@@ -10,10 +10,10 @@ from benchmarks.advise import Encoder, advise, encoder_of, interpolate, modelled
 from benchmarks.machine import Gpu, describe
 from benchmarks.problems import SHAPES
 from benchmarks.results_schema import RESULTS, AccuracyRow, BertRow, GemmRow, Results, load_results
-from benchmarks.timing import Sample
 from qbert.analyze.targets import TARGETS, RooflineTarget
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES
+from qbert.timing import Sample
 
 BASE = encoder_of("base")
 HERE = RooflineTarget("here", "made-up CPU", {"fp32": 1e11, "bf16": 1e11, "int8": 4e11}, 1e11, 2e10, 1e-6, "made up")

@@ -15,9 +15,9 @@ from benchmarks.bounds import Bounds
 from benchmarks.linears import Entry, Problem, Weights, entries
 from benchmarks.machine import describe
 from benchmarks.peers import gemlite_peer
-from benchmarks.peers.base import Unavailable
 from benchmarks.results_schema import AttentionRow, CeilingRow, GemmRow, Work, load_results
 from qbert.errors import MissingDependency, QBertError
+from qbert.timing import Unavailable
 
 CPU = torch.device("cpu")
 SETTINGS = bench_gemm.Settings(CPU, 0.001)

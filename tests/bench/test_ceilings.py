@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from benchmarks import ceilings, timing
+from benchmarks import ceilings
 from benchmarks.bounds import Bounds
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.results_schema import Work
+from qbert import timing
 from qbert.analyze.targets import TARGETS
 
 

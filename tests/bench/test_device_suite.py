@@ -222,7 +222,7 @@ def test_junit_is_read(tmp_path):
 
 def test_gpu_tests_are_found():
     files = suite_steps.gpu_test_files()
-    assert "tests/bench/test_timing.py" in files
+    assert "tests/test_timing.py" in files
     assert "tests/test_cli.py" not in files
 
 

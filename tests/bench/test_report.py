@@ -24,8 +24,8 @@ from benchmarks.results_schema import (
     Work,
     load_results,
 )
-from benchmarks.timing import Sample
 from qbert.errors import MissingDependency, QBertError
+from qbert.timing import Sample
 
 PNG = b"\x89PNG"
 

@@ -28,8 +28,9 @@ from benchmarks.results_schema import (
     load_results,
     results_path,
 )
-from benchmarks.timing import GpuState, Sample
+from qbert.clocks import GpuState
 from qbert.errors import QBertError
+from qbert.timing import Sample
 
 MACHINE = Machine(
     device="A Processor, 2 threads", flags=["avx2"], isa="avx2", cores=2, last_level_cache=0, memory=0, kernel="6",

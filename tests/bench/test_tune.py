@@ -15,7 +15,6 @@ from torch import Tensor
 
 from benchmarks import tune
 from benchmarks.problems import LINEARS
-from benchmarks.timing import Candidate, Sample, Samples
 from benchmarks.tune import Problem, Tuned, candidates, dump, merged, problems, tune_one
 from qbert import tiles
 from qbert.devices import GPUS
@@ -25,6 +24,7 @@ from qbert.formats import SCHEMES
 from qbert.layout import FRAGMENT_LAYOUTS, Layout
 from qbert.target import Target
 from qbert.tiles import TUNED, TileConfig, select_tile
+from qbert.timing import Candidate, Sample, Samples
 
 H100 = Target(**GPUS["h100"].limits)
 A100 = Target(**GPUS["a100"].limits)

@@ -9,21 +9,29 @@ import pytest
 import torch
 from fake_cuda import LAUNCH, FakeCuda
 
-from benchmarks import machine, timing
-from benchmarks.timing import (
+from benchmarks import machine
+from qbert import timing
+from qbert.errors import QBertError
+from qbert.timing import (
     Candidate,
     DeviceLost,
     GpuState,
+    Rules,
     Sample,
     come_to_rest,
+    elapsed,
     gpu_state,
-    measure,
+    in_rounds,
+    medians,
     ratio,
     sets_beyond_caches,
 )
-from qbert.errors import QBertError
 
 QUICK = {"seconds": 0.0, "warmup": 0.0, "burst": 0.0}
+
+
+def measure(candidates, device="cpu", **rules):
+    return timing.measure(candidates, device, Rules(**rules))
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +58,42 @@ def test_ratio_is_within_rounds():
     assert ratio(slow, fast) == 2.0
     stored = [Sample.model_validate(each.model_dump()) for each in (slow, fast)]
     assert ratio(*stored) == pytest.approx(2.2)
+
+
+# ---- rounds ---------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_rotate_and_end():
+    log: list[str] = []
+    rounds, failed = in_rounds({name: functools.partial(log.append, name) for name in "abc"}, 0.0, least=3, most=9)
+    assert not failed
+    assert "".join(log) == "abc" + "bca" + "cab"  # no fewer than three
+    assert {name: len(results) for name, results in rounds.items()} == dict.fromkeys("abc", 3)
+    assert len(in_rounds({"a": lambda: 1}, 1e9, least=3, most=25)[0]["a"]) == 25
+
+
+def test_what_refuses_is_left_out_of_later_rounds():
+    log: list[str] = []
+
+    def refuses() -> None:
+        log.append("b")
+        if log.count("b") == 2:
+            raise timing.Unavailable("b broke")
+
+    rounds, failed = in_rounds({"a": lambda: log.append("a"), "b": refuses}, 0.0, 3, 3, refusal=timing.Unavailable)
+    assert list(rounds) == ["a"]
+    assert failed == {"b": "b broke"}
+    assert log.count("b") == 2
+    with pytest.raises(ZeroDivisionError):
+        in_rounds({"a": lambda: 1 / 0}, 0.0, 3, 3, refusal=())
+
+
+def test_medians_in_one_call():
+    found = medians({"short": lambda: time.sleep(1e-3), "long": lambda: time.sleep(4e-3)}, rounds=3)
+    assert 1e-3 <= found["short"] < found["long"]
+    assert elapsed(lambda: time.sleep(2e-3)) >= 2e-3
+    with pytest.raises(QBertError, match="bad cannot be timed: ZeroDivisionError"):
+        medians({"bad": lambda: 1 / 0})
 
 
 # ---- CPU ------------------------------------------------------------------------------------------------------------
