@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from qbert.errors import QBertError
 from qbert.evaluate.loading import quiet_transformers
-from qbert.zoo import WEIGHTS_FILE, new_folder, resolve_model, sha256_of_file
+from qbert.folders import new_folder
+from qbert.zoo import WEIGHTS_FILE, resolve_model, sha256_of_file
 
 from .problems import SHAPES, read_config
 

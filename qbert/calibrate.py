@@ -8,7 +8,7 @@ feed-forward network that outgrow all others are left out of that choice and kep
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qbert.bert import EncoderFamily
 from qbert.errors import QBertError
 from qbert.formats import INT8
+from qbert.modes import evaluation_mode
 from qbert.nn import Calibration, LayerScales, Overflow, encoders, layer_names, unfused
 from qbert.nn.calibration import MAX_OVERFLOW_NEURONS
 
@@ -68,7 +69,7 @@ def calibrate(
     batches = _batches(base, texts, tokenizer, batch_size)
     layers = [(name, base.get_submodule(name)) for name in layer_names(base, family)]
     ranges = {name: _Ranges() for name, _ in layers}
-    with unfused(model), _evaluation_mode(base), torch.no_grad():
+    with unfused(model), evaluation_mode(base), torch.no_grad():
         _observe(base, family, batches, ranges, progress, 0)
         spectra = {name: _Spectra(name, ranges[name], overflow_neurons) for name, _ in layers}
         _observe(base, family, batches, spectra, progress, len(batches))
@@ -277,14 +278,3 @@ def _with_mask(batch: Mapping[str, Tensor], taken: set[str], device: torch.devic
         raise QBertError(f"a batch has {', '.join(map(str, batch)) or 'nothing'}; needed: input_ids or inputs_embeds")
     found.setdefault("attention_mask", torch.ones(like.shape[:2], dtype=torch.int64, device=device))
     return found
-
-
-@contextlib.contextmanager
-def _evaluation_mode(base: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in base.modules()]
-    base.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

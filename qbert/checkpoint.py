@@ -8,9 +8,10 @@ the files to that, value by value, before anything is loaded. Nothing in a check
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from qbert.bert import KEEP_FLOAT
 from qbert.errors import CheckpointError, QBertError
+from qbert.folders import new_folder
 from qbert.nn import GUARD, Calibration, ModuleSpec, check_calibration, collect_specs, encoders, fused_forward, obstacle
 from qbert.ops import FLOAT_DTYPES
 from qbert.qtensor import TensorSpec, plain_specs
@@ -319,3 +321,19 @@ def require_folder(folder: str | Path) -> Path:
             f"no folder {str(folder)!r}; allowed: a checkpoint folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
         )
     return path
+
+
+@contextlib.contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """Fill a checkpoint folder that takes the place of `folder`; on an error nothing is left behind.
+
+    Raises:
+        QBertError: what is there is not a folder, or neither empty nor a checkpoint.
+    """
+    path = Path(folder).resolve()
+    if path.exists() and not path.is_dir():
+        raise QBertError(f"{str(path)!r} is a file; allowed: a folder, new, empty or with a checkpoint in it")
+    if path.is_dir() and any(path.iterdir()) and not is_checkpoint(path):
+        raise QBertError(f"folder {str(path)!r} is not empty and holds no qbert checkpoint; it is left alone")
+    with new_folder(path, replace=True) as fresh:
+        yield fresh

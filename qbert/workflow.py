@@ -168,7 +168,7 @@ def quantize_checkpoint(
         fuse: for the fused encoder.
         calibrate_with: texts for its static scales, see `calibration_texts`; None to take scales token by token.
     """
-    from qbert.integrations.transformers import replace_folder, save
+    from qbert.integrations.transformers import save
 
     if calibrate_with is not None and not fuse:
         raise QBertError("calibration is for the fused encoder; ask for that too (--fuse)")
@@ -179,12 +179,9 @@ def quantize_checkpoint(
     quantize_(model, recipe, fuse=fuse, calibration=calibration, progress=progress)
     seconds = time.perf_counter() - start
 
-    def write(temporary: Path) -> None:
-        with quiet_transformers():
-            save(model, temporary, source=source)
-            _copy_companions(resolve_model(source), temporary)
-
-    replace_folder(folder, write)
+    with checkpoint.replacing(folder) as fresh, quiet_transformers():
+        save(model, fresh, source=source)
+        _copy_companions(resolve_model(source), fresh)
     explanation = explain(model)
     float32_bytes, file_bytes = _float32_bytes(model), _file_bytes(folder)
     return QuantizeReport(

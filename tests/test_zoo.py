@@ -11,7 +11,7 @@ import pytest
 
 from qbert import zoo
 from qbert.errors import MissingDependency, QBertError
-from qbert.zoo import cache_dir, check_sha256, new_folder, package_folder, resolve_model, sha256_of_file, unzip_safely
+from qbert.zoo import cache_dir, check_sha256, package_folder, resolve_model, sha256_of_file, unzip_safely
 
 HELLO_SHA256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
 
@@ -159,27 +159,6 @@ def test_broken_zip_is_named(tmp_path: Path) -> None:
 def test_honest_zip_unpacks(tmp_path: Path) -> None:
     unzip_safely(_zip(tmp_path / "a.zip", {"m/": b"", "m/a": b"1", "m/n/b": b"2"}), tmp_path / "out")
     assert (tmp_path / "out" / "m" / "n" / "b").read_bytes() == b"2"
-
-
-def test_new_folder_is_complete_or_absent(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "target"
-    with pytest.raises(FileNotFoundError), new_folder(target) as folder:
-        (folder / "no such folder" / "file").touch()
-    assert list(target.parent.iterdir()) == []
-    with new_folder(target) as folder:
-        (folder / "whole").touch()
-        assert not target.exists()
-    assert [path.name for path in target.iterdir()] == ["whole"]
-    assert list(target.parent.iterdir()) == [target]
-
-
-def test_new_folder_keeps_what_another_process_made_first(tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    with new_folder(target) as folder:
-        (folder / "late").touch()
-        target.mkdir()
-        (target / "early").touch()
-    assert [path.name for path in target.iterdir()] == ["early"]
 
 
 def _install_fake_mpnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, members: dict[str, bytes]) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qbert.folders import new_folder
 from qbert.formats import DEFAULT_GROUP_SIZE
 from qbert.timing import Unavailable
-from qbert.zoo import new_folder
 
 from ..bert_inputs import Batch, pad
 from ..bert_models import fingerprint, load_float32

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qbert.zoo import new_folder
+from qbert.folders import new_folder
 
 from ..bert_models import fingerprint, load_float32
 from ..machine import describe, versions

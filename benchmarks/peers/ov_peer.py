@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from qbert.folders import new_folder
 from qbert.timing import Unavailable
-from qbert.zoo import new_folder
 
 from ..bert_models import fingerprint, load_float32
 from ..machine import versions

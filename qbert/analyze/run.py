@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -20,6 +18,7 @@ from qbert.analyze.rows import Facts, make_rows
 from qbert.analyze.targets import DTYPE_BYTES, DTYPE_NAMES, HERE, RooflineTarget, device_description, get_target
 from qbert.analyze.weights import count_weights
 from qbert.errors import QBertError
+from qbert.modes import evaluation_mode
 
 DEFAULT_REPEATS = 10
 _TERA, _GIGA, _MICRO = 1e12, 1e9, 1e-6
@@ -63,7 +62,7 @@ def analyze(
         raise QBertError(f"unknown dtype {dtype!r}; allowed: {', '.join(DTYPE_BYTES)}")
     inputs = make_inputs(model, batch, seq, device)
     machine = _machine(target, device)
-    with _eval_mode(model):
+    with evaluation_mode(model):
         counts = count_ops(model, inputs, model_dtype)
         peak = peak_memory(model, inputs)
         latency = measure_latency(model, inputs, device, repeats) if measure else None
@@ -112,18 +111,6 @@ def _machine(target: str | RooflineTarget, device: torch.device) -> RooflineTarg
         return target
     # A model without data has no "here" of its own; the CPU stands in.
     return get_target(target, torch.device("cpu") if device.type == "meta" else device)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode restored after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _measurement(latency: Latency | None) -> Measurement | None:

@@ -6,7 +6,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from qbert.errors import QBertError
+from qbert.modes import evaluation_mode
 from qbert.positions import longest
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -94,7 +94,7 @@ def encode_texts(
     vectors: list[torch.Tensor | None] = [None] * len(texts)
     logits: list[torch.Tensor | None] = [None] * len(texts)
     seconds, done = 0.0, 0
-    with _evaluation_mode(model), torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         for batch in batches_by_length(lengths, batch_tokens):
             tensors = pad(tokenizer, [inputs[i] for i in batch])
             start = time.perf_counter()
@@ -189,16 +189,6 @@ def _classify(model: nn.Module, base: nn.Module, tensors: dict[str, torch.Tensor
     finally:
         handle.remove()
     return caught[0], logits
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -20,7 +20,8 @@ from qbert.evaluate.datasets import SPLIT_SEED, Dataset
 from qbert.evaluate.encode import Progress, checked_max_length, encode_texts, pad, tokenize
 from qbert.evaluate.loading import load_tokenizer, quiet_transformers
 from qbert.evaluate.tasks import Task, TaskData, load_task
-from qbert.zoo import cache_dir, new_folder, resolve_model, sha256_of_file
+from qbert.folders import new_folder
+from qbert.zoo import cache_dir, resolve_model, sha256_of_file
 
 TASK_FILE = "qbert_task.json"
 TASK_FILE_VERSION = 1

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import shutil
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -207,42 +205,8 @@ def save(model: PreTrainedModel, folder: str | Path, *, source: str | None = Non
     if source is not None:
         record = Record.of(model, quantizer.quantization_config.recipe, source)
         _attach(model, record)
-    replace_folder(folder, model.save_pretrained)
-
-
-def replace_folder(folder: str | Path, write: Any) -> None:
-    """Calls `write(temporary folder)` and moves the result to `folder`; on an error nothing is left behind.
-
-    An existing checkpoint is replaced; any other non-empty folder is refused.
-    """
-    folder = Path(folder).resolve()
-    if folder.exists() and not folder.is_dir():
-        raise QBertError(f"{str(folder)!r} is a file; allowed: a folder, new, empty or with a checkpoint in it")
-    if folder.is_dir() and any(folder.iterdir()) and not checkpoint.is_checkpoint(folder):
-        raise QBertError(f"folder {str(folder)!r} is not empty and holds no qbert checkpoint; it is left alone")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        temporary.chmod(0o755)
-        write(temporary)
-        _take_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _take_place(new: Path, folder: Path) -> None:
-    """Moves `new` to `folder`. An old folder is set aside first: whatever fails, one of the two stays whole."""
-    if not folder.is_dir():
-        new.rename(folder)
-        return
-    aside = new.with_name(f"{new.name}.old")
-    folder.rename(aside)
-    try:
-        new.rename(folder)
-    except OSError:
-        aside.rename(folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    with checkpoint.replacing(folder) as fresh:
+        model.save_pretrained(fresh)
 
 
 def build_skeleton(config: PretrainedConfig, record: Record, names: Collection[str]) -> PreTrainedModel:
