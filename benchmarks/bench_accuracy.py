@@ -36,7 +36,7 @@ from .peers import bnb_peer
 from .peers.ao_peer import configuration
 from .peers.base import library
 from .published import SOURCE, TABLE, published_rows
-from .recorder import Recorder, device_name, run_command, table_console
+from .recorder import JsonFile, Recorder, device_name, run_command, table_console
 from .results_schema import AccuracyRow
 
 WAYS = (
@@ -296,7 +296,7 @@ def main(
     ] = None,
     with_peers: Annotated[bool, typer.Option("--peers/--no-peers", help="other libraries too")] = True,
     quick: Annotated[bool, typer.Option(help="one task, four ways")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="append every row to this results file")] = None,
+    json_path: JsonFile = None,
 ) -> None:
     """Scores every scheme on real texts."""
     names = task or list(QUICK_TASKS if quick else TASKS)

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -39,7 +38,20 @@ from .ceilings import device_bounds
 from .machine import Machine
 from .peers.base import library
 from .problems import SHAPES
-from .recorder import Recorder, check_picture, device_name, device_of, run_command, table_console
+from .recorder import (
+    JsonFile,
+    Minutes,
+    OnTarget,
+    PlotFile,
+    Recorder,
+    Seconds,
+    Threads,
+    check_picture,
+    device_name,
+    device_of,
+    run_command,
+    table_console,
+)
 from .results_schema import AttentionRow, Precision, Work
 
 BASELINE = "torch sdpa"
@@ -360,17 +372,17 @@ def _cells(row: AttentionRow, bounds: Bounds | None) -> list[str]:
 
 
 def main(
-    target: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    target: OnTarget = "cpu",
     model: Annotated[list[str] | None, typer.Option("--model", help="base, large, minilm; may be repeated")] = None,
     length: Annotated[
         list[int] | None, typer.Option("--length", help="tokens of a dense batch; may be repeated")
     ] = None,
     quick: Annotated[bool, typer.Option(help="base only, three lengths, short rounds")] = False,
-    seconds: Annotated[float | None, typer.Option(help="of rounds for each candidate")] = None,
-    minutes: Annotated[float | None, typer.Option(help="end after so many, with what is done")] = None,
-    threads: Annotated[int | None, typer.Option(help="all physical cores by default")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="append every row to this results file")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="write a picture (.png, .svg, .pdf)")] = None,
+    seconds: Seconds = None,
+    minutes: Minutes = None,
+    threads: Threads = None,
+    json_path: JsonFile = None,
+    plot: PlotFile = None,
 ) -> None:
     """Times attention beside its peers."""
     models = model or (["base"] if quick else list(HEADS))

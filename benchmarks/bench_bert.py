@@ -54,7 +54,17 @@ from .peers import BASELINES, ISAS, ROWS, TARGETS, Job, RowSpec, isa_environment
 from .peers.base import Bound, Floats, Loaded
 from .peers.child import mean_pooled
 from .peers.driver import Child
-from .recorder import QUIET_LOAD, Recorder, Setting, check_picture, device_of, run_command, table_console
+from .recorder import (
+    QUIET_LOAD,
+    JsonFile,
+    PlotFile,
+    Recorder,
+    Setting,
+    check_picture,
+    device_of,
+    run_command,
+    table_console,
+)
 from .results_schema import BertRow, SystemRow
 
 TURN_SECONDS = 0.15  # short forwards are repeated for that long in each turn
@@ -124,9 +134,12 @@ class Team:
         """Processes first, all at once, because they import for seconds; then each prepares and loads."""
         for row in self._settings.rows:
             with self._or_reason(row.name):
-                self.children[row.name] = Child(row.name, self._environment(row), self._settings.target)
+                self._begin(row)
         started = [row for row in self._settings.rows if row.name in self.children]
         for_each(self._load_or_reason, started, at_once=self._settings.target == "cuda")
+
+    def _begin(self, row: RowSpec) -> None:
+        self.children[row.name] = Child(row.name, self._environment(row), self._settings.target)
 
     def _load_or_reason(self, row: RowSpec) -> None:
         self._settings.say(f"loading {row.name}")
@@ -138,7 +151,7 @@ class Team:
         for row in self._settings.rows:
             self._settings.say(f"preparing {row.name}")
             with self._or_reason(row.name):
-                self.children[row.name] = Child(row.name, self._environment(row), self._settings.target)
+                self._begin(row)
                 self.systems[row.name].prepare_seconds = self._prepare(row)
             self.close(row.name)
 
@@ -170,7 +183,7 @@ class Team:
         system.prepare_seconds = self._prepare(row)
         if system.prepare_seconds > _CONVERTED_SECONDS and self._settings.target == "cpu":
             self.close(row.name)
-            self.children[row.name] = Child(row.name, self._environment(row), self._settings.target)
+            self._begin(row)
             self._prepare(row)
         loaded: Loaded = self.children[row.name].call("load", timeout=_LONG)
         system.weight_bytes, system.padding, system.load_seconds = loaded.weight_bytes, loaded.padding, loaded.seconds
@@ -215,6 +228,25 @@ def _system(row: RowSpec, model: str) -> SystemRow:
     )
 
 
+@dataclass(frozen=True)
+class Script:
+    """What every system is told in a case, and what it has to answer.
+
+    Attributes:
+        inputs: arguments of the first command, which takes the case and runs it once.
+        reference: (rows, k), torch's float32 result, and `keep`: which rows of a system's result belong to it.
+        timed: the command that runs it for timing, with its arguments.
+        memory: the command that runs it and says how much memory that took.
+    """
+
+    inputs: Sequence[Any]
+    reference: Floats
+    keep: Any
+    first: str = "bind"
+    timed: Sequence[Any] = ("turn", TURN_SECONDS)
+    memory: str = "memory"
+
+
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
@@ -234,19 +266,14 @@ def for_each(do: Callable[[Item], None], items: Iterable[Item], *, at_once: bool
 
 
 def measure_case(
-    systems: Mapping[str, Caller], case: BertRow, inputs: Sequence[Any], reference: Floats, keep: Any, seconds: float,
-    commands: tuple[str, Sequence[Any], str] = ("bind", ("turn", TURN_SECONDS), "memory"), target: str = "cpu",
-) -> list[BertRow]:  # fmt: skip
+    systems: Mapping[str, Caller], case: BertRow, script: Script, seconds: float, target: str = "cpu"
+) -> list[BertRow]:
     """All systems on one case.
 
     Args:
         case: a row of it, whose name and figures are nobody's.
-        inputs: arguments of the first command.
-        reference: (rows, k), torch's float32 result, and `keep`: which rows of a system's result belong to it.
         seconds: to spend, first forwards included.
-        commands: takes the case and runs it once; runs it for timing; runs it and says how much memory that took.
     """
-    first, timed, memory = commands
     begin = time.perf_counter()
     rows = {name: case.model_copy(update={"name": name}) for name in systems}
     cuda = target == "cuda"
@@ -254,9 +281,11 @@ def measure_case(
 
     def first_forward(name: str) -> None:
         with _reason_in(rows[name]):
-            bound: Bound = systems[name].call(first, *inputs, timeout=patience)
+            bound: Bound = systems[name].call(script.first, *script.inputs, timeout=patience)
             rows[name].first_seconds = None if cuda else bound.seconds  # at once, all of them are slower
-            rows[name].cosine_mean, rows[name].cosine_min = mean, _ = cosines(reference, bound.hidden[keep])
+            rows[name].cosine_mean, rows[name].cosine_min = mean, _ = cosines(
+                script.reference, bound.hidden[script.keep]
+            )
             if not mean > _LEAST_COSINE:
                 raise Unavailable(
                     f"wrong result: mean cosine {mean:.3f} to torch float32, at least {_LEAST_COSINE:g} is right"
@@ -265,7 +294,7 @@ def measure_case(
     for_each(first_forward, systems, at_once=cuda)
     able = {name: system for name, system in systems.items() if rows[name].reason is None}
     before = _state(target)
-    turns = {name: partial(system.call, *timed, timeout=_SLOW) for name, system in able.items()}
+    turns = {name: partial(system.call, *script.timed, timeout=_SLOW) for name, system in able.items()}
     left = seconds - (time.perf_counter() - begin)
     rounds, failed = in_rounds(turns, left, MIN_ROUNDS, MAX_ROUNDS, refusal=Unavailable)
     after = _state(target)
@@ -274,7 +303,7 @@ def measure_case(
     for name, times in rounds.items():
         rows[name].time = sample(times, before, after)
         with _reason_in(rows[name]):
-            rows[name].peak_bytes = systems[name].call(memory, timeout=_SLOW)
+            rows[name].peak_bytes = systems[name].call(script.memory, timeout=_SLOW)
     add_ratios(rows, BASELINES[target])
     return list(rows.values())
 
@@ -330,11 +359,10 @@ def bench_cases(settings: Settings) -> Recorder:
                 settings.say(f"{name} is left out: the {settings.minutes:g} minutes are over")
                 continue
             settings.say(f"{name}: {len(team.children)} systems, {left / 60:.1f} minutes left")
-            inputs, keep = (batch.ids.numpy(), batch.mask.numpy()), batch.mask.bool().numpy()
+            inputs = (batch.ids.numpy(), batch.mask.numpy())
+            script = Script(inputs, references[name], batch.mask.bool().numpy())
             share = left / (len(batches) - index)
-            rows = measure_case(
-                team.children, _case(model, name, batch), inputs, references[name], keep, share, target=settings.target
-            )
+            rows = measure_case(team.children, _case(model, name, batch), script, share, settings.target)
             for row in rows:
                 if row.time is not None:
                     row.work = work_of(model.folder, batch, row.name, team.systems[row.name].weight_bytes or 0)
@@ -373,8 +401,8 @@ def bench_sentences(settings: Settings) -> Recorder:
     try:
         team.start()
         left = 60 * settings.minutes - (time.perf_counter() - begin)
-        commands = ("sentences", ("sweep",), "sweep_memory")
-        rows = measure_case(team.children, case, inputs, reference, slice(None), left, commands, settings.target)
+        script = Script(inputs, reference, slice(None), "sentences", ("sweep",), "sweep_memory")
+        rows = measure_case(team.children, case, script, left, settings.target)
         recorder.extend(team.sign(rows))
         recorder.extend(team.finish())
     finally:
@@ -474,8 +502,8 @@ def main(
     wait_policy: Annotated[str, typer.Option(help=f"OMP_WAIT_POLICY: {', '.join(WAIT_POLICIES)}")] = "default",
     prepare_only: Annotated[bool, typer.Option("--prepare", help="convert and calibrate, measure nothing")] = False,
     cache: Annotated[Path | None, typer.Option(help="where conversions are kept")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="append every row to this results file")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="write a picture (.png, .svg, .pdf)")] = None,
+    json_path: JsonFile = None,
+    plot: PlotFile = None,
 ) -> None:
     """Times qbert and its peers on BERT."""
     errors = Console(stderr=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -32,7 +31,19 @@ from .ceilings import device_bounds
 from .linears import Built, Entry, Problem, Weights, entries
 from .machine import Machine
 from .problems import LINEARS, WEIGHT_ONLY_TOKENS
-from .recorder import Recorder, check_picture, device_name, device_of, run_command, table_console
+from .recorder import (
+    JsonFile,
+    Minutes,
+    PlotFile,
+    Recorder,
+    Seconds,
+    Threads,
+    check_picture,
+    device_name,
+    device_of,
+    run_command,
+    table_console,
+)
 from .results_schema import GemmRow
 
 BASELINE = {"cpu": "torch fp32", "cuda": "torch bf16"}
@@ -187,12 +198,12 @@ def main(
         list[str] | None, typer.Option("--only", help="part of a candidate's name; may be repeated")
     ] = None,
     quick: Annotated[bool, typer.Option(help="base only, few numbers of tokens, short rounds")] = False,
-    seconds: Annotated[float | None, typer.Option(help="of rounds for each candidate")] = None,
-    minutes: Annotated[float | None, typer.Option(help="end after so many, with what is done")] = None,
-    threads: Annotated[int | None, typer.Option(help="all physical cores by default")] = None,
+    seconds: Seconds = None,
+    minutes: Minutes = None,
+    threads: Threads = None,
     predict: Annotated[bool, typer.Option("--predict", help="compute floors and tiles, measure nothing")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="append every row to this results file")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="write a picture (.png, .svg, .pdf)")] = None,
+    json_path: JsonFile = None,
+    plot: PlotFile = None,
 ) -> None:
     """Times linear layers beside their peers."""
     models = model or (["base"] if quick else list(LINEARS))

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -34,7 +33,7 @@ from qbert.workflow import load_float
 from .bert_models import random_model
 from .machine import Machine, child_command, child_environment
 from .problems import SHAPES
-from .recorder import Recorder, device_name, device_of, run_command, table_console
+from .recorder import JsonFile, OnTarget, Recorder, device_name, device_of, run_command, table_console
 from .results_schema import QuantizeRow
 
 _MIB = 2**20
@@ -131,9 +130,9 @@ def main(
         list[str] | None, typer.Option("--model", help=f"by name, or a shape: {', '.join(SHAPES)}")
     ] = None,
     scheme: Annotated[list[str] | None, typer.Option("--scheme", help="LINEAR or LINEAR+EMBEDDING")] = None,
-    target: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    target: OnTarget = "cpu",
     quick: Annotated[bool, typer.Option(help="three schemes, one model")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="append every row to this results file")] = None,
+    json_path: JsonFile = None,
     row: Annotated[str | None, typer.Option("--row", hidden=True)] = None,
 ) -> None:
     """Time and memory of quantizing."""

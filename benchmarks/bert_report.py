@@ -21,8 +21,6 @@ from .results_schema import BertRow, SystemRow
 _MS, _MB = 1e3, 1e6
 _HOW = "wall clock of a forward until its result is there, in a process of its own; warm caches"
 
-Rounds = Mapping[str, Sequence[Sequence[float]]]
-
 
 # ---- from seconds to figures ----------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ operands in registers, because no library there multiplies int8 as fast as the i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -23,7 +22,7 @@ from qbert.target import bytes_beyond_caches, native_cpu, physical_cores
 from qbert.timing import Candidate, Rules, Sample, Unavailable, measure, one_line
 
 from .bounds import COPY, Bounds
-from .recorder import Recorder, device_name, device_of, run_command, table_console
+from .recorder import JsonFile, OnTarget, Recorder, Threads, device_name, device_of, run_command, table_console
 from .results_schema import CeilingRow
 
 # Rows, columns and depth of the square products: large enough that edges and launches do not count.
@@ -211,12 +210,12 @@ def rate(quantity: str, per_second: float | None) -> str:
 
 
 def main(
-    target: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    target: OnTarget = "cpu",
     seconds: Annotated[float, typer.Option(help="of rounds for each ceiling")] = SECONDS,
     size: Annotated[int | None, typer.Option(help="rows of the square products")] = None,
     copy_mib: Annotated[int | None, typer.Option(help="size of the copy")] = None,
-    threads: Annotated[int | None, typer.Option(help="all physical cores by default")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="append every row to this results file")] = None,
+    threads: Threads = None,
+    json_path: JsonFile = None,
 ) -> None:
     """Measures bandwidth and matrix rates of this device."""
     device = device_of(target)

@@ -326,15 +326,32 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
-def _layer(problem: Problem, layer: nn.Module, x: Tensor, kernel: str, precision: Precision, limit: float,
-           call: Callable[..., Any] | None = None, weight_bytes: int | None = None) -> Built:  # fmt: skip
-    """A peer's layer, called as a module."""
-    weight_bytes = bytes_of(layer) if weight_bytes is None else weight_bytes
-    return Built(
-        Candidate(call or _called, problem.sets((layer, x))),
-        problem.work(precision, weight_bytes, x.element_size(), x.element_size()),
-        near(problem.expected, limit), kernel, weight_bytes, _name(x.dtype),
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Layer:
+    """A peer's layer, called as a module.
+
+    Attributes:
+        x: what it is given.
+        limit: of the error, see `near`.
+        weight_bytes: as it reads them; None where its tensors say so.
+    """
+
+    module: nn.Module
+    x: Tensor
+    kernel: str
+    precision: Precision
+    limit: float
+    weight_bytes: int | None = None
+    call: Callable[..., Any] = _called
+
+    def built(self, problem: Problem) -> Built:
+        """Ready to be timed."""
+        weight_bytes = bytes_of(self.module) if self.weight_bytes is None else self.weight_bytes
+        return Built(
+            Candidate(self.call, problem.sets((self.module, self.x))),
+            problem.work(self.precision, weight_bytes, self.x.element_size(), self.x.element_size()),
+            near(problem.expected, self.limit), self.kernel, weight_bytes, _name(self.x.dtype),
+        )  # fmt: skip
 
 
 def _torchao(problem: Problem) -> Built:
@@ -342,9 +359,8 @@ def _torchao(problem: Problem) -> Built:
     layer = problem.weights.linear(torch.bfloat16)
     quantization.quantize_(layer, configuration("int8"))
     weight_bytes = problem.weights.n * (problem.weights.k + 4)
-    return _layer(
-        problem, layer, problem.x.bfloat16(), "torchao", "int8", _INT8_LIMIT, _compiled(_called), weight_bytes
-    )
+    x, call = problem.x.bfloat16(), _compiled(_called)
+    return _Layer(layer, x, "torchao", "int8", _INT8_LIMIT, weight_bytes, call).built(problem)
 
 
 def _bitsandbytes(problem: Problem, nf4: bool) -> Built:
@@ -356,7 +372,7 @@ def _bitsandbytes(problem: Problem, nf4: bool) -> Built:
     weight_bytes = None
     if nf4:  # a float32 scale for each group
         weight_bytes = problem.weights.n * problem.weights.k * (_NF4_GROUP // 2 + 4) // _NF4_GROUP
-    return _layer(problem, layer, problem.x.to(dtype), "bitsandbytes", precision, limit, weight_bytes=weight_bytes)
+    return _Layer(layer, problem.x.to(dtype), "bitsandbytes", precision, limit, weight_bytes).built(problem)
 
 
 def _gemlite(problem: Problem, kind: str) -> Built:
@@ -365,7 +381,7 @@ def _gemlite(problem: Problem, kind: str) -> Built:
     precision: Precision = "int8" if kind == "a8w8" else "fp16"
     n, k = problem.weights.n, problem.weights.k
     weight_bytes = n * k if kind == "a8w8" else n * k // 2
-    return _layer(problem, layer, problem.x.half(), "gemlite", precision, limit, weight_bytes=weight_bytes)
+    return _Layer(layer, problem.x.half(), "gemlite", precision, limit, weight_bytes).built(problem)
 
 
 def _quantize_alone(problem: Problem) -> Built:

@@ -11,7 +11,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from benchmarks import bench_bert, bert_inputs
-from benchmarks.bench_bert import Settings, bench_cases, measure_case, select_rows, sorted_batches
+from benchmarks.bench_bert import Script, Settings, bench_cases, measure_case, select_rows, sorted_batches
 from benchmarks.bert_inputs import make_batch, pad, padding_share, parse_case, pick_ragged
 from benchmarks.bert_models import DEVIATION, OUTLIER_SHARE, realistic_weights
 from benchmarks.bert_report import add_ratios, cosines, sample, tables
@@ -214,7 +214,7 @@ def test_a_system_that_fails_is_a_row_with_its_reason():
         "breaks": Fake("breaks", log, fails_at=1), "hides": Fake("hides", log, fails_on="memory"), "nan": Fake("nan", log),
     }  # fmt: skip
     keep = np.array([[True, True, False], [True, False, False]])
-    found = measure_case(systems, row("", "2x3"), (), np.ones((3, 4), np.float32), keep, seconds=0.0)
+    found = measure_case(systems, row("", "2x3"), Script((), np.ones((3, 4), np.float32), keep), seconds=0.0)
     cells = {each.name: each for each in found}
     assert list(cells) == list(systems)
     assert cells[baseline].reason is None
@@ -450,7 +450,7 @@ def test_first_forwards_on_a_gpu_are_at_once_and_not_timed(monkeypatch):
     names = (BASELINES["cuda"], "qbert-a", "other")
     systems = {name: Compiling(name, []) for name in names}
     keep, reference = np.ones((2, 3), bool), np.ones((6, 4), np.float32)
-    rows = measure_case(systems, row("", "2x3"), (), reference, keep, seconds=0.0, target="cuda")
+    rows = measure_case(systems, row("", "2x3"), Script((), reference, keep), seconds=0.0, target="cuda")
     assert [each.reason for each in rows] == [None] * 3
     assert [each.first_seconds for each in rows] == [None] * 3
     assert [each.baseline for each in rows] == [BASELINES["cuda"]] * 3

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qbert.timing import Unavailable, one_line
+from qbert.timing import Unavailable
 
 from .base import Job, Peer
 
 __all__ = [
-    "BASELINES", "ISAS", "ROWS", "TARGETS", "Job", "Peer", "RowSpec", "Unavailable", "isa_environment", "one_line", "rows_of",
+    "BASELINES", "ISAS", "ROWS", "TARGETS", "Job", "Peer", "RowSpec", "isa_environment", "rows_of",
 ]  # fmt: skip
 
 # What every speed-up is relative to: what a user has before thinking about it. Nobody runs float32 on a GPU's CUDA cores.
