@@ -37,7 +37,7 @@ from .bounds import Bounds
 from .ceilings import device_bounds
 from .machine import Machine
 from .peers.base import library
-from .problems import SHAPES
+from .problems import PRECISIONS, SHAPES
 from .recorder import (
     JsonFile,
     Minutes,
@@ -195,10 +195,6 @@ def _work(problem: Problem, precision: Precision, in_bytes: int, out_bytes: int)
     return Work(operations=problem.case.operations, precision=precision, bytes=values * (3 * in_bytes + out_bytes))
 
 
-def _float_precision(dtype: torch.dtype) -> Precision:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]  # type: ignore[return-value]
-
-
 def _sdpa(
     problem: Problem, backend: str | None = None, dtype: torch.dtype = torch.bfloat16, math_: bool = False
 ) -> Built:
@@ -214,7 +210,7 @@ def _sdpa(
     return Built(
         Candidate(call, [(qkv,)]), lambda found: found.transpose(1, 2)[problem.there], "masked" if ragged else "none",
         (backend or ("math" if math_ else "chosen by torch")).lower(),
-        _work(problem, _float_precision(dtype), dtype.itemsize, dtype.itemsize),
+        _work(problem, PRECISIONS[dtype], dtype.itemsize, dtype.itemsize),
     )  # fmt: skip
 
 
@@ -236,7 +232,7 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) 
 def _packed(problem: Problem, dtype: torch.dtype, kernel: str, attend: Callable[[Tensor], Tensor]) -> Built:
     return Built(
         Candidate(attend, [(problem.values.to(dtype),)]), lambda found: found,
-        "not computed" if problem.case.ragged else "none", kernel, _work(problem, _float_precision(dtype), 2, 2),
+        "not computed" if problem.case.ragged else "none", kernel, _work(problem, PRECISIONS[dtype], 2, 2),
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from .bert_models import realistic_weights
 from .peers import bnb_peer, gemlite_peer
 from .peers.ao_peer import configuration
 from .peers.base import library
-from .problems import INTEGER_SCHEMES, WEIGHT_ONLY_SCHEMES, WEIGHT_ONLY_TOKENS
+from .problems import INTEGER_SCHEMES, PRECISIONS, WEIGHT_ONLY_SCHEMES, WEIGHT_ONLY_TOKENS
 from .results_schema import Precision, Work
 
 _MAX_SETS = 256
@@ -242,15 +242,13 @@ def codes_of(expected: Tensor, out_scale: float) -> Check:
 
 # ---- candidates -----------------------------------------------------------------------------------------------------
 
-_PRECISION: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
 
 def entries(device: torch.device, t: int) -> Iterator[Entry]:
     """Everything that is measured with so many tokens, the baseline first."""
     cuda = device.type == "cuda"
     dtypes = (torch.bfloat16, torch.float16) if cuda else (torch.float32, torch.bfloat16)
     for dtype in dtypes:
-        yield Entry(f"torch {_PRECISION[dtype]}", "torch", functools.partial(_torch_linear, dtype=dtype))
+        yield Entry(f"torch {PRECISIONS[dtype]}", "torch", functools.partial(_torch_linear, dtype=dtype))
     yield Entry(
         "torch._int_mm", "torch", _torch_int_mm, "w8a8", "scaled in separate passes; activations quantized before"
     )
@@ -291,7 +289,7 @@ def _torch_linear(problem: Problem, dtype: torch.dtype) -> Built:
     size = first[1].element_size()
     return Built(
         Candidate(nn.functional.linear, problem.sets(first)),
-        problem.work(_PRECISION[dtype], bytes_of(first[1]), size, size),
+        problem.work(PRECISIONS[dtype], bytes_of(first[1]), size, size),
         near(problem.expected, _FLOAT_LIMIT), "torch", bytes_of(first[1]), _name(dtype),
     )  # fmt: skip
 
@@ -368,7 +366,7 @@ def _bitsandbytes(problem: Problem, nf4: bool) -> Built:
     dtype = torch.bfloat16 if nf4 or problem.device.type == "cpu" else torch.float16
     layer = bnb_peer.layer_of(problem.weights.linear(dtype), nf4=nf4).to(problem.device).eval()
     limit = _INT4_LIMIT if nf4 else _INT8_LIMIT
-    precision: Precision = _PRECISION[dtype] if nf4 else "int8"
+    precision: Precision = PRECISIONS[dtype] if nf4 else "int8"
     weight_bytes = None
     if nf4:  # a float32 scale for each group
         weight_bytes = problem.weights.n * problem.weights.k * (_NF4_GROUP // 2 + 4) // _NF4_GROUP
@@ -435,7 +433,7 @@ def _qbert(
     out_dtype = torch.int8 if requant else problem.x.dtype
     return Built(
         Candidate(call, problem.sets(first)),
-        problem.work("int8" if scheme.activation else _PRECISION[problem.x.dtype], weight_bytes, x_bytes, out_dtype.itemsize),
+        problem.work("int8" if scheme.activation else PRECISIONS[problem.x.dtype], weight_bytes, x_bytes, out_dtype.itemsize),
         codes_of(expected, out_scale) if requant else everywhere(expected, _EXACT_LIMIT),
         f"{kernels} {operation}" if kernels else select_kernel(operation, target, held.layout).name,
         weight_bytes, _name(out_dtype),

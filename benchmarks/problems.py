@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .results_schema import Precision
+
 VOCABULARY, POSITIONS = 30_522, 514
 
 
@@ -61,6 +65,7 @@ LINEARS: dict[str, tuple[tuple[int, int], ...]] = {name: SHAPES[name].linears fo
 # Schemes whose products run on int8 matrix units, and those that only stream their weights.
 INTEGER_SCHEMES, WEIGHT_ONLY_SCHEMES = ("w8a8", "w4a8", "gobo4a8", "gobo3a8"), ("w8a16", "w4a16", "gobo4", "gobo3")
 LINEAR_SCHEMES = (*INTEGER_SCHEMES, *WEIGHT_ONLY_SCHEMES)
+PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 WEIGHT_ONLY_TOKENS = 64  # beyond, arithmetic in bfloat16 bounds them: weight-only schemes cannot win
 
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from qbert.timing import Unavailable, come_to_rest, one_line
+from qbert.timing import Unavailable, come_to_rest, elapsed, one_line
 
 from . import ROWS
 from .base import Bound, Floats, Ids, Job, Loaded, Peer, TextPeer
@@ -141,9 +141,7 @@ class HostMeter:
         self._marked = resident_bytes()
 
     def seconds(self, run: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
+        return elapsed(run)
 
     def peak(self, run: Callable[[], object]) -> int:
         return peak_of(run) - self._marked
@@ -159,11 +157,7 @@ class CudaMeter:
         torch.cuda.empty_cache()
 
     def seconds(self, run: Callable[[], object]) -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return elapsed(run, "cuda")
 
     def peak(self, run: Callable[[], object]) -> int:
         torch.cuda.empty_cache()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from qbert.devices import GPUS
 from qbert.errors import QBertError
+from qbert.target import read_text
 from qbert.timing import Rules, elapsed, measure
 
 # Bytes of one element in each precision that a user can choose for the float part of a model.
@@ -122,10 +122,7 @@ def device_description(device: torch.device) -> str:
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
+    lines = read_text("/proc/cpuinfo").splitlines()  # none where this is not Linux
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
