@@ -31,12 +31,13 @@ from qbert.timing import reason_of
 from qbert.workflow import DEFAULT_TEXTS, load_any, quantize_checkpoint
 from qbert.zoo import resolve_model
 
+from . import options
 from .machine import Machine
 from .peers import bnb_peer
 from .peers.ao_peer import configuration
 from .peers.base import library
 from .published import SOURCE, TABLE, published_rows
-from .recorder import JsonFile, Recorder, device_name, run_command, table_console
+from .recorder import Recorder, device_name, run_command, table_console
 from .results_schema import AccuracyRow
 
 WAYS = (
@@ -296,7 +297,7 @@ def main(
     ] = None,
     with_peers: Annotated[bool, typer.Option("--peers/--no-peers", help="other libraries too")] = True,
     quick: Annotated[bool, typer.Option(help="one task, four ways")] = False,
-    json_path: JsonFile = None,
+    json_path: options.JsonFile = None,
 ) -> None:
     """Scores every scheme on real texts."""
     names = task or list(QUICK_TASKS if quick else TASKS)

@@ -32,26 +32,14 @@ from qbert.errors import QBertError
 from qbert.target import physical_cores, target_of
 from qbert.timing import Candidate, Rules, Unavailable, measure, ratio, reason_of
 
+from . import options
 from .bert_inputs import squad_lengths
 from .bounds import Bounds
 from .ceilings import device_bounds
 from .machine import Machine
 from .peers.base import library
 from .problems import PRECISIONS, SHAPES
-from .recorder import (
-    JsonFile,
-    Minutes,
-    OnTarget,
-    PlotFile,
-    Recorder,
-    Seconds,
-    Threads,
-    check_picture,
-    device_name,
-    device_of,
-    run_command,
-    table_console,
-)
+from .recorder import Recorder, check_picture, device_name, device_of, run_command, table_console
 from .results_schema import AttentionRow, Precision, Work
 
 BASELINE = "torch sdpa"
@@ -368,17 +356,17 @@ def _cells(row: AttentionRow, bounds: Bounds | None) -> list[str]:
 
 
 def main(
-    target: OnTarget = "cpu",
+    target: options.Target = "cpu",
     model: Annotated[list[str] | None, typer.Option("--model", help="base, large, minilm; may be repeated")] = None,
     length: Annotated[
         list[int] | None, typer.Option("--length", help="tokens of a dense batch; may be repeated")
     ] = None,
     quick: Annotated[bool, typer.Option(help="base only, three lengths, short rounds")] = False,
-    seconds: Seconds = None,
-    minutes: Minutes = None,
-    threads: Threads = None,
-    json_path: JsonFile = None,
-    plot: PlotFile = None,
+    seconds: options.Seconds = None,
+    minutes: options.Minutes = None,
+    threads: options.Threads = None,
+    json_path: options.JsonFile = None,
+    plot: options.PlotFile = None,
 ) -> None:
     """Times attention beside its peers."""
     models = model or (["base"] if quick else list(HEADS))

@@ -33,6 +33,7 @@ from qbert.target import physical_cores
 from qbert.timing import Unavailable, come_to_rest, in_rounds
 from qbert.zoo import cache_dir
 
+from . import options
 from .bert_inputs import (
     DEFAULT_CASES,
     QUICK_CASES,
@@ -54,17 +55,7 @@ from .peers import BASELINES, ISAS, ROWS, TARGETS, Job, RowSpec, isa_environment
 from .peers.base import Bound, Floats, Loaded
 from .peers.child import mean_pooled
 from .peers.driver import Child
-from .recorder import (
-    QUIET_LOAD,
-    JsonFile,
-    PlotFile,
-    Recorder,
-    Setting,
-    check_picture,
-    device_of,
-    run_command,
-    table_console,
-)
+from .recorder import QUIET_LOAD, Recorder, Setting, check_picture, device_of, run_command, table_console
 from .results_schema import BertRow, SystemRow
 
 TURN_SECONDS = 0.15  # short forwards are repeated for that long in each turn
@@ -502,8 +493,8 @@ def main(
     wait_policy: Annotated[str, typer.Option(help=f"OMP_WAIT_POLICY: {', '.join(WAIT_POLICIES)}")] = "default",
     prepare_only: Annotated[bool, typer.Option("--prepare", help="convert and calibrate, measure nothing")] = False,
     cache: Annotated[Path | None, typer.Option(help="where conversions are kept")] = None,
-    json_path: JsonFile = None,
-    plot: PlotFile = None,
+    json_path: options.JsonFile = None,
+    plot: options.PlotFile = None,
 ) -> None:
     """Times qbert and its peers on BERT."""
     errors = Console(stderr=True)

@@ -25,25 +25,14 @@ from qbert.errors import QBertError
 from qbert.target import physical_cores
 from qbert.timing import Caches, Rules, Sample, measure, ratio, reason_of, refuse_zeros
 
+from . import options
 from . import predict as prediction
 from .bounds import Bounds
 from .ceilings import device_bounds
 from .linears import Built, Entry, Problem, Weights, entries
 from .machine import Machine
 from .problems import LINEARS, WEIGHT_ONLY_TOKENS
-from .recorder import (
-    JsonFile,
-    Minutes,
-    PlotFile,
-    Recorder,
-    Seconds,
-    Threads,
-    check_picture,
-    device_name,
-    device_of,
-    run_command,
-    table_console,
-)
+from .recorder import Recorder, check_picture, device_name, device_of, run_command, table_console
 from .results_schema import GemmRow
 
 BASELINE = {"cpu": "torch fp32", "cuda": "torch bf16"}
@@ -198,12 +187,12 @@ def main(
         list[str] | None, typer.Option("--only", help="part of a candidate's name; may be repeated")
     ] = None,
     quick: Annotated[bool, typer.Option(help="base only, few numbers of tokens, short rounds")] = False,
-    seconds: Seconds = None,
-    minutes: Minutes = None,
-    threads: Threads = None,
+    seconds: options.Seconds = None,
+    minutes: options.Minutes = None,
+    threads: options.Threads = None,
     predict: Annotated[bool, typer.Option("--predict", help="compute floors and tiles, measure nothing")] = False,
-    json_path: JsonFile = None,
-    plot: PlotFile = None,
+    json_path: options.JsonFile = None,
+    plot: options.PlotFile = None,
 ) -> None:
     """Times linear layers beside their peers."""
     models = model or (["base"] if quick else list(LINEARS))

@@ -30,10 +30,11 @@ from qbert.recipe import Recipe
 from qbert.timing import reason_of
 from qbert.workflow import load_float
 
+from . import options
 from .bert_models import random_model
 from .machine import Machine, child_command, child_environment
 from .problems import SHAPES
-from .recorder import JsonFile, OnTarget, Recorder, device_name, device_of, run_command, table_console
+from .recorder import Recorder, device_name, device_of, run_command, table_console
 from .results_schema import QuantizeRow
 
 _MIB = 2**20
@@ -130,9 +131,9 @@ def main(
         list[str] | None, typer.Option("--model", help=f"by name, or a shape: {', '.join(SHAPES)}")
     ] = None,
     scheme: Annotated[list[str] | None, typer.Option("--scheme", help="LINEAR or LINEAR+EMBEDDING")] = None,
-    target: OnTarget = "cpu",
+    target: options.Target = "cpu",
     quick: Annotated[bool, typer.Option(help="three schemes, one model")] = False,
-    json_path: JsonFile = None,
+    json_path: options.JsonFile = None,
     row: Annotated[str | None, typer.Option("--row", hidden=True)] = None,
 ) -> None:
     """Time and memory of quantizing."""

@@ -21,8 +21,9 @@ from qbert.devices import datasheet_of
 from qbert.target import bytes_beyond_caches, native_cpu, physical_cores
 from qbert.timing import Candidate, Rules, Sample, Unavailable, measure, one_line
 
+from . import options
 from .bounds import COPY, Bounds
-from .recorder import JsonFile, OnTarget, Recorder, Threads, device_name, device_of, run_command, table_console
+from .recorder import Recorder, device_name, device_of, run_command, table_console
 from .results_schema import CeilingRow
 
 # Rows, columns and depth of the square products: large enough that edges and launches do not count.
@@ -210,12 +211,12 @@ def rate(quantity: str, per_second: float | None) -> str:
 
 
 def main(
-    target: OnTarget = "cpu",
+    target: options.Target = "cpu",
     seconds: Annotated[float, typer.Option(help="of rounds for each ceiling")] = SECONDS,
     size: Annotated[int | None, typer.Option(help="rows of the square products")] = None,
     copy_mib: Annotated[int | None, typer.Option(help="size of the copy")] = None,
-    threads: Threads = None,
-    json_path: JsonFile = None,
+    threads: options.Threads = None,
+    json_path: options.JsonFile = None,
 ) -> None:
     """Measures bandwidth and matrix rates of this device."""
     device = device_of(target)

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -21,14 +21,6 @@ TARGETS = ("cpu", "cuda")
 EXIT_BAD_INPUT = 2
 _FILE_WIDTH = 170  # of tables that are written to a file or a pipe
 QUIET_LOAD = 0.5
-
-# Options that several benchmarks take.
-OnTarget = Annotated[str, typer.Option(help="cpu or cuda")]
-Seconds = Annotated[float | None, typer.Option(help="of rounds for each candidate")]
-Minutes = Annotated[float | None, typer.Option(help="end after so many, with what is done")]
-Threads = Annotated[int | None, typer.Option(help="all physical cores by default")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="append every row to this results file")]
-PlotFile = Annotated[Path | None, typer.Option("--plot", help="write a picture (.png, .svg, .pdf)")]
 
 Setting = str | int | float | bool | None | list[str]
 
