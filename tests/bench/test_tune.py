@@ -81,22 +81,24 @@ def _clock(seconds: dict[str, float]) -> Any:
 def test_the_fastest_of_the_right_tiles_wins(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(scheme, 5, 48, 128)
     given = tune.arguments(problem, CPU)
-    listed = [TileConfig("few", 16, 16 * (1 + index), 64, 4, 2) for index in range(4)]
+    listed = [TileConfig("few", 16, 16 * (1 + index), 64, 4, 2) for index in range(5)]
     honest = tune.run
 
-    def faulty(problem: Problem, tile: TileConfig, given: Any) -> Tensor:
+    def faulty(problem: Problem, tile: TileConfig, given: Any, activation: str = "none") -> Tensor:
         if tile == listed[2]:
             raise RuntimeError("out of resources: shared memory\nand more")
-        return honest(problem, tile, given) + (1 if tile == listed[3] else 0)
+        result = honest(problem, tile, given, activation)
+        return result + 1 if tile == listed[3] or (tile == listed[4] and activation == "gelu") else result
 
     monkeypatch.setattr(tune, "run", faulty)
-    tuned = tune_one(problem, listed, given, _clock({"0": 3e-6, "1": 2e-6, "2": 1e-9, "3": 1e-9}))
+    tuned = tune_one(problem, listed, given, _clock({"0": 3e-6, "1": 2e-6, "2": 1e-9, "3": 1e-9, "4": 1e-9}))
     assert tuned.winner == listed[1]
-    assert [row.chosen for row in tuned.rows] == [False, True, False, False]
+    assert [row.chosen for row in tuned.rows] == [False, True, False, False, False]
     assert tuned.rows[1].speedup == pytest.approx(1.5)
     assert "shared memory" in (tuned.rows[2].reason or "")
-    assert tuned.rows[3].time is None
-    assert tuned.rows[3].reason
+    for row, activation in ((tuned.rows[3], "none"), (tuned.rows[4], "gelu")):
+        assert row.time is None
+        assert (row.reason or "").endswith(f"activation {activation}")
 
 
 def test_a_draw_keeps_what_runs_now() -> None:

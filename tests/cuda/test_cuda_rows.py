@@ -1,4 +1,4 @@
-"""Row kernels and GELU of csrc/cuda without a GPU: their own source on an emulated one."""
+"""Row kernels of csrc/cuda without a GPU: their own source on an emulated one."""
 
 from __future__ import annotations
 
@@ -95,34 +95,3 @@ def test_nothing_beyond_the_rows_is_written(monkeypatch):
     for memory, length in held:
         assert bool((memory[:32] == 77).all())
         assert bool((memory[32 + length :] == 77).all())
-
-
-# ---- GELU -----------------------------------------------------------------------------------------------------------
-
-
-def gelu(x):
-    y = torch.empty_like(x)
-    builds.emulator_kernels().gelu(x.data_ptr(), y.data_ptr(), x.numel())
-    return y
-
-
-def test_gelu_is_closer_to_the_truth_than_torch():
-    x = torch.cat((torch.linspace(-14, 14, 560_001), torch.logspace(-30, 30, 10_001), -torch.logspace(-30, 30, 10_001)))
-    exact = torch.nn.functional.gelu(x.double())
-    error = lambda y: float(((y.double() - exact).abs() / exact.abs().clamp(min=1.0)).max())
-    assert error(gelu(x)) <= min(error(torch.nn.functional.gelu(x)), 2.5e-7)
-
-
-def test_gelu_of_small_values_keeps_their_digits():
-    """Where torch's 1 + erf cancels: relative to the result, which is x / 2 near 0 and vanishes far below it."""
-    x = torch.linspace(-5, 0.01, 100_001)
-    exact = x.double() * 0.5 * torch.special.erfc(-x.double() / 2**0.5)
-    near = exact.abs() > 1e-3
-    assert float(((gelu(x).double() - exact) / exact)[near].abs().max()) < 3e-6
-
-
-def test_gelu_of_what_is_not_finite():
-    x = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, 3e38, -3e38])
-    y = gelu(x)
-    assert y[:3].isnan().all()
-    assert y[3:].tolist() == [0.0, x[4].item(), 0.0]
