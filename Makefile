@@ -30,7 +30,7 @@ native: $(NATIVE)
 $(READY): requirements.txt pyproject.toml setup.py .ci/setup
 	.ci/setup $(VENV)
 
-$(NATIVE): $(READY) .ci/native $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+$(NATIVE): $(READY) .ci/native $(wildcard csrc/cpu/*.* csrc/cuda/*/*.*)
 	.ci/native $(VENV)
 
 demo: $(NATIVE)

@@ -46,12 +46,12 @@ ISA_FLAGS = {
     "kernels_amx_int8": [*AVX512_VNNI, "-mamx-tile", "-mamx-int8"],
 }
 
-# What a file of csrc/cuda is compiled for, by its stem; csrc/cuda/device.h says the same to callers. wgmma and TMA are features
-# of sm_90a, which has no forward compatibility: no PTX is worth its bytes there. Other files get machine code for all 8.x and
-# for Hopper, and PTX for what is newer.
+# What a file of csrc/cuda is compiled for, by its folder; csrc/cuda/common/device.h says the same to callers. wgmma and TMA
+# are features of sm_90a, which has no forward compatibility: no PTX is worth its bytes there. What needs neither gets machine
+# code for all 8.x and for Hopper, and PTX for what is newer.
 HOPPER = ["-gencode=arch=compute_90a,code=sm_90a"]
 FROM_AMPERE_ON = ["-gencode=arch=compute_80,code=[sm_80,compute_80]", *HOPPER]
-ARCHITECTURES = {"add_layer_norm_quantize": FROM_AMPERE_ON}  # all others: HOPPER
+ARCHITECTURES = {"common": FROM_AMPERE_ON, "sm90": HOPPER}
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 CUDA_LIBRARIES = ["cudart_static", "rt", "dl", "pthread"]
 CUTLASS = "nvidia-cutlass==4.2.0.0"
@@ -70,7 +70,7 @@ class CudaToolchain:
 
     def command(self, source: str, object_file: str) -> list[str]:
         """Compiles a .cu file; system headers are those of which no list is kept and no warning is wanted."""
-        flags = [*NVCC_FLAGS, *ARCHITECTURES.get(Path(source).stem, HOPPER), "-Icsrc", "-isystem", self.cutlass]
+        flags = [*NVCC_FLAGS, *ARCHITECTURES.get(Path(source).parent.name, HOPPER), "-Icsrc", "-isystem", self.cutlass]
         return [self.nvcc, *flags, "-c", source, "-o", object_file]
 
 
@@ -224,8 +224,8 @@ def cuda_extension(toolchain: CudaToolchain) -> Pybind11Extension:
     """qbert._cuda. CUDA's runtime is linked statically and finds the driver when it is first asked: it imports anywhere."""
     cuda = Pybind11Extension(
         "qbert._cuda",
-        sorted(str(path) for path in Path("csrc/cuda").glob("*.c*") if path.suffix in (".cpp", ".cu")),
-        depends=["setup.py", *sorted(str(path) for path in Path("csrc/cuda").glob("*.*h"))],
+        sorted(str(path) for path in Path("csrc/cuda").glob("*/*.c*") if path.suffix in (".cpp", ".cu")),
+        depends=["setup.py", *sorted(str(path) for path in Path("csrc/cuda").glob("*/*.*h"))],
         include_dirs=["csrc", toolchain.include],
         library_dirs=[toolchain.libraries],
         libraries=CUDA_LIBRARIES,

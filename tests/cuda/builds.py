@@ -64,8 +64,8 @@ def emulated_module(seed: int = 0, multiprocessors: int = 3) -> ModuleType:
         multiprocessors: of the device; 0: there is no device.
     """
     cuda = ROOT / "csrc/cuda"
-    sources = [path for path in sorted(cuda.glob("*.cpp")) if path.name not in _REPLACED]
-    sources += [path for path in sorted(cuda.glob("*.cu")) if "w8a8_gemm.cuh" not in path.read_text()]
+    sources = [path for path in sorted(cuda.glob("*/*.cpp")) if path.name not in _REPLACED]
+    sources += [path for path in sorted(cuda.glob("*/*.cu")) if "w8a8_gemm.cuh" not in path.read_text()]
     module = _built_module("_cuda", (*sources, *_emulator()))
     module.emulate(seed=seed, multiprocessors=multiprocessors)
     return module
@@ -160,7 +160,7 @@ def linked_module(objects: list[Path]) -> Path:
     flags = ["-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-I", str(ROOT / "csrc")]
     for path in (toolchain.include, pybind11.get_include(), sysconfig.get_path("include")):
         flags += ["-isystem", path]
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cpp"))
+    sources = sorted((ROOT / "csrc/cuda").glob("*/*.cpp"))
     libraries = ["-L", toolchain.libraries, *(f"-l{name}" for name in setup()["CUDA_LIBRARIES"])]
     _run([str(host_compiler()), *flags, *map(str, sources), *map(str, objects), *libraries, "-o", str(out)])
     return out

@@ -44,7 +44,7 @@ def show(kernel: sass.Kernel) -> None:
 
 
 def main(stems: Sequence[str]) -> None:
-    sources = {source.stem: source for source in sorted((builds.ROOT / "csrc/cuda").glob("*.cu"))}
+    sources = {source.stem: source for source in sorted((builds.ROOT / "csrc/cuda").glob("*/*.cu"))}
     if unknown := set(stems) - set(sources):
         sys.exit(f"there is no {', '.join(sorted(unknown))}; allowed: {', '.join(sources)}")
     for stem in stems or sources:

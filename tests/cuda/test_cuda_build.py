@@ -14,7 +14,8 @@ import pytest
 import sass
 
 CUDA = builds.ROOT / "csrc/cuda"
-SOURCES = sorted(CUDA.glob("*.cu"))
+SOURCES = sorted(CUDA.glob("*/*.cu"))
+PATHS = {path.stem: path for path in SOURCES}
 LINEARS = [path for path in SOURCES if re.fullmatch(r"w8a8_\d+x\d+", path.stem)]  # on CUTLASS: they compile for minutes
 RESULTS = 3  # kernels of a tile: results of 4, 2 and 1 bytes
 
@@ -116,16 +117,21 @@ def compiled(monkeypatch):
 
 def test_sources_and_tiles_agree():
     """A tile in tiles.h is a file that makes its kernels; no two files make the same object."""
-    listed = re.search(r"enum TileIndex \{(.*?)\}", (CUDA / "tiles.h").read_text()).group(1)
+    listed = re.search(r"enum TileIndex \{(.*?)\}", (CUDA / "sm90/tiles.h").read_text()).group(1)
     assert {f"w8a8_{name}" for name in re.findall(r"\bk(\d+x\d+)\b", listed)} == {path.stem for path in LINEARS}
-    objects = [path.stem for path in (*SOURCES, *CUDA.glob("*.cpp"))]
+    objects = [path.stem for path in (*SOURCES, *CUDA.glob("*/*.cpp"))]
     assert len(objects) == len(set(objects))
 
 
+def test_what_all_gpus_share_needs_nothing_of_hopper():
+    for path in (CUDA / "common").iterdir():
+        assert '"cuda/sm90/' not in path.read_text(), path
+
+
 def test_architectures_are_those_of_files(setup):
-    """What setup.py says of a file is of one that is there; what device.h tells callers is the same."""
-    assert set(setup["ARCHITECTURES"]) <= {path.stem for path in SOURCES}
-    device = (CUDA / "device.h").read_text()
+    """Every folder has its architectures; what device.h tells callers is the same."""
+    assert set(setup["ARCHITECTURES"]) == {path.parent.name for path in SOURCES}
+    device = (CUDA / "common/device.h").read_text()
     oldest, hopper = re.search(r"kOldestCapability = (\d+), kHopper = (\d+)", device).groups()
     assert f"code=sm_{hopper}a" in setup["HOPPER"][0]
     assert f"code=[sm_{oldest},compute_{oldest}]" in setup["FROM_AMPERE_ON"][0]
@@ -226,7 +232,7 @@ def test_every_file_is_held_to_something():
 )
 def test_machine_code_of_hand_written_kernels(stem, compiled):
     promise = HAND_WRITTEN[stem]
-    obj, said = compiled(CUDA / f"{stem}.cu")
+    obj, said = compiled(PATHS[stem])
     kernels = sass.kernels_of(obj)
     assert len(kernels) == promise.kernels
     assert_no_problems(
@@ -244,7 +250,7 @@ def test_machine_code_of_hand_written_kernels(stem, compiled):
 @pytest.mark.compile
 def test_machine_code_of_rows(compiled):
     """Loads and stores of 16 bytes, codes of 8; and so few registers that a multiprocessor holds several blocks."""
-    obj, said = compiled(CUDA / "add_layer_norm_quantize.cu")
+    obj, said = compiled(PATHS["add_layer_norm_quantize"])
     assert sass.contents(obj) == {"sm_80", "sm_90a", "compute_80"}
     for architecture in ("sm_80", "sm_90a"):
         kernels = sass.kernels_of(obj, architecture)

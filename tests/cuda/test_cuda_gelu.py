@@ -98,7 +98,7 @@ def test_instructions_are_triton_s(tmp_path, triton_tests):
 
     source = tmp_path / "gelu.cu"
     source.write_text(
-        '#include "cuda/gelu.cuh"\n'
+        '#include "cuda/common/gelu.cuh"\n'
         "__global__ void kernel(const float* x, float* y) { y[threadIdx.x] = qbert::cuda::gelu(x[threadIdx.x]); }\n"
     )
     flags = ["-std=c++17", "-O3", "-arch=sm_90a", "-I", str(builds.ROOT / "csrc"), "-ptx", "-o", str(tmp_path / "ptx")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import math
 import os
 import subprocess
@@ -96,6 +98,22 @@ def test_model_counts_waves(cuda):
     assert more > 1.8 * full
     odd = cuda.model_cycles(LARGE, 131 * 128, 256, 4096, False, 131)  # 132 with the cluster's other half
     assert odd > 1.8 * full
+
+
+def test_all_choices_of_a_sweep_stay(cuda):
+    """What every operation gets for 864 problems, GPUs of 132, 114 and 3 multiprocessors: a digest, so that no change of the
+    cost model goes unseen. A change that is meant brings its own."""
+    tokens = (1, 2, 16, 17, 33, 64, 100, 128, 200, 256, 384, 512, 513, 768, 1024, 2048, 4096, 16384)
+    weights = ((384, 384), (384, 1536), (768, 768), (2304, 768), (3072, 768), (768, 3072), (1024, 1024), (1000, 4096))
+    codes, chosen = ("int4", "dict4", "dict3"), []
+    for t, (n, k), sms, gelu in itertools.product(tokens, weights, (132, 114, 3), (False, True)):
+        chosen.append(cuda.choose(t, n, k, gelu, sms))
+        chosen += [cuda.lowbit_choose(t, n, k, code, gelu, sms) for code in codes]
+        chosen += [cuda.few_choose(t, n, k, code, True, sms) for code in codes]
+        chosen += [cuda.few_choose(t, n, k, code, False, sms) for code in (*codes, "int8")]
+        chosen.append(cuda.add_norm_choose(t, n, k, sms))
+    digest = hashlib.sha256("\n".join(chosen).encode()).hexdigest()
+    assert digest.startswith("214351251c28efbd2f9234df659cf6f7")
 
 
 @pytest.mark.parametrize("arguments", [(0, 768, 768), (1, 0, 768), (1, 768, 0), (-1, 768, 768), (1, 1, 1, False, 0)])

@@ -185,7 +185,7 @@ def test_races_are_seen(kernels, fault, seeds_that_see_it):
         ("too_many_arrivals", "ends within a phase of the barrier at|more than 7 arrivals"),
         ("no_first_sync", "before a first cluster_sync: it may not run yet"),
         ("no_last_sync", "the cluster, which has ended|the block ends within a phase of the barrier at"),
-        ("no_wait_for_grids", "ends without wait_for_earlier_grids, in a grid launched to overlap"),
+        ("no_wait_for_grids", "ends without pdl_wait, in a grid launched to overlap"),
         ("no_begin", "the first product of a batch without products_begin"),
         ("begun_early", "a product's registers were written after products_begin"),
         ("no_fence", "was initialised without fence_barrier_init"),

@@ -1,5 +1,5 @@
 // Kernels with one fault each, which the checks of machine code must catch (test_cuda_build.py). Never launched.
-#include "cuda/sm90.cuh"
+#include "cuda/sm90/sm90.cuh"
 
 namespace qbert::cuda::sm90 {
 
@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(128) kernel(const __grid_constant__ Problem p)
     if (threadIdx.x == 0) barrier_init(full, 1), fence_barrier_init();
     __syncthreads();
     if constexpr (kFault != Fault::no_overlap) {
-        wait_for_earlier_grids();
-        let_next_grid_start();
+        pdl_wait();
+        pdl_launch_dependents();
     }
     int32_t sums[kTokens / 2] = {};
     uint32_t history[16] = {};

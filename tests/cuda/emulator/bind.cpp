@@ -1,7 +1,7 @@
 // The emulated device, and what stands in for kernels that are not emulated.
 #include "emulator/bind.h"
 
-#include "cuda/launch.h"
+#include "cuda/sm90/launch.h"
 #include "emulator/machine.h"
 
 namespace qbert::cuda {

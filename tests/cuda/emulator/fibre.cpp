@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cuda/error.h"
+#include "cuda/common/error.h"
 
 namespace qbert::cuda::emulator {
 

@@ -1,4 +1,4 @@
-// cuda/grid.h's launch_grid where a grid is run by the emulator, to its end, before the launch returns.
+// cuda/common/grid.h's launch_grid where a grid is run by the emulator, to its end, before the launch returns.
 #pragma once
 
 namespace qbert::cuda {

@@ -204,7 +204,7 @@ void Machine::block_ended(Block& block) {
         require(between_phases, "the block ends within a phase of ", barrier.missing(barrier.phase % 2));
     }
     require(!grid_->overlap || block.waited_for_earlier_grids,
-            "the block ends without wait_for_earlier_grids, in a grid launched to overlap");
+            "the block ends without pdl_wait, in a grid launched to overlap");
     int registers = 0, groups_that_said = 0;
     for (const WarpGroup& group : block.groups) registers += group.registers, groups_that_said += group.registers > 0;
     const bool all_said = groups_that_said == static_cast<int>(block.groups.size());

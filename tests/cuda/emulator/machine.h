@@ -10,9 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "cuda/error.h"
-#include "cuda/grid.h"
-#include "cuda/tensor_map.h"
+#include "cuda/common/error.h"
+#include "cuda/common/grid.h"
+#include "cuda/sm90/tensor_map.h"
 #include "emulator/cuda.h"
 #include "emulator/fibre.h"
 #include "emulator/sm90.h"

@@ -1,8 +1,8 @@
 // For test_emulator.py: a product as the kernels of csrc/cuda make it (a copying warp, a multiplying warp group, stages in
 // between, tokens shared by the blocks of a cluster), right, and with one of the faults that a GPU punishes.
-#include "cuda/bind.h"
-#include "cuda/grid.h"
-#include "cuda/sm90.cuh"
+#include "cuda/common/bind.h"
+#include "cuda/common/grid.h"
+#include "cuda/sm90/sm90.cuh"
 #include "emulator/kernels.h"
 
 namespace qbert::cuda {
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(160) pipeline(const __grid_constant__ Problem 
     } else {
         cluster_sync();
     }
-    if (p.fault != Fault::no_wait_for_grids) wait_for_earlier_grids();
+    if (p.fault != Fault::no_wait_for_grids) pdl_wait();
     if (warp_index() == 4) {
         if (elect_one()) copy_tokens(p, shared);
     } else {

@@ -5,10 +5,10 @@
 #include <string>
 #include <vector>
 
-#include "cuda/bind.h"
-#include "cuda/gelu.cuh"
-#include "cuda/grid.h"
-#include "cuda/sm90.cuh"
+#include "cuda/common/bind.h"
+#include "cuda/common/gelu.cuh"
+#include "cuda/common/grid.h"
+#include "cuda/sm90/sm90.cuh"
 #include "emulator/bind.h"
 #include "emulator/kernels.h"
 

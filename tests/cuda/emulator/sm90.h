@@ -1,11 +1,12 @@
-// The names of cuda/sm90.cuh on the emulated machine; what they mean is said there.
+// The names of cuda/sm90/sm90.cuh on the emulated machine; what they mean is said there.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/tensor_map.h"
+#include "cuda/common/pdl.cuh"
+#include "cuda/sm90/tensor_map.h"
 #include "emulator/cuda.h"
 
 namespace qbert::cuda::sm90 {
@@ -118,10 +119,5 @@ void multiply_float(float (&d)[kTokens / 2], const uint32_t (&a)[4], uint64_t b,
 
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) { return __byte_perm(low, high, selector); }
 inline uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) { return (a & b) ^ c; }
-
-// ---- from grid to grid ------------------------------------------------------------------------------------------------
-
-void wait_for_earlier_grids();
-inline void let_next_grid_start() {}
 
 }  // namespace qbert::cuda::sm90

@@ -1,4 +1,4 @@
-// cuda/tensor_map.h where the emulator copies the boxes.
+// cuda/sm90/tensor_map.h where the emulator copies the boxes.
 #pragma once
 
 #include <cstdint>

@@ -132,6 +132,6 @@ void named_barrier_arrive(unsigned id, unsigned threads) {
     machine.yield();
 }
 
-void wait_for_earlier_grids() { machine.current->block->waited_for_earlier_grids = true; }
-
 }  // namespace qbert::cuda::sm90
+
+void qbert::cuda::pdl_wait() { emulator::machine.current->block->waited_for_earlier_grids = true; }

@@ -1,7 +1,0 @@
-#include "cuda/lowbit_few.cuh"
-
-namespace qbert::cuda {
-
-template void launch_lowbit_few_of<Code::int4>(const LowbitLinear&, const StreamPlan&, const Launch&);
-
-}  // namespace qbert::cuda

@@ -1,3 +1,0 @@
-#include "cuda/lowbit_many.cuh"
-
-template void qbert::cuda::launch_lowbit_code<qbert::cuda::Code::dict4>(const LowbitLinear&, LowbitTileIndex, const Launch&);

@@ -1,0 +1,3 @@
+#include "cuda/sm90/w8a8_gemm.cuh"
+
+template void qbert::cuda::launch_w8a8<qbert::cuda::k128x192>(const W8a8Linear&, const Launch&);

@@ -1,3 +1,0 @@
-#include "cuda/w8a8_gemm.cuh"
-
-template void qbert::cuda::launch_w8a8<qbert::cuda::k128x128>(const W8a8Linear&, const Launch&);

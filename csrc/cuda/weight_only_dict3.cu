@@ -1,8 +1,0 @@
-#include "cuda/weight_only.cuh"
-
-namespace qbert::cuda {
-
-template void launch_weight_only_of<Code::dict3, FloatType::bf16>(const WeightOnlyLinear&, const StreamPlan&, const Launch&);
-template void launch_weight_only_of<Code::dict3, FloatType::f16>(const WeightOnlyLinear&, const StreamPlan&, const Launch&);
-
-}  // namespace qbert::cuda
