@@ -19,7 +19,7 @@ HOPPER = "sm_90a"
 # ptxas on products whose registers are touched too early or are too many: it makes all products of the kernel wait for each
 # other (C7510, C7512, C7520), or some of them (C7517). An arrive that it adds (C7519) costs nothing.
 _SERIALIZED = re.compile(r"\(C75\d\d\).*(?:serialized|warpgroup\.wait is injected).*function '(\w+)'")
-# What multiplies on matrix units without a warp group, at half of Hopper's rate and less, beside what should.
+# What multiplies on matrix units without a warpgroup, at half of Hopper's rate and less, beside what should.
 _OLD_PRODUCTS = {"IGMMA": "IMMA", "HGMMA": "HMMA"}
 
 
@@ -42,7 +42,7 @@ class Kernel:
 
     @property
     def products_from_shared(self) -> int:
-        """Products of warp groups whose A operand lies in shared memory: a descriptor, and no register, follows the sums."""
+        """Products of warpgroups whose A operand lies in shared memory: a descriptor, and no register, follows the sums."""
         return len(re.findall(r"\b[IH]GMMA\S* R\d+, gdesc", self.sass))
 
 
@@ -105,6 +105,6 @@ def problems(
         "products wait for each other": kernel.name in _SERIALIZED.findall(said),
         "products take A from shared memory": a_from_registers and kernel.products_from_shared > 0,
         **{f"no {each}": kernel.count(each) == 0 for each in needs},
-        **{f"products without a warp group ({each})": kernel.count(each) > 0 for each in old},
+        **{f"products without a warpgroup ({each})": kernel.count(each) > 0 for each in old},
     }
     return [what for what, found in wrong.items() if found]

@@ -171,7 +171,7 @@ def test_bits_depend_on_neither_tile_nor_batch(scheme, out):
 
 
 def every_schedule(scheme, t, n, k, schedules, emulated):
-    """Each warp group of each block has several tiles of its own, and clusters different numbers of them."""
+    """Each warpgroup of each block has several tiles of its own, and clusters different numbers of them."""
     operation, arguments = arguments_of(scheme, t, n, k)
     if operation == "gobo_linear":
         arguments = with_outliers(arguments, [row % 3 for row in range(n)])

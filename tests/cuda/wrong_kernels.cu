@@ -18,8 +18,8 @@ inline constexpr int kTokens = 128;
 template <Fault kFault>
 __global__ void __launch_bounds__(128) kernel(const __grid_constant__ Problem p) {
     unsigned char* box = shared_memory();
-    Barrier& full = *reinterpret_cast<Barrier*>(box + kTokens * 128);
-    if (threadIdx.x == 0) barrier_init(full, 1), fence_barrier_init();
+    Mbarrier& full = *reinterpret_cast<Mbarrier*>(box + kTokens * 128);
+    if (threadIdx.x == 0) mbarrier_init(full, 1), fence_mbarrier_init();
     __syncthreads();
     if constexpr (kFault != Fault::no_overlap) {
         pdl_wait();
@@ -30,31 +30,31 @@ __global__ void __launch_bounds__(128) kernel(const __grid_constant__ Problem p)
     for (int step = 0; step < p.steps; ++step) {
         if constexpr (kFault == Fault::no_tma) {
             reinterpret_cast<uint32_t*>(box)[threadIdx.x] = p.weight[threadIdx.x + step];
-            fence_shared_for_async();
+            fence_proxy_async();
             __syncthreads();
         } else {
             if (threadIdx.x == 0) {
-                barrier_arrive_expect(full, kTokens * 128);
-                copy_box(box, p.q, step * 128, 0, full);
+                mbarrier_arrive_expect_tx(full, kTokens * 128);
+                tma_load(box, p.q, step * 128, 0, full);
             }
-            barrier_wait(full, step & 1);
+            mbarrier_wait(full, step & 1);
         }
         uint32_t a[4];
         for (int i = 0; i < 4; ++i) {
             const uint32_t word = p.weight[(step * 4 + i) * 128 + threadIdx.x];
-            a[i] = kFault == Fault::no_prmt ? word : permute_bytes(0x03020100, 0x07060504, word);
+            a[i] = kFault == Fault::no_prmt ? word : prmt(0x03020100, 0x07060504, word);
         }
         if constexpr (kFault == Fault::in_local_memory) history[step % 16] = a[0];  // registers have no index
-        const uint64_t b = swizzled_operand(shared_address(box));
-        products_begin();
+        const uint64_t b = smem_descriptor(shared_address(box));
+        warpgroup_arrive();
         if constexpr (kFault == Fault::a_from_shared) {
-            multiply_s8<kTokens>(sums, b, b, true);
+            wgmma_s8<kTokens>(sums, b, b, true);
         } else {
-            multiply_s8<kTokens>(sums, a, b, true);
+            wgmma_s8<kTokens>(sums, a, b, true);
         }
         if constexpr (kFault == Fault::serialized) sums[0] += 1;  // what products under way add to
-        products_commit();
-        products_wait<0>();
+        warpgroup_commit();
+        warpgroup_wait<0>();
         __syncthreads();
     }
     if constexpr (kFault == Fault::in_local_memory) sums[0] ^= static_cast<int>(history[p.steps % 16]);

@@ -16,10 +16,10 @@ void check_tokens_and_channels(int64_t t, int64_t n) {
     require(tiles <= kMaxTiles, "t = ", t, " by n = ", n, " is ", tiles, " tiles of 64 x 128; allowed: ", kMaxTiles);
 }
 
-void check_problem(int64_t t, int64_t n, int64_t k, int multiprocessors) {
+void check_problem(int64_t t, int64_t n, int64_t k, int sm_count) {
     check_tokens_and_channels(t, n);
     check_extent("k", k, kMaxExtent);
-    check_extent("multiprocessors", multiprocessors, INT32_MAX);
+    check_extent("multiprocessors", sm_count, INT32_MAX);
 }
 
 void check_vector(const char* name, const void* address, int64_t alignment) {

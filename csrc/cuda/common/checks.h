@@ -23,7 +23,7 @@ inline constexpr int64_t kMaxExtent = INT32_MAX - 1024;
 void check_tokens_and_channels(int64_t t, int64_t n);
 
 // A problem without tensors, on which a model is asked for a tile.
-void check_problem(int64_t t, int64_t n, int64_t k, int multiprocessors);
+void check_problem(int64_t t, int64_t n, int64_t k, int sm_count);
 
 // Rows that do not overlap, near enough for 64-bit addresses. Pitch and columns in elements.
 void check_pitch(const char* name, int64_t columns, int64_t pitch, int64_t element_bytes);

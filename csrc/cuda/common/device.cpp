@@ -20,9 +20,10 @@ Device current_device() {
     check_cuda(cudaGetDevice(&device.index), "no CUDA device can be used");
     device.capability = attribute(cudaDevAttrComputeCapabilityMajor, device.index) * 10 +
                         attribute(cudaDevAttrComputeCapabilityMinor, device.index);
-    require(device.capability >= kOldestCapability, "device ", device.index, " has compute capability ", device.capability / 10, ".",
-            device.capability % 10, "; qbert._cuda runs from ", kOldestCapability / 10, ".", kOldestCapability % 10, " on");
-    device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device.index);
+    require(device.capability >= kOldestCapability, "device ", device.index, " has compute capability ",
+            device.capability / 10, ".", device.capability % 10, "; qbert._cuda runs from ", kOldestCapability / 10, ".",
+            kOldestCapability % 10, " on");
+    device.sm_count = attribute(cudaDevAttrMultiProcessorCount, device.index);
     device.shared_memory = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index);
     return device;
 }

@@ -5,14 +5,15 @@
 
 namespace qbert::cuda {
 
-// Compute capabilities, major * 10 + minor: the oldest that row kernels are compiled for (they run on everything newer), and the
-// only one for kernels that use wgmma or the copy engine, whose code for 9.0a runs on nothing else. setup.py: ARCHITECTURES.
+// Compute capabilities, major * 10 + minor: the oldest that row kernels are compiled for (they run on everything newer), and
+// the only one for kernels that use wgmma or the copy engine, whose code for 9.0a runs on nothing else. setup.py:
+// ARCHITECTURES.
 inline constexpr int kOldestCapability = 80, kHopper = 90;
 
 struct Device {
     int index;
     int capability;
-    int multiprocessors;
+    int sm_count;
     int shared_memory;  // bytes that one block can have
 };
 

@@ -1,7 +1,7 @@
 // Exact GELU, by the error function, in 11 instructions where erff takes 25: at k = 768 those are as long as the products.
 //
-// The operations of kernels/epilogue.py's `gelu`, one by one: a token has the same bits whichever of both computes it. The fit is
-// explained there; tools/fit_gelu.py holds both files to the same coefficients and to their error.
+// The operations of kernels/epilogue.py's `gelu`, one by one: a token has the same bits whichever of both computes it. The
+// fit is explained there; tools/fit_gelu.py holds both files to the same coefficients and to their error.
 #pragma once
 
 #include <cmath>

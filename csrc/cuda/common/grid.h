@@ -8,7 +8,7 @@
 
 namespace qbert::cuda {
 
-// The shape of a launch. Blocks of a cluster are neighbours along x.
+// The shape of a launch. CTAs of a cluster are neighbours along x.
 struct Grid {
     unsigned x, y;  // blocks; x a multiple of `cluster`
     unsigned threads;

@@ -167,7 +167,7 @@ __device__ void finish_row(const AddLayerNormQuantize& a, int64_t row, float (&x
     if (threadIdx.x % 32 == 0) a.scale[row] = found.scale;
 }
 
-// Three blocks on a multiprocessor are all it is asked for: left alone, ptxas spills for the sake of more.
+// Three blocks on an SM are all it is asked for: left alone, ptxas spills for the sake of more.
 template <int kSteps, int kYBytes, int kResidualBytes>
 __global__ void __launch_bounds__(kRowWarps * 32, 3)
     add_layer_norm_quantize_kernel(const __grid_constant__ AddLayerNormQuantize a) {

@@ -65,16 +65,16 @@ void w8a8_linear_add_norm(int64_t t, int64_t n, int64_t k, uintptr_t q, int64_t 
     run(a, tile, stream);
 }
 
-std::string choose_name(int64_t t, int64_t n, int64_t k, int multiprocessors) {
-    check_problem(t, n, k, multiprocessors);
-    const AddNormTileIndex best = add_norm_choose(t, n, k, multiprocessors);
+std::string choose_name(int64_t t, int64_t n, int64_t k, int sm_count) {
+    check_problem(t, n, k, sm_count);
+    const AddNormTileIndex best = add_norm_choose(t, n, k, sm_count);
     return best == kAddNormTileCount ? "" : kAddNormTiles[best].name;
 }
 
-double cycles_of(const std::string& tile, int64_t t, int64_t n, int64_t k, int multiprocessors) {
-    check_problem(t, n, k, multiprocessors);
-    if (tile.empty()) return two_launches_cycles(t, n, k, multiprocessors);
-    return add_norm_cycles(static_cast<AddNormTileIndex>(index_named(kAddNormTiles, tile.c_str())), t, n, k, multiprocessors);
+double cycles_of(const std::string& tile, int64_t t, int64_t n, int64_t k, int sm_count) {
+    check_problem(t, n, k, sm_count);
+    if (tile.empty()) return two_launches_cycles(t, n, k, sm_count);
+    return add_norm_cycles(static_cast<AddNormTileIndex>(index_named(kAddNormTiles, tile.c_str())), t, n, k, sm_count);
 }
 
 std::vector<std::string> tile_names() {
@@ -87,7 +87,8 @@ std::vector<std::string> tile_names() {
 
 void bind_layer(py::module_& module) {
     module.def("add_norm_tiles", &tile_names, "Names of the tiles of w8a8_linear_add_norm.");
-    module.def("add_norm_choose", &choose_name, py::arg("t"), py::arg("n"), py::arg("k"), py::arg("multiprocessors") = kH100.sm_count,
+    module.def("add_norm_choose", &choose_name, py::arg("t"), py::arg("n"), py::arg("k"),
+               py::arg("multiprocessors") = kH100.sm_count,
                "The fastest tile for a linear and the norm after it, empty where two launches are faster: by a model.");
     module.def("add_norm_cycles", &cycles_of, py::arg("tile"), py::arg("t"), py::arg("n"), py::arg("k"),
                py::arg("multiprocessors") = kH100.sm_count,
@@ -97,8 +98,8 @@ void bind_layer(py::module_& module) {
                py::arg("bias"), py::arg("bias_type"), py::arg("residual"), py::arg("residual_type"), py::arg("gamma"),
                py::arg("gamma_type"), py::arg("beta"), py::arg("beta_type"), py::arg("eps"), py::arg("normed"),
                py::arg("codes"), py::arg("out_scale"), py::arg("stream"), py::arg("tile"),
-               "See W8a8LinearAddNorm in csrc/cuda/sm90/layer.h. Pointers and the stream are integers, 0 for no bias; `tile` is one "
-               "of add_norm_tiles().");
+               "See W8a8LinearAddNorm in csrc/cuda/sm90/layer.h. Pointers and the stream are integers, 0 for no bias; `tile` "
+               "is one of add_norm_tiles().");
 }
 
 }  // namespace qbert::cuda

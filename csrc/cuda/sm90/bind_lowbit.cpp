@@ -30,8 +30,8 @@ void check_on_device(const LowbitLinear& a, const Device& device) {
     check("columns", a.columns);
 }
 
-LowbitTileIndex tile_of(const LowbitProblem& problem, const std::string& name, int multiprocessors) {
-    return name.empty() ? lowbit_choose(problem, multiprocessors) : lowbit_tile_named(name.c_str());
+LowbitTileIndex tile_of(const LowbitProblem& problem, const std::string& name, int sm_count) {
+    return name.empty() ? lowbit_choose(problem, sm_count) : lowbit_tile_named(name.c_str());
 }
 
 void run(const LowbitLinear& linear, const std::string& tile_name, uintptr_t stream) {
@@ -42,7 +42,7 @@ void run(const LowbitLinear& linear, const std::string& tile_name, uintptr_t str
     check_on_device(linear, launch.device);
     const bool gelu = linear.finish.activation == Activation::gelu;
     const LowbitProblem problem{linear.t, linear.n, linear.k, linear.code, gelu};
-    const LowbitTileIndex tile = tile_of(problem, tile_name, launch.device.multiprocessors);
+    const LowbitTileIndex tile = tile_of(problem, tile_name, launch.device.sm_count);
     if (tile == kLowbitFew) return launch_lowbit_few(linear, launch, tile_name.size() > 4 ? tile_name.c_str() + 4 : "");
     const int64_t needed = lowbit_columns_bytes(tile, linear.t, linear.k, linear.outliers.count);
     if (needed > 0) check_vector("columns", linear.columns, kAlignment);
@@ -82,18 +82,18 @@ void lowbit_linear(int64_t t, int64_t n, int64_t k, uintptr_t q, int64_t q_pitch
     run(a, tile, stream);
 }
 
-LowbitProblem problem_of(int64_t t, int64_t n, int64_t k, const std::string& code, bool gelu, int multiprocessors) {
-    check_problem(t, n, k, multiprocessors);
+LowbitProblem problem_of(int64_t t, int64_t n, int64_t k, const std::string& code, bool gelu, int sm_count) {
+    check_problem(t, n, k, sm_count);
     return {t, n, k, code_named(code.c_str()), gelu};
 }
 
-const char* choose(int64_t t, int64_t n, int64_t k, const std::string& code, bool gelu, int multiprocessors) {
-    return kLowbitTiles[lowbit_choose(problem_of(t, n, k, code, gelu, multiprocessors), multiprocessors)].name;
+const char* choose(int64_t t, int64_t n, int64_t k, const std::string& code, bool gelu, int sm_count) {
+    return kLowbitTiles[lowbit_choose(problem_of(t, n, k, code, gelu, sm_count), sm_count)].name;
 }
 
-int64_t columns_bytes(int64_t t, int64_t n, int64_t k, int64_t outliers, int multiprocessors, const std::string& tile) {
-    problem_of(t, n, k, "dict4", false, multiprocessors);
-    if (tile.empty()) return lowbit_columns_bytes(t, n, k, outliers, multiprocessors);
+int64_t columns_bytes(int64_t t, int64_t n, int64_t k, int64_t outliers, int sm_count, const std::string& tile) {
+    problem_of(t, n, k, "dict4", false, sm_count);
+    if (tile.empty()) return lowbit_columns_bytes(t, n, k, outliers, sm_count);
     return lowbit_columns_bytes(lowbit_tile_named(tile.c_str()), t, k, outliers);
 }
 
@@ -110,7 +110,8 @@ void bind_lowbit(py::module_& module) {
     module.def("lowbit_choose", &choose, py::arg("t"), py::arg("n"), py::arg("k"), py::arg("code"),
                py::arg("gelu") = false, py::arg("multiprocessors") = kH100.sm_count, "The tile that lowbit_linear gets.");
     module.def("lowbit_columns_bytes", &columns_bytes, py::arg("t"), py::arg("n"), py::arg("k"), py::arg("outliers"),
-               py::arg("multiprocessors") = kH100.sm_count, py::arg("tile") = "", "Bytes that lowbit_linear needs as `columns`.");
+               py::arg("multiprocessors") = kH100.sm_count, py::arg("tile") = "",
+               "Bytes that lowbit_linear needs as `columns`.");
     module.def("lowbit_linear", &lowbit_linear, py::arg("t"), py::arg("n"), py::arg("k"), py::arg("q"), py::arg("q_pitch"),
                py::arg("s"), py::arg("code"), py::arg("codes"), py::arg("group_scale"), py::arg("groups"),
                py::arg("codebook"), py::arg("scale"), py::arg("matrices"), py::arg("rowptr"), py::arg("col"),

@@ -34,7 +34,7 @@ void run(const W8a8Linear& linear, const std::string& tile_name, uintptr_t strea
     const Launch launch{current_device(), at<void>(stream)};
     require_hopper(launch.device, "w8a8_linear");
     check_on_device(linear, launch.device);
-    if (tile == kTileCount) tile = w8a8_choose({linear.t, linear.n, linear.k, gelu}, launch.device.multiprocessors);
+    if (tile == kTileCount) tile = w8a8_choose({linear.t, linear.n, linear.k, gelu}, launch.device.sm_count);
     if (kTiles[tile].schedule == Schedule::small) return launch_w8a8_small(linear, kTiles[tile], launch);
     constexpr decltype(&launch_w8a8<k128x256>) launchers[kFirstSmall] = {launch_w8a8<k128x256>, launch_w8a8<k128x192>,
                                                                          launch_w8a8<k128x128>, launch_w8a8<k64x128>};
@@ -66,14 +66,14 @@ void w8a8_linear(int64_t t, int64_t n, int64_t k, uintptr_t q, int64_t q_pitch, 
     run(a, tile, stream);
 }
 
-const char* choose_name(int64_t t, int64_t n, int64_t k, bool gelu, int multiprocessors) {
-    check_problem(t, n, k, multiprocessors);
-    return kTiles[w8a8_choose({t, n, k, gelu}, multiprocessors)].name;
+const char* choose_name(int64_t t, int64_t n, int64_t k, bool gelu, int sm_count) {
+    check_problem(t, n, k, sm_count);
+    return kTiles[w8a8_choose({t, n, k, gelu}, sm_count)].name;
 }
 
-double cycles_of(const std::string& tile, int64_t t, int64_t n, int64_t k, bool gelu, int multiprocessors) {
-    check_problem(t, n, k, multiprocessors);
-    return w8a8_cycles(kTiles[tile_named(tile.c_str())], {t, n, k, gelu}, multiprocessors);
+double cycles_of(const std::string& tile, int64_t t, int64_t n, int64_t k, bool gelu, int sm_count) {
+    check_problem(t, n, k, sm_count);
+    return w8a8_cycles(kTiles[tile_named(tile.c_str())], {t, n, k, gelu}, sm_count);
 }
 
 std::vector<std::string> tile_names() {
@@ -96,8 +96,8 @@ void bind_w8a8(py::module_& module) {
                py::arg("s"), py::arg("weight"), py::arg("weight_pitch"), py::arg("scale"), py::arg("bias"),
                py::arg("bias_type"), py::arg("activation"), py::arg("out"), py::arg("out_pitch"), py::arg("out_type"),
                py::arg("inverse_out_scale"), py::arg("stream"), py::arg("tile") = "",
-               "See W8a8Linear in csrc/cuda/common/w8a8.h. Pointers and the stream are integers, 0 for no bias; `out_type` is a float "
-               "type or REQUANTIZE; `tile` is one of tiles(), by default what choose says.");
+               "See W8a8Linear in csrc/cuda/common/w8a8.h. Pointers and the stream are integers, 0 for no bias; `out_type` is "
+               "a float type or REQUANTIZE; `tile` is one of tiles(), by default what choose says.");
 }
 
 }  // namespace qbert::cuda

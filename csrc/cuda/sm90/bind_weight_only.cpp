@@ -88,11 +88,11 @@ void expand_weight(int64_t n, int64_t k, const std::string& code, uintptr_t code
 }
 
 // A problem of no tensors, for the choice alone. Without int8 activations the tokens are of 16 bits.
-StreamPlan plan_of(int64_t t, int64_t n, int64_t k, const std::string& code, bool int8_activations, int multiprocessors) {
-    check_problem(t, n, k, multiprocessors);
+StreamPlan plan_of(int64_t t, int64_t n, int64_t k, const std::string& code, bool int8_activations, int sm_count) {
+    check_problem(t, n, k, sm_count);
     const Code of = code_named(code.c_str());
-    if (int8_activations) return stream_choose(few_problem(t, n, k, of), kMostFewTokens, false, multiprocessors);
-    return stream_choose(weight_only_problem(t, n, k, of), kMostWeightOnlyTokens, true, multiprocessors);
+    if (int8_activations) return stream_choose(few_problem(t, n, k, of), kMostFewTokens, false, sm_count);
+    return stream_choose(weight_only_problem(t, n, k, of), kMostWeightOnlyTokens, true, sm_count);
 }
 
 }  // namespace
@@ -100,8 +100,8 @@ StreamPlan plan_of(int64_t t, int64_t n, int64_t k, const std::string& code, boo
 void bind_weight_only(py::module_& module) {
     module.def(
         "few_choose",
-        [](int64_t t, int64_t n, int64_t k, const std::string& code, bool int8_activations, int multiprocessors) {
-            return name_of(plan_of(t, n, k, code, int8_activations, multiprocessors));
+        [](int64_t t, int64_t n, int64_t k, const std::string& code, bool int8_activations, int sm_count) {
+            return name_of(plan_of(t, n, k, code, int8_activations, sm_count));
         },
         py::arg("t"), py::arg("n"), py::arg("k"), py::arg("code"), py::arg("int8_activations"),
         py::arg("multiprocessors") = kH100.sm_count,

@@ -12,8 +12,8 @@ namespace {
 
 constexpr ArchSpec kArch = kH100;
 
-// Instructions that finish one value, counted in the machine code: scales, bias, rounding and the way out; of a stream its sum over
-// the cluster too. GELU on top has 11, of which the power of two runs at an eighth of the others' rate.
+// Instructions that finish one value, counted in the machine code: scales, bias, rounding and the way out; of a stream its
+// sum over the cluster too. GELU on top has 11, of which the power of two runs at an eighth of the others' rate.
 constexpr double kW8a8Finish = 10, kLowbitFinish = 12, kStreamFinish = 14, kGelu = 14;
 // What products of any number of tokens read of shared memory a cycle: 32 bytes a token, which half a cycle multiplies.
 constexpr double kOperandBytes = 64;
@@ -34,8 +34,8 @@ double finish_cycles(double values, double instructions, bool gelu) {
     return values * (instructions + (gelu ? kGelu : 0)) / kArch.float_lanes;
 }
 
-// So many tiles one after the other, each with its products and its end. In pingpong either stage takes tile after tile, and the
-// shorter one hides behind the other, but for the first products or the last end.
+// So many tiles one after the other, each with its products and its end. In pingpong either stage takes tile after tile, and
+// the shorter one hides behind the other, but for the first products or the last end.
 double tiles_cycles(double tiles, double products, double finish, bool pingpong) {
     if (!pingpong) return kArch.launch + tiles * (products + finish);
     return kArch.launch + std::max(tiles * products + finish, products + tiles * finish);
@@ -81,8 +81,8 @@ StreamPlan best_stream(const StreamProblem& problem, int most_tokens, int least_
     StreamPlan best{};
     double least = std::numeric_limits<double>::infinity();
     for (int cluster = least_cluster; cluster <= most_cluster; cluster *= 2) {
-        for (int groups = 1; groups <= most_groups(tokens); groups *= 2) {
-            const StreamPlan plan{tokens, groups, cluster};
+        for (int warpgroups = 1; warpgroups <= most_warpgroups(tokens); warpgroups *= 2) {
+            const StreamPlan plan{tokens, warpgroups, cluster};
             const double cycles = stream_cycles(plan, problem, sm_count);
             if (cycles < least) best = plan, least = cycles;
         }
@@ -126,12 +126,12 @@ double two_launches_cycles(int64_t t, int64_t n, int64_t k, int sm_count) {
 }
 
 double stream_cycles(const StreamPlan& plan, const StreamProblem& problem, int sm_count) {
-    const int64_t tiles = ceil_div(strips_of(problem.n), plan.groups) * ceil_div(problem.t, plan.tokens);
+    const int64_t tiles = ceil_div(panels_of(problem.n), plan.warpgroups) * ceil_div(problem.t, plan.tokens);
     const int64_t each = ceil_div(tiles * plan.cluster, sm_count);  // CTAs of the busiest SM
     const auto rounds = static_cast<double>(ceil_div(each, resident_ctas(plan, problem, kArch.cta_shared)));
 
     const auto tokens = static_cast<double>(std::min<int64_t>(problem.t, plan.tokens));
-    const double weights = plan.groups * problem.weight_bytes, channels = plan.groups * kBlockRows;
+    const double weights = plan.warpgroups * problem.weight_bytes, channels = plan.warpgroups * kBlockRows;
     const double products = channels * plan.tokens * problem.token_bytes / kArch.s8_macs;
     const double step = std::max({weights / kArch.memory_bytes,
                                   (weights + tokens * problem.token_bytes) / l2_bytes(kArch.sm_count), products});
@@ -154,12 +154,12 @@ double lowbit_cycles(LowbitTileIndex index, const LowbitProblem& problem, int sm
     const double each = (plan.tiles() + clusters - 1) / clusters;  // tiles of the busiest cluster
 
     // A step of k, kBlockColumns: what takes longest of the products, the way from L2, shared memory, and expansion.
-    const int strips = tile.channels / kBlockRows;
-    const double codes = strips * block_bytes(problem.code), token_bytes = tile.tokens * kBlockColumns;
+    const int panels = tile.channels / kBlockRows;
+    const double codes = panels * block_bytes(problem.code), token_bytes = tile.tokens * kBlockColumns;
     const double products = tile.tokens * tile.channels * kBlockColumns / kArch.s8_macs;
     const double shared = products * kOperandBytes + token_bytes + 2 * codes;  // the operand; written; codes written and read
-    const double expand = strips * expand_instructions(problem.code) * kArch.integer_issue_cycles;
-    const double step = std::max({products, (token_bytes / kPair + codes) / l2_bytes(kPair * clusters),
+    const double expand = panels * expand_instructions(problem.code) * kArch.integer_issue_cycles;
+    const double step = std::max({products, (token_bytes / kClusterCtas + codes) / l2_bytes(kClusterCtas * clusters),
                                   shared / kArch.shared_bytes, expand});
     const double finish = finish_cycles(tile.tokens * tile.channels, kLowbitFinish, problem.gelu);
     return tiles_cycles(each, static_cast<double>(blocks_of(problem.k)) * step, finish, tile.pingpong);

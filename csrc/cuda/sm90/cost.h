@@ -1,6 +1,6 @@
-// How many cycles of an SM a problem takes, cut in each of the ways that kernels are compiled for: one model for all of them, which
-// consists of counts, and is good for comparing only. And the choices by it: the fewest cycles, of equals the first. Plain C++, a
-// pure function of the problem and the number of SMs, tested without a GPU.
+// How many cycles of an SM a problem takes, cut in each of the ways that kernels are compiled for: one model for all of them,
+// which consists of counts, and is good for comparing only. And the choices by it: the fewest cycles, of equals the first.
+// Plain C++, a pure function of the problem and the number of SMs, tested without a GPU.
 #pragma once
 
 #include <cstdint>

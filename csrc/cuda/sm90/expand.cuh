@@ -44,7 +44,7 @@ struct RowMeaning<Code::int4> {
 };
 
 template <Code kCode>
-__device__ inline RowMeaning<kCode> load_dictionary(const int8_t* codebook, int64_t matrix) {
+__device__ inline RowMeaning<kCode> load_codebook(const int8_t* codebook, int64_t matrix) {
     return reinterpret_cast<const RowMeaning<kCode>*>(codebook)[matrix];
 }
 
@@ -52,13 +52,13 @@ __device__ inline RowMeaning<kCode> load_dictionary(const int8_t* codebook, int6
 __device__ inline void expand_word(uint32_t word, const RowMeaning<Code::dict3>& row, const RowMeaning<Code::dict3>& row8, int,
                                    uint32_t* to) {
     const uint32_t selectors = word & 0x77777777;  // bit 3 would replicate a sign, and is of other codes
-    to[0] = sm90::permute_bytes(row.entries[0], row.entries[1], selectors);
-    to[1] = sm90::permute_bytes(row8.entries[0], row8.entries[1], selectors >> 16);
+    to[0] = sm90::prmt(row.entries[0], row.entries[1], selectors);
+    to[1] = sm90::prmt(row8.entries[0], row8.entries[1], selectors >> 16);
 }
 
 __device__ inline uint32_t look_up_16(const RowMeaning<Code::dict4>& row, uint32_t selectors, uint32_t which) {
-    return sm90::permute_bytes(sm90::permute_bytes(row.entries[0], row.entries[1], selectors),
-                               sm90::permute_bytes(row.entries[2], row.entries[3], selectors), which);
+    return sm90::prmt(sm90::prmt(row.entries[0], row.entries[1], selectors),
+                      sm90::prmt(row.entries[2], row.entries[3], selectors), which);
 }
 __device__ inline void expand_word(uint32_t word, const RowMeaning<Code::dict4>& row, const RowMeaning<Code::dict4>& row8, int,
                                    uint32_t* to) {

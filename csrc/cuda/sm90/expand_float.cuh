@@ -4,7 +4,7 @@
 // a[h] and a[h + 2] of row g + 8 h. Integers become floats by way of the bits of 2**e + integer, less 2**e: conversions have a
 // fraction of these instructions' rate.
 //
-// Instructions of the expansion alone for a weight, of which prmt, logic and shifts go at 64 a cycle and multiprocessor, loads
+// Instructions of the expansion alone for a weight, of which prmt, logic and shifts go at 64 a cycle and SM, loads
 // from shared memory at 32, the rest at 128 (an H100's memory brings 14.5 codes of 8 bits, 29 of 4 or 39 of 3 bits in a cycle):
 //
 //                prmt, logic, shifts      sums, products      loads of a table
@@ -79,8 +79,8 @@ __device__ void expand_int8(uint32_t word, uint32_t& low, uint32_t& high);
 template <>
 __device__ inline void expand_int8<sm90::Half>(uint32_t word, uint32_t& low, uint32_t& high) {
     const uint32_t flipped = word ^ 0x80808080;
-    low = subtract_pairs<sm90::Half>(sm90::permute_bytes(flipped, 0x64646464, 0x4140), 0x64806480);
-    high = subtract_pairs<sm90::Half>(sm90::permute_bytes(flipped, 0x64646464, 0x4342), 0x64806480);
+    low = subtract_pairs<sm90::Half>(sm90::prmt(flipped, 0x64646464, 0x4140), 0x64806480);
+    high = subtract_pairs<sm90::Half>(sm90::prmt(flipped, 0x64646464, 0x4342), 0x64806480);
 }
 // bfloat16 has room for seven bits: 128 + those, less 128, or 256 where the eighth is set (it is the exponent's last).
 template <>
@@ -88,8 +88,8 @@ __device__ inline void expand_int8<sm90::BFloat>(uint32_t word, uint32_t& low, u
     const auto value = [](uint32_t bytes) {
         return subtract_pairs<sm90::BFloat>(bytes & 0xff7fff7f, bytes & 0xff80ff80);
     };
-    low = value(sm90::permute_bytes(word, 0x43434343, 0x4140));
-    high = value(sm90::permute_bytes(word, 0x43434343, 0x4342));
+    low = value(sm90::prmt(word, 0x43434343, 0x4140));
+    high = value(sm90::prmt(word, 0x43434343, 0x4342));
 }
 
 // ---- int4 -------------------------------------------------------------------------------------------------------------
@@ -98,18 +98,18 @@ __device__ inline void expand_int8<sm90::BFloat>(uint32_t word, uint32_t& low, u
 template <class Float, int kAt>
 __device__ uint32_t expand_int4(uint32_t word) {
     constexpr uint32_t kZero = (PairOf<Float>::kOneUlp + 8) * 0x10001u;
-    return subtract_pairs<Float>(sm90::and_xor(word >> (4 * kAt), 0x000f000f, kZero), kZero);
+    return subtract_pairs<Float>(sm90::lop3_and_xor(word >> (4 * kAt), 0x000f000f, kZero), kZero);
 }
 
-// ---- dictionaries -----------------------------------------------------------------------------------------------------
+// ---- codebooks -----------------------------------------------------------------------------------------------------
 
-// A dictionary of eight numbers in four registers: their first bytes and their second bytes.
-struct Dictionary8 {
+// A codebook of eight numbers in four registers: their first bytes and their second bytes.
+struct Codebook8 {
     uint32_t first[2], second[2];
 };
 template <class Float>
-__device__ Dictionary8 load_dictionary8(const float* codebook) {
-    Dictionary8 made{};
+__device__ Codebook8 load_codebook8(const float* codebook) {
+    Codebook8 made{};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         const uint32_t bits = PairOf<Float>::round(codebook[i]);
@@ -125,11 +125,11 @@ __device__ inline uint32_t fourth_word(const uint32_t* words) {
 // By multiplication: a shift would share prmt's lanes.
 __device__ inline uint32_t high_half(uint32_t word) { return __umulhi(word, 0x10000); }
 // The numbers of four codes, in nibbles (below 8) of the selector's low half.
-__device__ inline void look_up(const Dictionary8& dictionary, uint32_t selector, uint32_t& low, uint32_t& high) {
-    const uint32_t first = sm90::permute_bytes(dictionary.first[0], dictionary.first[1], selector);
-    const uint32_t second = sm90::permute_bytes(dictionary.second[0], dictionary.second[1], selector);
-    low = sm90::permute_bytes(first, second, 0x5140);
-    high = sm90::permute_bytes(first, second, 0x7362);
+__device__ inline void look_up(const Codebook8& codebook, uint32_t selector, uint32_t& low, uint32_t& high) {
+    const uint32_t first = sm90::prmt(codebook.first[0], codebook.first[1], selector);
+    const uint32_t second = sm90::prmt(codebook.second[0], codebook.second[1], selector);
+    low = sm90::prmt(first, second, 0x5140);
+    high = sm90::prmt(first, second, 0x7362);
 }
 
 // Sixteen numbers do not fit prmt (it would take 2.6 instructions a weight), so pairs of them are looked up in shared memory:

@@ -3,7 +3,7 @@
 
 namespace qbert::cuda {
 
-// Pairs of a dictionary's sixteen numbers: an entry for each byte, a copy for each lane.
+// Pairs of a codebook's sixteen numbers: an entry for each byte, a copy for each lane.
 inline constexpr int kPairEntries = 256, kPairStride = 32 * 4;
 inline constexpr int kPairTableBytes = kPairEntries * kPairStride;
 

@@ -23,8 +23,8 @@ struct AddNormTile {
 enum AddNormTileIndex { kAddNorm16, kAddNorm32, kAddNormTileCount };
 inline constexpr AddNormTile kAddNormTiles[kAddNormTileCount] = {{"16 tokens", 16}, {"32 tokens", 32}};
 inline constexpr int kAddNormChannels = 128;
-inline constexpr int kMaxAddNormBlocks = 8;  // clusters that every H100 can place
-inline constexpr int64_t kMaxAddNormColumns = kAddNormChannels * kMaxAddNormBlocks;
+inline constexpr int kMaxAddNormCtas = 8;  // clusters that every H100 can place
+inline constexpr int64_t kMaxAddNormColumns = kAddNormChannels * kMaxAddNormCtas;
 
 // Whether a tile can compute rows of n columns: there are blocks and warps enough to end them, a warp a row.
 bool add_norm_fits(AddNormTileIndex tile, int64_t n);

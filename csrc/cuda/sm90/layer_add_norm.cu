@@ -22,10 +22,10 @@ struct AddNorm {
 
 // 90 and 80 KB of stages, 8 KB of gamma and beta, 9 and 18 KB of rows.
 template <int kTokens>
-struct AddNormBlock : SmallTile<kAddNormChannels / kStripChannels, kTokens, kTokens == 16 ? 5 : 4> {
+struct AddNormBlock : SmallTile<kAddNormChannels / kPanelChannels, kTokens, kTokens == 16 ? 5 : 4> {
     struct Shared {
         typename AddNormBlock::Pipeline pipeline;
-        sm90::Barrier norm;  // hears of gamma and beta
+        sm90::Mbarrier norm;  // hears of gamma and beta
         alignas(16) float gamma[kMaxAddNormColumns], beta[kMaxAddNormColumns];  // of any type
 
         // What this block ends: token i of the tile is row i / blocks of block i % blocks.
@@ -61,7 +61,7 @@ __device__ void send_rows(float* rows, const int32_t (&sums)[kTokens / 2], const
 #pragma unroll
     for (int j = 0; j < kTokens / 4; ++j) {
         const int token = j / 2 * 8 + sm90::lane_index() % 4 * 2 + j % 2;
-        float* to = sm90::in_block(rows, static_cast<unsigned>(token % blocks)) + token / blocks * row_pitch(n) + channel;
+        float* to = sm90::in_cta(rows, static_cast<unsigned>(token % blocks)) + token / blocks * row_pitch(n) + channel;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const float value = __fmul_rn(__int2float_rn(sums[j / 2 * 4 + 2 * i + j % 2]), with.scale[i]);
@@ -99,7 +99,7 @@ __device__ void multiply_and_finish(typename AddNormBlock<kTokens>::Shared& shar
     sm90::cluster_wait();  // all blocks have begun: their memory is there
     send_rows<kTokens>(shared.rows(), sums, with, channel, p);
     sm90::cluster_arrive();
-    sm90::barrier_wait(shared.norm, 0);
+    sm90::mbarrier_wait(shared.norm, 0);
     sm90::cluster_wait();
     if (!ends_row) return;
 
@@ -124,9 +124,9 @@ template <class Shared>
 __device__ void copy_gamma_and_beta(Shared& shared, const AddLayerNormQuantize& norm) {
     const auto gamma_bytes = static_cast<unsigned>(norm.k * bytes_of(norm.gamma.type));
     const auto beta_bytes = static_cast<unsigned>(norm.k * bytes_of(norm.beta.type));
-    sm90::barrier_arrive_expect(shared.norm, gamma_bytes + beta_bytes);
-    sm90::copy_bytes(shared.gamma, norm.gamma.data, gamma_bytes, shared.norm);
-    sm90::copy_bytes(shared.beta, norm.beta.data, beta_bytes, shared.norm);
+    sm90::mbarrier_arrive_expect_tx(shared.norm, gamma_bytes + beta_bytes);
+    sm90::bulk_copy(shared.gamma, norm.gamma.data, gamma_bytes, shared.norm);
+    sm90::bulk_copy(shared.beta, norm.beta.data, beta_bytes, shared.norm);
 }
 
 template <int kTokens, int kResidualBytes>
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(AddNormBlock<kTokens>::kThreads)
     const int blocks = static_cast<int>(p.linear.n) / kAddNormChannels, rank = static_cast<int>(sm90::cluster_rank());
     const Part part{rank * kAddNormChannels, static_cast<int>(blockIdx.x) / blocks * kTokens, 0,
                     (static_cast<int>(p.linear.k) + kStepK - 1) / kStepK};
-    if (threadIdx.x == 0) sm90::barrier_init(shared.norm, 1);
+    if (threadIdx.x == 0) sm90::mbarrier_init(shared.norm, 1);
     Block::init(shared.pipeline);
     sm90::cluster_arrive_relaxed();
     __syncthreads();

@@ -17,7 +17,7 @@ constexpr int64_t kMaxLowbitK = INT32_MAX / (127 * 128);
 void check_extents(const LowbitLinear& a) {
     check_tokens_and_channels(a.t, a.n);
     check_extent("k", a.k, kMaxLowbitK, ", beyond which int32 sums could overflow");
-    const int64_t blocks = strips_of(a.n) * blocks_of(a.k);
+    const int64_t blocks = panels_of(a.n) * blocks_of(a.k);
     require(blocks <= kMaxExtent, "n = ", a.n, " by k = ", a.k, " is ", blocks, " blocks of 64 x 128; allowed: ", kMaxExtent);
 }
 
@@ -29,7 +29,7 @@ void check_int4(const LowbitLinear& a) {
     require(a.outliers.count == 0, "an int4 weight has ", a.outliers.count, " outliers; allowed: none");
 }
 
-void check_dictionary(const LowbitLinear& a) {
+void check_codebook(const LowbitLinear& a) {
     check_vector("codebook", a.codebook, 4);
     check_extent("matrices", a.matrices, a.n);
     require(a.n % a.matrices == 0, a.matrices, " matrices do not divide n = ", a.n);
@@ -68,7 +68,7 @@ void check_arguments(const LowbitLinear& a) {
     if (a.code == Code::int4) {
         check_int4(a);
     } else {
-        check_dictionary(a);
+        check_codebook(a);
     }
     if (a.bias != nullptr) check_vector("bias", a.bias, bytes_of(a.bias_type));
     check_vector("out", a.out, a.out_bytes());
@@ -82,14 +82,14 @@ LowbitTileIndex lowbit_tile_named(const char* name) {
 
 int64_t lowbit_columns_bytes(LowbitTileIndex tile, int64_t t, int64_t k, int64_t outliers) {
     if (outliers == 0 || tile == kLowbitFew) return 0;
-    return column_blocks(t) * k * kTurn;
+    return column_blocks(t) * k * kColumnTokens;
 }
 
-int64_t lowbit_columns_bytes(int64_t t, int64_t n, int64_t k, int64_t outliers, int multiprocessors) {
+int64_t lowbit_columns_bytes(int64_t t, int64_t n, int64_t k, int64_t outliers, int sm_count) {
     int64_t bytes = 0;
     for (const Code code : {Code::dict3, Code::dict4}) {
         for (const bool gelu : {false, true}) {
-            const LowbitTileIndex tile = lowbit_choose({t, n, k, code, gelu}, multiprocessors);
+            const LowbitTileIndex tile = lowbit_choose({t, n, k, code, gelu}, sm_count);
             bytes = std::max(bytes, lowbit_columns_bytes(tile, t, k, outliers));
         }
     }

@@ -11,7 +11,7 @@
 
 namespace qbert::cuda {
 
-// What a dictionary's weights differ from their centroids, compressed by rows.
+// What a codebook's weights differ from their centroids, compressed by rows.
 struct Outliers {
     const int32_t* rowptr;  // (n + 1,)
     const void* col;        // (count,) int16 or int32
@@ -38,7 +38,7 @@ struct LowbitLinear {
     const uint8_t* codes;        // fragments_s8
     const uint8_t* group_scale;  // (n, groups), int4 only
     int64_t groups;
-    const int8_t* codebook;  // (matrices, 2**bits), dictionaries only
+    const int8_t* codebook;  // (matrices, 2**bits), codebooks only
     const float* scale;      // (n,) or (matrices,)
     int64_t matrices;        // 1 with int4
     Outliers outliers;
@@ -53,7 +53,7 @@ struct LowbitLinear {
     Finish finish;
 
     int out_bytes() const { return requantize ? 1 : static_cast<int>(bytes_of(finish.float_type)); }
-    // Neighbouring rows that share a scale and a dictionary.
+    // Neighbouring rows that share a scale and a codebook.
     int64_t rows_of_scale() const { return code == Code::int4 ? 1 : n / matrices; }
 };
 
@@ -64,7 +64,7 @@ void check_arguments(const LowbitLinear& linear);
 struct LowbitTile {
     const char* name;  // tokens x channels x k, schedule
     int tokens, channels;
-    bool pingpong;  // two warp groups, each with a tile of its own, one in the matrix units while the other finishes; else both
+    bool pingpong;  // two warpgroups, each with a tile of its own, one in the matrix units while the other finishes; else both
                     // share a tile (cooperative)
 };
 enum LowbitTileIndex { kLowbitFew, kLowbit64x128, kLowbit128x128, kLowbit128x256, kLowbitTileCount };
@@ -84,8 +84,8 @@ LowbitTileIndex lowbit_tile_named(const char* name);
 inline constexpr int64_t kMaxFewTokens = 512;
 // Bytes of LowbitLinear::columns that a launch with this tile needs: where there are outliers, a copy of the tokens by columns.
 int64_t lowbit_columns_bytes(LowbitTileIndex tile, int64_t t, int64_t k, int64_t outliers);
-// With whichever tile a dictionary's weight gets.
-int64_t lowbit_columns_bytes(int64_t t, int64_t n, int64_t k, int64_t outliers, int multiprocessors);
+// With whichever tile a codebook's weight gets.
+int64_t lowbit_columns_bytes(int64_t t, int64_t n, int64_t k, int64_t outliers, int sm_count);
 
 // Defined in files of their own.
 void launch_lowbit_few(const LowbitLinear& linear, const Launch& launch, const char* plan_name = "");

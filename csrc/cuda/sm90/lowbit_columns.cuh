@@ -44,21 +44,21 @@ __global__ void __launch_bounds__(kColumnsThreads) lowbit_columns_kernel(const _
 #pragma unroll
         for (int byte = 0; byte < 4; ++byte) {
             const int i = 2 * word + byte / 2, e = byte % 2;
-            in[byte] = load_four_columns(p, int64_t{blockIdx.x} * kTurn + 8 * i + 2 * c + e, column);
+            in[byte] = load_four_columns(p, int64_t{blockIdx.x} * kColumnTokens + 8 * i + 2 * c + e, column);
         }
         // Four by four bytes, transposed.
-        const uint32_t low01 = sm90::permute_bytes(in[0], in[1], 0x5140), high01 = sm90::permute_bytes(in[0], in[1], 0x7362);
-        const uint32_t low23 = sm90::permute_bytes(in[2], in[3], 0x5140), high23 = sm90::permute_bytes(in[2], in[3], 0x7362);
-        out[0][word] = sm90::permute_bytes(low01, low23, 0x5410);
-        out[1][word] = sm90::permute_bytes(low01, low23, 0x7632);
-        out[2][word] = sm90::permute_bytes(high01, high23, 0x5410);
-        out[3][word] = sm90::permute_bytes(high01, high23, 0x7632);
+        const uint32_t low01 = sm90::prmt(in[0], in[1], 0x5140), high01 = sm90::prmt(in[0], in[1], 0x7362);
+        const uint32_t low23 = sm90::prmt(in[2], in[3], 0x5140), high23 = sm90::prmt(in[2], in[3], 0x7362);
+        out[0][word] = sm90::prmt(low01, low23, 0x5410);
+        out[1][word] = sm90::prmt(low01, low23, 0x7632);
+        out[2][word] = sm90::prmt(high01, high23, 0x5410);
+        out[3][word] = sm90::prmt(high01, high23, 0x7632);
     }
-    unsigned char* to = p.columns + (int64_t{blockIdx.x} * p.k + column) * kTurn + 16 * c;
+    unsigned char* to = p.columns + (int64_t{blockIdx.x} * p.k + column) * kColumnTokens + 16 * c;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         if (column + i >= p.k) break;
-        *reinterpret_cast<uint4*>(to + i * kTurn) = make_uint4(out[i][0], out[i][1], out[i][2], out[i][3]);
+        *reinterpret_cast<uint4*>(to + i * kColumnTokens) = make_uint4(out[i][0], out[i][1], out[i][2], out[i][3]);
     }
 }
 

@@ -8,7 +8,7 @@ namespace qbert::cuda {
 void launch_lowbit_few(const LowbitLinear& a, const Launch& launch, const char* plan_name) {
     const StreamProblem problem = few_problem(a.t, a.n, a.k, a.code);
     const StreamPlan plan = *plan_name == '\0'
-                                ? stream_choose(problem, kMostFewTokens, false, launch.device.multiprocessors)
+                                ? stream_choose(problem, kMostFewTokens, false, launch.device.sm_count)
                                 : stream_plan_named(plan_name, problem, kMostFewTokens, launch.device);
     switch (a.code) {
         case Code::int4: return launch_lowbit_few_of<Code::int4>(a, plan, launch);

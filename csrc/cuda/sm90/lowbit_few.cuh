@@ -9,7 +9,7 @@ namespace qbert::cuda {
 template <Code kOf>
 struct LowbitFew {
     static constexpr Code kCode = kOf;
-    static constexpr bool kHasDictionary = kOf != Code::int4;
+    static constexpr bool kHasCodebook = kOf != Code::int4;
     static constexpr int kTableBytes = 0;
     using Operand = int8_t;
 
@@ -21,18 +21,18 @@ struct LowbitFew {
     struct NoScales {
         __device__ NoScales(const uint8_t*, int64_t, int64_t, int64_t, int, int) {}
     };
-    using Scales = std::conditional_t<kHasDictionary, NoScales, GroupScales<uint8_t>>;
+    using Scales = std::conditional_t<kHasCodebook, NoScales, GroupScales<uint8_t>>;
 
     RowMeaning<kOf> rows[2];  // of the thread's rows g and g + 8
     Scales scales;
 
     __device__ LowbitFew(const Arguments& arguments, const unsigned char*, int row, int block)
         : scales(arguments.linear.group_scale, arguments.linear.groups, arguments.linear.k, arguments.linear.n, row, block) {
-        if constexpr (kHasDictionary) {
+        if constexpr (kHasCodebook) {
             const int last = static_cast<int>(arguments.linear.n) - 1;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                rows[h] = load_dictionary<kOf>(arguments.linear.codebook, min(row + 8 * h, last) / arguments.rows_of_scale);
+                rows[h] = load_codebook<kOf>(arguments.linear.codebook, min(row + 8 * h, last) / arguments.rows_of_scale);
             }
         }
     }
@@ -43,10 +43,10 @@ struct LowbitFew {
     }
 
     __device__ void fetch_scales() {
-        if constexpr (!kHasDictionary) scales.fetch();
+        if constexpr (!kHasCodebook) scales.fetch();
     }
     __device__ void take_scales() {
-        if constexpr (!kHasDictionary) {
+        if constexpr (!kHasCodebook) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 rows[h].scales = scales.of(h, 0) | uint32_t{scales.of(h, 1)} << 8 | uint32_t{scales.of(h, 2)} << 16 |
@@ -57,7 +57,7 @@ struct LowbitFew {
 
     static __device__ void prefetch(const Arguments& arguments, int first, int channels) {
         const LowbitLinear& a = arguments.linear;
-        if constexpr (kHasDictionary) {
+        if constexpr (kHasCodebook) {
             prefetch_outliers(a.outliers, first, channels);
         } else {
             prefetch_elements(a.group_scale, 1, first * a.groups, channels * a.groups);
@@ -73,9 +73,9 @@ struct LowbitFew {
 #pragma unroll
         for (int i = 0; i < kQuadChannels; ++i) {
             const int row = min(channel + i, last);
-            y[i] = __fmul_rn(static_cast<float>(sums[i]), a.scale[kHasDictionary ? row / arguments.rows_of_scale : row]);
+            y[i] = __fmul_rn(static_cast<float>(sums[i]), a.scale[kHasCodebook ? row / arguments.rows_of_scale : row]);
         }
-        if constexpr (kHasDictionary) {
+        if constexpr (kHasCodebook) {
             const int8_t* q = a.q + token * a.q_pitch;
             add_outliers(a.outliers, channel, channels, [q](int column) { return static_cast<float>(q[column]); }, y);
         }
@@ -97,7 +97,8 @@ template <Code kCode, int kTokens>
 void launch_lowbit_few_tokens(const LowbitLinear& a, const StreamPlan& plan, const Launch& launch) {
     const typename LowbitFew<kCode>::Arguments arguments{a, static_cast<int>(a.rows_of_scale()),
                                                          stores_quads(a.out, a.out_pitch, a.out_bytes())};
-    launch_stream<LowbitFew<kCode>, kTokens>(plan, few_problem(a.t, a.n, a.k, a.code), a.q, a.q_pitch, a.codes, arguments, launch,
+    const StreamProblem problem = few_problem(a.t, a.n, a.k, kCode);
+    launch_stream<LowbitFew<kCode>, kTokens>(plan, problem, a.q, a.q_pitch, a.codes, arguments, launch,
                                              "lowbit linear of few tokens");
 }
 

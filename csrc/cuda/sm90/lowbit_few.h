@@ -6,7 +6,7 @@
 
 namespace qbert::cuda {
 
-inline constexpr int kMostFewTokens = 128;  // of a thread block
+inline constexpr int kMostFewTokens = 128;  // of a CTA
 
 inline StreamProblem few_problem(int64_t t, int64_t n, int64_t k, Code code) {
     return {t, n, k, block_bytes(code), kBlockColumns, 0};

@@ -14,19 +14,19 @@ struct StreamProblem {
     int64_t t, n, k;
     int weight_bytes;  // of a block's codes
     int token_bytes;   // of a token's 128 columns
-    int table_bytes;   // that every thread block keeps in shared memory besides
+    int table_bytes;   // that every CTA keeps in shared memory besides
 };
 
-// A thread block has `groups` strips of 64 channels, a warp group each, which share `tokens` tokens; a cluster of `cluster`
-// thread blocks shares the columns. A weight is read from memory once for every `tokens` tokens.
+// A CTA has `groups` panels of 64 channels, a warpgroup each, which share `tokens` tokens; a cluster of `cluster`
+// CTAs shares the columns. A weight is read from memory once for every `tokens` tokens.
 struct StreamPlan {
     int tokens;   // 16, 32, 64, 128
-    int groups;   // 1, 2, 4
+    int warpgroups;   // 1, 2, 4
     int cluster;  // 1, 2, 4, 8
 };
 
-// Warp groups of a thread block, and of a multiprocessor: the sums of 128 tokens leave registers for two.
-constexpr int most_groups(int tokens) { return tokens > 64 ? 2 : 4; }
+// Warpgroups of a CTA, and of an SM: the sums of 128 tokens leave registers for two.
+constexpr int most_warpgroups(int tokens) { return tokens > 64 ? 2 : 4; }
 
 // Blocks of columns that the busiest CTA of a cluster has.
 int64_t cta_blocks(const StreamPlan& plan, const StreamProblem& problem);
@@ -38,14 +38,14 @@ std::string name_of(const StreamPlan& plan);
 // The plan of that name, one of those that fit. Throws Error.
 StreamPlan stream_plan_named(const char* name, const StreamProblem& problem, int most_tokens, const Device& device);
 
-// Shared memory of a thread block: two barriers a stage, the product's table, then stages of tokens and weights, whose place
+// Shared memory of a CTA: two barriers a stage, the product's table, then stages of tokens and weights, whose place
 // the sums take in the end.
 inline constexpr int kMaxStages = 32;
 inline constexpr int kStreamTableAt = 1024;
 static_assert(kMaxStages * 2 * 8 <= kStreamTableAt);
 // Sums lie (tokens, channels), a token's so many numbers apart: two tokens' eight banks further, so that the 32 lanes that
 // write four tokens of eight channels meet no bank twice.
-constexpr int sums_pitch(int groups) { return groups * kBlockRows + 4; }
+constexpr int sums_pitch(int warpgroups) { return warpgroups * kBlockRows + 4; }
 
 struct StreamMemory {
     int stages;

@@ -84,7 +84,7 @@ __device__ void add_outliers(const Outliers& outliers, int channel, int channels
 
 // Elements `first` ... of a vector, to L2.
 __device__ inline void prefetch_elements(const void* vector, int bytes, int64_t first, int64_t count) {
-    sm90::prefetch_bytes(static_cast<const char*>(vector) + first * bytes, count * bytes);
+    sm90::bulk_prefetch(static_cast<const char*>(vector) + first * bytes, count * bytes);
 }
 
 // What add_outliers will read.

@@ -16,9 +16,9 @@ struct TensorMap {
     CUtensorMap map;  // 64 bytes aligned
 };
 
-// A matrix (rows, columns) in global memory of elements of so many bytes (1 or 2), rows a pitch (in elements) apart, the address
-// and the pitch in bytes multiples of 16; boxes of 128 bytes by box_rows (1 ... 256), which lie swizzled in shared memory, see
-// sm90::swizzled_operand. Throws Error.
+// A matrix (rows, columns) in global memory of elements of so many bytes (1 or 2), rows a pitch (in elements) apart, the
+// address and the pitch in bytes multiples of 16; boxes of 128 bytes by box_rows (1 ... 256), which lie swizzled in shared
+// memory, see sm90::smem_descriptor. Throws Error.
 TensorMap tensor_map(const void* data, int64_t rows, int64_t columns, int64_t pitch, int element_bytes, int box_rows);
 
 }  // namespace qbert::cuda

@@ -229,7 +229,7 @@ typename Gemm::Kernel::Arguments kernel_arguments(const W8a8Linear& a, const Dev
     arguments.epilogue.thread = {{}, {a.scale}, {a.s}, {a.bias, a.bias_type}, a.finish};  // the tree's leaves, then its root
     arguments.epilogue.ptr_D = static_cast<Out*>(a.out);
     arguments.epilogue.dD = rows_apart(a.out_pitch);
-    arguments.hw_info = {device.index, device.multiprocessors};
+    arguments.hw_info = {device.index, device.sm_count};
     return arguments;
 }
 

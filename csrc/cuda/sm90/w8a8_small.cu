@@ -1,4 +1,4 @@
-// W8A8 linears of few tokens: tiles of 64 channels, and k shared out to the blocks of a cluster where there are few of them.
+// W8A8 linears of few tokens: tiles of 64 channels, and k shared out to the CTAs of a cluster where there are few of them.
 #include "cuda/common/error.h"
 #include "cuda/common/finish.cuh"
 #include "cuda/common/grid.h"
@@ -10,14 +10,14 @@ namespace qbert::cuda {
 namespace {
 
 constexpr int kFinishColumns = 4;                                  // neighbours of a token that a thread finishes
-constexpr int kRowThreads = kStripChannels / kFinishColumns;       // threads that finish a token
-constexpr int kRowsAtOnce = 128 / kRowThreads;                     // tokens that the warp group finishes at once
-constexpr int kSumPitch = kStripChannels + 4;                      // two tokens lie eight banks apart: no conflicts
+constexpr int kRowThreads = kPanelChannels / kFinishColumns;       // threads that finish a token
+constexpr int kRowsAtOnce = 128 / kRowThreads;                     // tokens that the warpgroup finishes at once
+constexpr int kSumPitch = kPanelChannels + 4;                      // two tokens lie eight banks apart: no conflicts
 
 struct SmallLinear {
     TensorMap weight, tokens;
     W8a8Linear linear;
-    int split;  // blocks of a cluster, which share k
+    int split;  // CTAs of a cluster, which share k
 };
 
 template <int kTokens>
@@ -28,9 +28,9 @@ struct Small : SmallTile<1, kTokens, kTokens == 64 ? 5 : kTokens == 32 ? 7 : 8> 
     };
 };
 
-// Sends each token's sums to the block of the cluster that finishes it.
+// Sends each token's sums to the CTA of the cluster that finishes it.
 template <int kTokens>
-__device__ void hand_out(int32_t* sums, const int32_t (&mine)[kTokens / 2], int split) {
+__device__ void scatter_sums(int32_t* sums, const int32_t (&mine)[kTokens / 2], int split) {
     const int each = kTokens / split, bits = __ffs(each) - 1;  // a power of 2: no divisions
     const int first = static_cast<int>(sm90::cluster_rank()) * each * kSumPitch;
     const int lane = sm90::lane_index(), channel = 16 * sm90::warp_index() + lane / 4;
@@ -39,7 +39,7 @@ __device__ void hand_out(int32_t* sums, const int32_t (&mine)[kTokens / 2], int 
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const int token = 8 * j + 2 * (lane % 4) + e;
-            int32_t* to = sm90::in_block(sums, token >> bits) + first + (token & (each - 1)) * kSumPitch + channel;
+            int32_t* to = sm90::in_cta(sums, token >> bits) + first + (token & (each - 1)) * kSumPitch + channel;
             to[0] = mine[4 * j + e];
             to[8] = mine[4 * j + 2 + e];
         }
@@ -110,7 +110,7 @@ __device__ void multiply_and_finish(typename Small<kTokens>::Shared& shared, con
     int32_t sums[kTokens / 2] = {};
     multiply_steps<Small<kTokens>>(shared.pipeline, 0, part.steps, sums);
     sm90::cluster_wait();  // all blocks have begun: their memory is there
-    hand_out<kTokens>(shared.sums, sums, p.split);
+    scatter_sums<kTokens>(shared.sums, sums, p.split);
     sm90::cluster_sync();
 
 #pragma unroll
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(Small<kTokens>::kThreads) w8a8_small_kernel(co
     auto& shared = *reinterpret_cast<typename Small<kTokens>::Shared*>(sm90::shared_memory());
     const int steps = (static_cast<int>(p.linear.k) + kStepK - 1) / kStepK, rank = static_cast<int>(sm90::cluster_rank());
     const int first_step = steps * rank / p.split;
-    const Part part{static_cast<int>(blockIdx.x) / p.split * kStripChannels, static_cast<int>(blockIdx.y) * kTokens, first_step,
+    const Part part{static_cast<int>(blockIdx.x) / p.split * kPanelChannels, static_cast<int>(blockIdx.y) * kTokens, first_step,
                     steps * (rank + 1) / p.split - first_step};
     Small<kTokens>::init(shared.pipeline);
     sm90::cluster_arrive_relaxed();
@@ -155,12 +155,12 @@ void launch_tokens(const W8a8Linear& a, const Tile& tile, const Launch& launch) 
     constexpr int64_t kMaxRows = 65535;  // of a grid
     require(a.t <= kMaxRows * kTokens, "t is ", a.t, "; allowed with tile ", tile.name, ": 1 ... ", kMaxRows * kTokens);
     SmallLinear parameters{};
-    parameters.weight = tensor_map(a.weight, a.n, a.k, a.weight_pitch, 1, kStripChannels);
+    parameters.weight = tensor_map(a.weight, a.n, a.k, a.weight_pitch, 1, kPanelChannels);
     parameters.tokens = tensor_map(a.q, a.t, a.k, a.q_pitch, 1, kTokens);
     parameters.linear = a;
     parameters.split = tile.cluster;
     Grid grid{};
-    grid.x = static_cast<unsigned>((a.n + kStripChannels - 1) / kStripChannels * tile.cluster);
+    grid.x = static_cast<unsigned>((a.n + kPanelChannels - 1) / kPanelChannels * tile.cluster);
     grid.y = static_cast<unsigned>((a.t + kTokens - 1) / kTokens);
     grid.threads = Small<kTokens>::kThreads;
     grid.shared_bytes = sizeof(typename Small<kTokens>::Shared);

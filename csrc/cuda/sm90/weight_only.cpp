@@ -13,14 +13,14 @@ void check_int4(const PackedWeight& a) {
 }
 
 void check_weight(const PackedWeight& a) {
-    const bool dictionary = a.code == Code::dict3 || a.code == Code::dict4;
+    const bool codebook = a.code == Code::dict3 || a.code == Code::dict4;
     check_extent("n", a.n, kMaxExtent);
     check_extent("k", a.k, kMaxExtent);
     check_vector("codes", a.codes, kAlignment);
     if (a.code == Code::int8) check_vector("scale", a.scale, 4);
     if (a.code == Code::int4) check_int4(a);
-    if (dictionary) check_vector("codebook", a.codebook, 4);
-    require(dictionary || a.outliers.count == 0, "an integer weight has ", a.outliers.count, " outliers; allowed: none");
+    if (codebook) check_vector("codebook", a.codebook, 4);
+    require(codebook || a.outliers.count == 0, "an integer weight has ", a.outliers.count, " outliers; allowed: none");
     check_outliers(a.outliers);
 }
 
@@ -63,7 +63,7 @@ void launch_of(const WeightOnlyLinear& a, const StreamPlan& plan, const Launch& 
 void launch_weight_only(const WeightOnlyLinear& a, const Launch& launch, const char* plan_name) {
     const StreamProblem problem = weight_only_problem(a.t, a.weight.n, a.weight.k, a.weight.code);
     const StreamPlan plan = *plan_name == '\0'
-                                ? stream_choose(problem, kMostWeightOnlyTokens, true, launch.device.multiprocessors)
+                                ? stream_choose(problem, kMostWeightOnlyTokens, true, launch.device.sm_count)
                                 : stream_plan_named(plan_name, problem, kMostWeightOnlyTokens, launch.device);
     switch (a.weight.code) {
         case Code::int4: return launch_of<Code::int4>(a, plan, launch);

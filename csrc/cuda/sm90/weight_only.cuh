@@ -1,7 +1,7 @@
 // Packed weights with few tokens of bfloat16 or float16: codes become wgmma's 16-bit operand on their way (stream.cuh), sums
 // are float32.
 //
-// Weights are rounded to the tokens' type where torch's own product of that type has them rounded: dictionaries' numbers, and
+// Weights are rounded to the tokens' type where torch's own product of that type has them rounded: codebooks' numbers, and
 // int4's code * scale, which is rounded once. int8's codes are exact, their scale comes after the sum. Outliers are added to
 // the sum in float32, in the order of the columns.
 #pragma once
@@ -66,14 +66,14 @@ struct FloatExpander<Code::dict4, Float> {
 
 template <class Float>
 struct FloatExpander<Code::dict3, Float> {
-    Dictionary8 dictionary;
+    Codebook8 codebook;
     __device__ FloatExpander(const PackedWeight& a, const unsigned char*, int, int)
-        : dictionary(load_dictionary8<Float>(a.codebook)) {}
+        : codebook(load_codebook8<Float>(a.codebook)) {}
     __device__ void expand(const uint32_t (&words)[6], int step, uint32_t (&a)[4]) const {
         const uint32_t* of_half = words + step / 4 * 3;
         const uint32_t selectors = step % 4 < 3 ? of_half[step % 4] & 0x77777777 : fourth_word(of_half);
-        look_up(dictionary, selectors, a[0], a[2]);
-        look_up(dictionary, high_half(selectors), a[1], a[3]);
+        look_up(codebook, selectors, a[0], a[2]);
+        look_up(codebook, high_half(selectors), a[1], a[3]);
     }
     __device__ void fetch_scales() {}
 };
@@ -125,7 +125,8 @@ struct WeightOnly : FloatExpander<kOf, Float> {
 template <Code kCode, class Float, int kTokens>
 void launch_weight_only_tokens(const WeightOnlyLinear& a, const StreamPlan& plan, const Launch& launch) {
     const typename WeightOnly<kCode, Float>::Arguments arguments{a, stores_quads(a.out, a.out_pitch, 2)};
-    launch_stream<WeightOnly<kCode, Float>, kTokens>(plan, weight_only_problem(a.t, a.weight.n, a.weight.k, kCode), a.x, a.x_pitch, a.weight.codes, arguments, launch,
+    const StreamProblem problem = weight_only_problem(a.t, a.weight.n, a.weight.k, kCode);
+    launch_stream<WeightOnly<kCode, Float>, kTokens>(plan, problem, a.x, a.x_pitch, a.weight.codes, arguments, launch,
                                                      "weight-only linear");
 }
 

@@ -21,7 +21,7 @@ struct PackedWeight {
     const uint8_t* codes;
     const void* scale;      // integers only
     int64_t groups;         // int4 only
-    const float* codebook;  // (2**bits,), dictionaries only
+    const float* codebook;  // (2**bits,), codebooks only
     Outliers outliers;
 };
 

@@ -1,4 +1,4 @@
-// A packed weight as a dense matrix: a thread block for each block of 64 x 128, by way of shared memory, so that rows are
+// A packed weight as a dense matrix: a CTA for each block of 64 x 128, by way of shared memory, so that rows are
 // stored whole. Values are float32, outliers added, and rounded once.
 #include "cuda/common/grid.h"
 #include "cuda/sm90/stream_finish.cuh"
@@ -103,7 +103,7 @@ template <Code kCode>
 void launch_of(const ExpandedWeight& a, const Launch& launch) {
     const Parameters parameters{a.weight, a.out, a.out_type, stores_quads(a.out, a.weight.k, bytes_of(a.out_type))};
     Grid grid{};
-    grid.x = static_cast<unsigned>(strips_of(a.weight.n));
+    grid.x = static_cast<unsigned>(panels_of(a.weight.n));
     grid.y = static_cast<unsigned>(blocks_of(a.weight.k));
     grid.threads = kThreads;
     grid.shared_bytes = kBlockRows * kPitch * 4;

@@ -7,8 +7,8 @@
 namespace qbert::cuda {
 
 Device current_device() {
-    require(emulator::settings.multiprocessors > 0, "the emulator has no device");
-    return {0, kHopper, emulator::settings.multiprocessors, static_cast<int>(emulator::kSharedBytes)};
+    require(emulator::settings.sm_count > 0, "the emulator has no device");
+    return {0, kHopper, emulator::settings.sm_count, static_cast<int>(emulator::kSharedBytes)};
 }
 
 void check_on_device(const char*, const void*, const Device&) {}
@@ -22,7 +22,7 @@ template void launch_w8a8<k128x192>(const W8a8Linear&, const Launch&);
 template void launch_w8a8<k128x128>(const W8a8Linear&, const Launch&);
 template void launch_w8a8<k64x128>(const W8a8Linear&, const Launch&);
 
-static void emulate(uint64_t seed, int multiprocessors) { emulator::settings = {seed, multiprocessors}; }
+static void emulate(uint64_t seed, int sm_count) { emulator::settings = {seed, sm_count}; }
 
 void bind_emulator(pybind11::module_& module) {
     namespace py = pybind11;

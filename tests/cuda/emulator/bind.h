@@ -4,7 +4,7 @@
 
 namespace qbert::cuda {
 
-// `emulate(seed, multiprocessors)`: how the emulated device is from now on.
+// `emulate(seed, SMs)`: how the emulated device is from now on.
 void bind_emulator(pybind11::module_& module);
 
 }  // namespace qbert::cuda

@@ -14,7 +14,7 @@ Machine machine;
 namespace {
 
 constexpr unsigned kMaxCluster = 16, kMaxThreads = 1024;
-constexpr int kRegisters = 65536 / kWarpGroup;       // of a multiprocessor, for a thread of each warp group
+constexpr int kRegisters = 65536 / kWarpGroup;       // of an SM, for a thread of each warpgroup
 constexpr size_t kCanary = 4096;                     // poisoned bytes behind a block's shared memory
 constexpr size_t kSlot = 256 * 1024, kFront = 4096;  // from block to block, and before the first
 
@@ -208,7 +208,7 @@ void Machine::block_ended(Block& block) {
     int registers = 0, groups_that_said = 0;
     for (const WarpGroup& group : block.groups) registers += group.registers, groups_that_said += group.registers > 0;
     const bool all_said = groups_that_said == static_cast<int>(block.groups.size());
-    require(!all_said || registers <= kRegisters, "the warp groups take ", registers, " registers a thread together; allowed: ",
+    require(!all_said || registers <= kRegisters, "the warpgroups take ", registers, " registers a thread together; allowed: ",
             kRegisters);
     require(poisoned(block.shared + block.shared_bytes, kCanary), "something was written beyond the ", block.shared_bytes,
             " bytes of shared memory");

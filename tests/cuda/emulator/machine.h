@@ -1,4 +1,4 @@
-// The emulated multiprocessors: the blocks of one cluster, their threads as fibres, and the work that goes on by itself, which
+// The emulated SMs: the blocks of one cluster, their threads as fibres, and the work that goes on by itself, which
 // is done as late as it may be: when all threads wait, or at moments that the seed chooses.
 #pragma once
 
@@ -26,7 +26,7 @@ inline constexpr int kPoison = 0xff;  // NaN in every float type: what a copy wi
 
 struct Settings {
     uint64_t seed = 0;
-    int multiprocessors = 3;  // of the emulated device; 0: there is no device
+    int sm_count = 3;  // of the emulated device; 0: there is no device
 };
 inline Settings settings;
 
@@ -142,7 +142,7 @@ struct Thread {
     bool arrived_at_cluster = false;
     uint64_t cluster_phase = 0;
     bool products_begun = false;  // since the last batch
-    // Registers that products of this thread read, as they were at the last products_begin.
+    // Registers that products of this thread read, as they were at the last warpgroup_arrive.
     std::vector<std::pair<const uint32_t*, std::array<uint32_t, 4>>> a_registers;
     size_t products_issued = 0, batches_committed = 0;
 };
@@ -178,7 +178,7 @@ class Machine {
   public:
     void run(const Grid& grid, Kernel kernel, const void* parameters);
 
-    // A block of the cluster; another than the current one must be there already, and still.
+    // A CTA of the cluster; another than the current one must be there already, and still.
     Block& block(unsigned rank, const char* doing);
     // The current thread goes on when make_ready is called for it; after `yield` sometimes at once.
     void suspend();
@@ -237,7 +237,7 @@ std::string here();
 unsigned char* shared_at(Block& block, uint32_t address, uint32_t bytes, const char* what);
 // A barrier that the copy engine or another block arrives at.
 TransactionBarrier& remote_barrier_at(Block& block, uint32_t offset);
-// What a copy does when its time has come, and what a warp group's first batch does.
+// What a copy does when its time has come, and what a warpgroup's first batch does.
 void execute_copy(const Copy& copy);
 void execute_batch(WarpGroup& group);
 

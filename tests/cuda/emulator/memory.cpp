@@ -64,11 +64,11 @@ static void arrive(TransactionBarrier& barrier) {
 
 TransactionBarrier& remote_barrier_at(Block& block, uint32_t offset) {
     TransactionBarrier& found = barrier_at(block, offset);
-    require(block.barriers_fenced, "the barrier at ", offset, " in shared memory was initialised without fence_barrier_init");
+    require(block.barriers_fenced, "the barrier at ", offset, " in shared memory was initialised without fence_mbarrier_init");
     return found;
 }
 
-static TransactionBarrier& own_barrier(const sm90::Barrier& barrier) {
+static TransactionBarrier& own_barrier(const sm90::Mbarrier& barrier) {
     return barrier_at(*machine.current->block, offset_of(&barrier, 8, "a barrier"));
 }
 
@@ -133,12 +133,12 @@ unsigned char* shared_memory() { return machine.current->block->shared; }
 
 uint32_t shared_address(const void* pointer) { return kSharedStart + offset_of(pointer, 0, "a pointer"); }
 
-void* map_to_block(const void* shared, unsigned rank) {
+void* map_to_cta(const void* shared, unsigned rank) {
     const uint32_t offset = offset_of(shared, 0, "a pointer");
     return machine.block(rank, "accessing").shared + offset;
 }
 
-void barrier_init(Barrier& barrier, unsigned arrivals) {
+void mbarrier_init(Mbarrier& barrier, unsigned arrivals) {
     Block& block = *machine.current->block;
     const uint32_t offset = offset_of(&barrier, 8, "a barrier");
     require(offset % 8 == 0, "a barrier at ", offset, " in shared memory; allowed: multiples of 8");
@@ -153,19 +153,19 @@ void barrier_init(Barrier& barrier, unsigned arrivals) {
     block.barriers_fenced = false;
 }
 
-void fence_barrier_init() { machine.current->block->barriers_fenced = true; }
+void fence_mbarrier_init() { machine.current->block->barriers_fenced = true; }
 
-void barrier_arrive(Barrier& barrier) {
+void mbarrier_arrive(Mbarrier& barrier) {
     arrive(own_barrier(barrier));
     machine.yield();
 }
 
-void barrier_arrive_in_block(Barrier& barrier, unsigned rank) {
+void mbarrier_arrive_cluster(Mbarrier& barrier, unsigned rank) {
     arrive(remote_barrier_at(machine.block(rank, "arriving in"), offset_of(&barrier, 8, "a barrier")));
     machine.yield();
 }
 
-void barrier_arrive_expect(Barrier& barrier, unsigned bytes) {
+void mbarrier_arrive_expect_tx(Mbarrier& barrier, unsigned bytes) {
     TransactionBarrier& found = own_barrier(barrier);
     found.bytes += bytes;
     require(found.bytes <= kMaxBytes, "the barrier at ", found.offset, " in shared memory shall expect ", found.bytes,
@@ -174,22 +174,22 @@ void barrier_arrive_expect(Barrier& barrier, unsigned bytes) {
     machine.yield();
 }
 
-void barrier_wait(Barrier& barrier, unsigned parity) {
+void mbarrier_wait(Mbarrier& barrier, unsigned parity) {
     require(parity <= 1, "waiting for parity ", parity, "; allowed: 0, 1");
     TransactionBarrier& found = own_barrier(barrier);
     while (found.phase % 2 == parity) found.park(parity);
 }
 
-void prefetch_map(const TensorMap& map) {
+void prefetch_tensor_map(const TensorMap& map) {
     require(reinterpret_cast<uintptr_t>(&map) % 64 == 0, "a tensor map that is not aligned to 64 bytes");
 }
 
-void copy_box(void* to, const TensorMap& map, int column, int row, Barrier& barrier, Keep keep) {
-    copy_box_to_blocks(to, map, column, row, barrier, static_cast<uint16_t>(1u << cluster_rank()), keep);
+void tma_load(void* to, const TensorMap& map, int column, int row, Mbarrier& barrier, CacheHint keep) {
+    tma_load_multicast(to, map, column, row, barrier, static_cast<uint16_t>(1u << cluster_rank()), keep);
 }
 
-void copy_box_to_blocks(void* to, const TensorMap& map, int column, int row, Barrier& barrier, uint16_t blocks, Keep) {
-    prefetch_map(map);
+void tma_load_multicast(void* to, const TensorMap& map, int column, int row, Mbarrier& barrier, uint16_t blocks, CacheHint) {
+    prefetch_tensor_map(map);
     Copy copy{};
     copy.bytes = static_cast<uint32_t>(map.box_rows) * kBoxRowBytes;
     copy.to = offset_of(to, copy.bytes, "the destination of a box");
@@ -207,7 +207,7 @@ void copy_box_to_blocks(void* to, const TensorMap& map, int column, int row, Bar
     machine.yield();
 }
 
-void copy_bytes(void* to, const void* from, unsigned bytes, Barrier& barrier, Keep) {
+void bulk_copy(void* to, const void* from, unsigned bytes, Mbarrier& barrier, CacheHint) {
     Copy copy{};
     copy.block = machine.current->block;
     copy.bytes = bytes;

@@ -1,5 +1,5 @@
-// For test_emulator.py: a product as the kernels of csrc/cuda make it (a copying warp, a multiplying warp group, stages in
-// between, tokens shared by the blocks of a cluster), right, and with one of the faults that a GPU punishes.
+// For test_emulator.py: a product as the kernels of csrc/cuda make it (a copying warp, a multiplying warpgroup, stages in
+// between, tokens shared by the CTAs of a cluster), right, and with one of the faults that a GPU punishes.
 #include "cuda/common/bind.h"
 #include "cuda/common/grid.h"
 #include "cuda/sm90/sm90.cuh"
@@ -23,7 +23,7 @@ struct Problem {
 
 struct Shared {
     alignas(1024) unsigned char tokens[kStages][kTokens * kBoxBytes];
-    Barrier full[kStages], empty[kStages];
+    Mbarrier full[kStages], empty[kStages];
 };
 
 template <class Operand>
@@ -32,9 +32,9 @@ using Sum = std::conditional_t<std::is_same_v<Operand, int8_t>, int32_t, float>;
 template <class Operand>
 __device__ void multiply(Sum<Operand> (&d)[kTokens / 2], const uint32_t (&a)[4], uint64_t b) {
     if constexpr (std::is_same_v<Operand, int8_t>) {
-        multiply_s8<kTokens>(d, a, b, true);
+        wgmma_s8<kTokens>(d, a, b, true);
     } else {
-        multiply_float<Operand, kTokens>(d, a, b, true);
+        wgmma_float<Operand, kTokens>(d, a, b, true);
     }
 }
 
@@ -43,12 +43,12 @@ __device__ void copy_tokens(const Problem& p, Shared& shared) {
     const int own_rows = kTokens / static_cast<int>(blocks);
     unsigned phase = 0;
     for (int k = 0, stage = 0; k < p.blocks_of_k; ++k) {
-        if (p.fault != Fault::no_wait_for_empty) barrier_wait(shared.empty[stage], phase ^ 1);
+        if (p.fault != Fault::no_wait_for_empty) mbarrier_wait(shared.empty[stage], phase ^ 1);
         const int wrong = p.fault == Fault::too_many_bytes ? 16 : p.fault == Fault::too_few_bytes ? -16 : 0;
-        barrier_arrive_expect(shared.full[stage], static_cast<unsigned>(kTokens * kBoxBytes + wrong));
+        mbarrier_arrive_expect_tx(shared.full[stage], static_cast<unsigned>(kTokens * kBoxBytes + wrong));
         unsigned char* to = shared.tokens[stage] + rank * own_rows * kBoxBytes + (p.fault == Fault::misaligned_box ? 64 : 0);
         const int columns = kBoxBytes / p.tokens.element_bytes;
-        copy_box_to_blocks(to, p.tokens, k * columns, static_cast<int>(rank) * own_rows, shared.full[stage],
+        tma_load_multicast(to, p.tokens, k * columns, static_cast<int>(rank) * own_rows, shared.full[stage],
                            static_cast<uint16_t>((1u << blocks) - 1));
         if (++stage == kStages) stage = 0, phase ^= 1;
     }
@@ -58,7 +58,7 @@ __device__ void release(const Problem& p, Shared& shared, int stage) {
     if (threadIdx.x % 32 != 0) return;  // a warp's lanes have waited for the same products
     for (unsigned block = 0; block < gridDim.x; ++block) {
         if (p.fault == Fault::only_own_empty && block != cluster_rank()) continue;
-        barrier_arrive_in_block(shared.empty[stage], block);
+        mbarrier_arrive_cluster(shared.empty[stage], block);
     }
 }
 
@@ -79,29 +79,29 @@ __device__ void multiply_all(const Problem& p, Shared& shared) {
     unsigned phase = p.fault == Fault::wrong_parity ? 1 : 0;
     for (int k = 0, stage = 0; k < p.blocks_of_k; ++k) {
         auto& rows = a[p.fault == Fault::registers_reused ? 0 : k % 2];
-        if (p.fault == Fault::begun_early) products_begin();
+        if (p.fault == Fault::begun_early) warpgroup_arrive();
         load_rows(p, k, rows);
-        if (p.fault != Fault::no_wait_for_full) barrier_wait(shared.full[stage], phase);
-        if (p.fault != Fault::no_begin && p.fault != Fault::begun_early) products_begin();
+        if (p.fault != Fault::no_wait_for_full) mbarrier_wait(shared.full[stage], phase);
+        if (p.fault != Fault::no_begin && p.fault != Fault::begun_early) warpgroup_arrive();
         for (int step = 0; step < kSteps; ++step) {
-            multiply<Operand>(d, rows[step], swizzled_operand(shared_address(shared.tokens[stage]) + 32 * step));
+            multiply<Operand>(d, rows[step], smem_descriptor(shared_address(shared.tokens[stage]) + 32 * step));
         }
-        products_commit();
+        warpgroup_commit();
         if (p.fault == Fault::released_early) {
             release(p, shared, stage);
         } else if (k > 0) {
-            products_wait<1>();
+            warpgroup_wait<1>();
             release(p, shared, (stage + kStages - 1) % kStages);
         }
         if (++stage == kStages) stage = 0, phase ^= 1;
     }
-    if (p.fault != Fault::read_early) products_wait<0>();
+    if (p.fault != Fault::read_early) warpgroup_wait<0>();
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_index();
     for (int at = 0; at < kTokens / 2; ++at) {
         const int row = static_cast<int>(blockIdx.x) * kRows + 16 * warp + lane / 4 + 8 * (at / 2 % 2);
         static_cast<Sum<Operand>*>(p.out)[row * kTokens + 8 * (at / 4) + 2 * (lane % 4) + at % 2] = d[at];
     }
-    if (p.fault == Fault::read_early) products_wait<0>();
+    if (p.fault == Fault::read_early) warpgroup_wait<0>();
 }
 
 template <class Operand>
@@ -112,10 +112,10 @@ __global__ void __launch_bounds__(160) pipeline(const __grid_constant__ Problem 
         if (p.fault == Fault::too_few_arrivals) ++releases;
         if (p.fault == Fault::too_many_arrivals) --releases;
         for (int stage = 0; stage < kStages; ++stage) {
-            barrier_init(shared.full[stage], 1);
-            barrier_init(shared.empty[stage], releases);
+            mbarrier_init(shared.full[stage], 1);
+            mbarrier_init(shared.empty[stage], releases);
         }
-        if (p.fault != Fault::no_fence) fence_barrier_init();
+        if (p.fault != Fault::no_fence) fence_mbarrier_init();
     }
     if (p.fault == Fault::no_first_sync) {
         __syncthreads();

@@ -32,30 +32,30 @@ template <class Operand>
 __global__ void one_product(const __grid_constant__ OneProduct p) {
     unsigned char* rows = shared_memory();
     unsigned char* tokens = rows + 64 * 128;
-    Barrier& full = *reinterpret_cast<Barrier*>(tokens + 8 * 128);
+    Mbarrier& full = *reinterpret_cast<Mbarrier*>(tokens + 8 * 128);
     if (threadIdx.x == 0) {
-        barrier_init(full, 1);
-        fence_barrier_init();
-        barrier_arrive_expect(full, 72 * 128);
-        copy_box(rows, p.rows, 0, 0, full);
-        copy_box(tokens, p.tokens, 0, 0, full);
+        mbarrier_init(full, 1);
+        fence_mbarrier_init();
+        mbarrier_arrive_expect_tx(full, 72 * 128);
+        tma_load(rows, p.rows, 0, 0, full);
+        tma_load(tokens, p.tokens, 0, 0, full);
     }
     __syncthreads();
-    barrier_wait(full, 0);
+    mbarrier_wait(full, 0);
     uint32_t a[4];
     for (int i = 0; i < 4; ++i) a[i] = p.a == nullptr ? 0 : p.a[threadIdx.x * 4 + i];
     std::conditional_t<std::is_same_v<Operand, int8_t>, int32_t, float> d[4] = {77, 77, 77, 77};
-    const uint64_t b = swizzled_operand(shared_address(tokens) + 32 * p.step);
-    products_begin();
+    const uint64_t b = smem_descriptor(shared_address(tokens) + 32 * p.step);
+    warpgroup_arrive();
     if constexpr (!std::is_same_v<Operand, int8_t>) {
-        multiply_float<Operand, 8>(d, a, b, false);
+        wgmma_float<Operand, 8>(d, a, b, false);
     } else if (p.a == nullptr) {
-        multiply_s8<8>(d, swizzled_operand(shared_address(rows) + 32 * p.step), b, false);
+        wgmma_s8<8>(d, smem_descriptor(shared_address(rows) + 32 * p.step), b, false);
     } else {
-        multiply_s8<8>(d, a, b, false);
+        wgmma_s8<8>(d, a, b, false);
     }
-    products_commit();
-    products_wait<0>();
+    warpgroup_commit();
+    warpgroup_wait<0>();
     std::memcpy(p.d + threadIdx.x * 4, d, sizeof(d));
     if (threadIdx.x < 32) std::memcpy(p.shared + threadIdx.x * 8, tokens + threadIdx.x * 32, 32);
 }
@@ -87,15 +87,15 @@ struct OneBox {
 __global__ void one_box(const __grid_constant__ OneBox p) {
     unsigned char* box = shared_memory();
     const unsigned bytes = static_cast<unsigned>(p.map.box_rows) * 128;
-    Barrier& full = *reinterpret_cast<Barrier*>(box + bytes);
+    Mbarrier& full = *reinterpret_cast<Mbarrier*>(box + bytes);
     if (threadIdx.x == 0) {
-        barrier_init(full, 1);
-        fence_barrier_init();
-        barrier_arrive_expect(full, bytes);
-        copy_box(box, p.map, p.column, p.row, full);
+        mbarrier_init(full, 1);
+        fence_mbarrier_init();
+        mbarrier_arrive_expect_tx(full, bytes);
+        tma_load(box, p.map, p.column, p.row, full);
     }
     __syncthreads();
-    barrier_wait(full, 0);
+    mbarrier_wait(full, 0);
     for (unsigned at = threadIdx.x; at < bytes / 4; at += 32) p.out[at] = reinterpret_cast<uint32_t*>(box)[at];
 }
 
@@ -113,7 +113,7 @@ struct Probe {
     int* out;
 };
 
-__device__ Barrier& barrier_of(unsigned offset) { return *reinterpret_cast<Barrier*>(shared_memory() + offset); }
+__device__ Mbarrier& barrier_of(unsigned offset) { return *reinterpret_cast<Mbarrier*>(shared_memory() + offset); }
 
 // 64 threads, clusters of 2, 1024 bytes of shared memory. Each does what its name in kProbes says.
 __global__ void probe(const __grid_constant__ Probe p) {
@@ -128,7 +128,7 @@ __global__ void probe(const __grid_constant__ Probe p) {
         case 1:  // a neighbour's memory
             memory[thread] = static_cast<int>(100 * rank + thread);
             cluster_sync();
-            p.out[blockIdx.x * 64 + thread] = *in_block(memory + thread, rank ^ 1);
+            p.out[blockIdx.x * 64 + thread] = *in_cta(memory + thread, rank ^ 1);
             cluster_sync();
             break;
         case 2:  // lanes disagree
@@ -148,13 +148,13 @@ __global__ void probe(const __grid_constant__ Probe p) {
             memory[256 + thread] = 0;
             break;
         case 7:  // never initialised
-            barrier_wait(barrier_of(64), 0);
+            mbarrier_wait(barrier_of(64), 0);
             break;
         case 8:  // not in shared memory
-            barrier_init(*reinterpret_cast<Barrier*>(p.out), 1);
+            mbarrier_init(*reinterpret_cast<Mbarrier*>(p.out), 1);
             break;
         case 9:  // misaligned
-            if (thread == 0) barrier_init(barrier_of(4), 1);
+            if (thread == 0) mbarrier_init(barrier_of(4), 1);
             break;
         case 10:  // waits for a cluster that never comes
             if (rank == 0) cluster_sync();
@@ -163,35 +163,35 @@ __global__ void probe(const __grid_constant__ Probe p) {
             break;
         case 11:  // 8 bytes
             if (thread == 0) {
-                barrier_init(barrier_of(0), 1);
-                fence_barrier_init();
-                copy_bytes(memory + 64, p.out, 8, barrier_of(0));
+                mbarrier_init(barrier_of(0), 1);
+                fence_mbarrier_init();
+                bulk_copy(memory + 64, p.out, 8, barrier_of(0));
             }
             break;
         case 12:  // under way at the end
             if (thread == 0) {
-                barrier_init(barrier_of(0), 1);
-                fence_barrier_init();
-                barrier_arrive_expect(barrier_of(0), 16);
-                copy_bytes(memory + 64, p.out, 16, barrier_of(0));
+                mbarrier_init(barrier_of(0), 1);
+                fence_mbarrier_init();
+                mbarrier_arrive_expect_tx(barrier_of(0), 16);
+                bulk_copy(memory + 64, p.out, 16, barrier_of(0));
             }
             break;
         case 13:  // into a block that has ended
             cluster_sync();
-            if (rank == 1) memory = in_block(memory, 0);
+            if (rank == 1) memory = in_cta(memory, 0);
             cluster_sync();
             if (rank == 1) memory[thread] = 1;
             break;
-        case 14:  // half a warp group
-            products_begin();
-            products_commit();
+        case 14:  // half a warpgroup
+            warpgroup_arrive();
+            warpgroup_commit();
             break;
         case 15:  // the barrier is overwritten
-            if (thread == 0) barrier_init(barrier_of(0), 1), memory[0] = 0, barrier_arrive(barrier_of(0));
+            if (thread == 0) mbarrier_init(barrier_of(0), 1), memory[0] = 0, mbarrier_arrive(barrier_of(0));
             break;
         case 16:  // beyond the cluster
             cluster_sync();
-            in_block(memory, 2);
+            in_cta(memory, 2);
             break;
     }
 }

@@ -1,4 +1,4 @@
-// Products of warp groups: issued by 128 threads, executed batch by batch, by pointers to what the threads call registers.
+// Products of warpgroups: issued by 128 threads, executed batch by batch, by pointers to what the threads call registers.
 #include "emulator/machine.h"
 
 namespace qbert::cuda::emulator {
@@ -111,7 +111,7 @@ void execute_batch(WarpGroup& group) {
 
 std::string WarpGroup::missing(unsigned most) const {
     std::ostringstream text;
-    text << "products_wait<" << most << "> (" << batches.size() << " batches are under way";
+    text << "warpgroup_wait<" << most << "> (" << batches.size() << " batches are under way";
     if (!batches.empty()) text << ", the first committed by " << batches.front().committed << " of 128 threads";
     return text.str() + ")";
 }
@@ -123,57 +123,57 @@ namespace qbert::cuda::sm90 {
 using namespace emulator;
 
 static WarpGroup& own_group() {
-    require(machine.current->group != nullptr, "products need a whole warp group of 128 threads");
+    require(machine.current->group != nullptr, "products need a whole warpgroup of 128 threads");
     return *machine.current->group;
 }
 
-void products_begin() {
+void warpgroup_arrive() {
     machine.current->products_begun = true;
     for (auto& [at, words] : machine.current->a_registers) std::memcpy(words.data(), at, sizeof(words));
 }
 
-// The matrix units may not see what was written to registers after products_begin. Known from the second product on that reads
-// the same registers.
+// The matrix units may not see what was written to registers after warpgroup_arrive. Known from the second product on that
+// reads the same registers.
 static void check_registers(Thread& thread, const uint32_t* a) {
     for (const auto& [at, words] : thread.a_registers) {
         if (at != a) continue;
-        require(std::memcmp(words.data(), a, sizeof(words)) == 0, "a product's registers were written after products_begin");
+        require(std::memcmp(words.data(), a, sizeof(words)) == 0, "a product's registers were written after warpgroup_arrive");
         return;
     }
     thread.a_registers.push_back({a, {a[0], a[1], a[2], a[3]}});
 }
 
-void issue_product(Operands operands, int tokens, void* d, const uint32_t* a_registers, uint64_t a, uint64_t b,
-                   bool accumulate) {
+void issue_wgmma(Operands operands, int tokens, void* d, const uint32_t* a_registers, uint64_t a, uint64_t b,
+                 bool accumulate) {
     Thread& thread = *machine.current;
     WarpGroup& group = own_group();
-    require(thread.products_begun, "the first product of a batch without products_begin");
+    require(thread.products_begun, "the first product of a batch without warpgroup_arrive");
     if (a_registers != nullptr) check_registers(thread, a_registers);
     const size_t at = thread.products_issued++ - group.first_product;
     if (at == group.products.size()) group.products.push_back({operands, tokens, a_registers != nullptr, accumulate, a, b});
     Product& product = group.products[at];
     require(product.operands == operands && product.tokens == tokens && product.a_in_registers == (a_registers != nullptr) &&
                 product.accumulate == accumulate && product.a == a && product.b == b,
-            "threads of a warp group disagree about their product ", thread.products_issued - 1);
+            "threads of a warpgroup disagree about their product ", thread.products_issued - 1);
     product.a_registers[thread.index % kWarpGroup] = a_registers;
     product.d[thread.index % kWarpGroup] = d;
     ++product.issued;
 }
 
-void products_commit() {
+void warpgroup_commit() {
     Thread& thread = *machine.current;
     WarpGroup& group = own_group();
     thread.products_begun = false;
     const size_t at = thread.batches_committed++ - group.first_batch;
     if (at == group.batches.size()) group.batches.push_back({thread.products_issued, 0});
     WarpGroup::Batch& batch = group.batches[at];
-    require(batch.end == thread.products_issued, "threads of a warp group disagree about the products of their batch ",
+    require(batch.end == thread.products_issued, "threads of a warpgroup disagree about the products of their batch ",
             thread.batches_committed - 1);
     if (++batch.committed == kWarpGroup && at == 0) machine.batch_is_ready(group);
     machine.yield();
 }
 
-void wait_for_products(unsigned batches) {
+void wait_for_warpgroup(unsigned batches) {
     Thread& thread = *machine.current;
     WarpGroup& group = own_group();
     while (thread.batches_committed > group.first_batch + batches) group.park(batches);
