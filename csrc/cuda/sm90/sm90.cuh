@@ -105,6 +105,8 @@ __device__ inline void mbarrier_wait(Mbarrier& barrier, unsigned parity) {
     cutlass::arch::ClusterBarrier::wait(&barrier.word, parity);
     compiler_fence();
 }
+// Between this thread's own writes to shared memory and their use by the copy engine or the matrix units.
+__device__ inline void fence_proxy_async() { compiler_fence(), cutlass::arch::fence_view_async_shared(); }
 
 // ---- copies -----------------------------------------------------------------------------------------------------------
 
