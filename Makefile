@@ -30,7 +30,7 @@ native: $(NATIVE)
 $(READY): requirements.txt pyproject.toml setup.py .ci/setup
 	.ci/setup $(VENV)
 
-$(NATIVE): $(READY) .ci/native $(wildcard csrc/cpu/*.* csrc/cuda/*/*.*)
+$(NATIVE): $(READY) .ci/native $(wildcard csrc/*.h csrc/cpu/*.* csrc/cuda/*/*.*)
 	.ci/native $(VENV)
 
 demo: $(NATIVE)

@@ -210,7 +210,7 @@ def extension() -> Pybind11Extension:
     cpu = Pybind11Extension(
         "qbert._cpu",
         sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
-        depends=["setup.py", *sorted(str(path) for path in Path("csrc/cpu").glob("*.h"))],
+        depends=["setup.py", *sorted(str(path) for path in (*Path("csrc").glob("*.h"), *Path("csrc/cpu").glob("*.h")))],
         include_dirs=["csrc"],
         libraries=["dl", "pthread"] if sys.platform == "linux" else [],
         cxx_std=17,
@@ -225,7 +225,10 @@ def cuda_extension(toolchain: CudaToolchain) -> Pybind11Extension:
     cuda = Pybind11Extension(
         "qbert._cuda",
         sorted(str(path) for path in Path("csrc/cuda").glob("*/*.c*") if path.suffix in (".cpp", ".cu")),
-        depends=["setup.py", *sorted(str(path) for path in Path("csrc/cuda").glob("*/*.*h"))],
+        depends=[
+            "setup.py",
+            *sorted(str(path) for path in (*Path("csrc").glob("*.h"), *Path("csrc/cuda").glob("*/*.*h"))),
+        ],
         include_dirs=["csrc", toolchain.include],
         library_dirs=[toolchain.libraries],
         libraries=CUDA_LIBRARIES,

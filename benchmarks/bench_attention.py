@@ -26,9 +26,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from qbert import ops as _ops  # noqa: F401  (defines torch.ops.qbert)
-from qbert.dispatch import select_kernel
+from qbert import ops
 from qbert.errors import QBertError
+from qbert.ops.kernel import problem_of
+from qbert.ops.operations import Attention, Out
+from qbert.ops.table import select
 from qbert.target import physical_cores, target_of
 from qbert.timing import Candidate, Rules, Unavailable, measure, ratio, reason_of
 
@@ -250,15 +252,14 @@ def _qbert(problem: Problem, per_token: bool = False, requant: bool = False) -> 
     out_dtype = torch.bfloat16 if cuda else torch.float32
     scales = torch.tensor(_SCALES, device=device)
     scales = scales.expand(case.tokens, 3).contiguous() if per_token else scales
-    operation = "attention_int8_requant" if requant else "attention_int8"
-    operator = getattr(torch.ops.qbert, operation).default
     out_scale = float(problem.expected.abs().max()) / 127
-    fixed = (problem.cu_seqlens, case.heads, case.head_dim**-0.5, out_scale if requant else out_dtype)
-    kernel = select_kernel(operation, target_of(device)).name
+    out: Out = out_scale if requant else out_dtype
+    a = Attention(problem.codes.flatten(1), scales, problem.cu_seqlens, case.heads, case.head_dim**-0.5, out)
+    kernel = select("attention", problem_of(a), target_of(device)).name
     # Its second product is in float16 on a GPU: held to the bound of the other candidates there.
     work = _work(problem, "bf16" if cuda else "int8", 1, 1 if requant else out_dtype.itemsize)
     return Built(
-        Candidate(operator, [(problem.codes.flatten(1), scales, *fixed)]),
+        Candidate(ops.call, [(a,)]),
         lambda found: found.view(case.tokens, case.heads, case.head_dim),
         "not computed" if case.ragged else "none", kernel, work, out_scale if requant else 1.0,
     )  # fmt: skip

@@ -45,7 +45,7 @@ _QUICK_SCHEMES = ("w8a8", "w4a8", "gobo3a8")
 
 def load(name: str) -> nn.Module:
     """A model by name, or a shape with random weights as a trained model has them: no package holds a full-size BertModel."""
-    model: nn.Module = random_model(name) if name in SHAPES else load_float(name)
+    model: nn.Module = random_model(SHAPES[name]) if name in SHAPES else load_float(name)
     return model
 
 

@@ -15,7 +15,7 @@ from qbert.evaluate.loading import quiet_transformers
 from qbert.folders import new_folder
 from qbert.zoo import WEIGHTS_FILE, resolve_model, sha256_of_file
 
-from .problems import SHAPES, read_config
+from .problems import SHAPES, Shape, read_config
 
 # Of trained encoders: deviation 0.04 to 0.1 a matrix, and a few weights in a thousand far outside (0.32% in MiniLM beyond what
 # GOBO calls an outlier). Weights as they are initialized, normal with 0.02, would have almost none of these.
@@ -55,7 +55,7 @@ def find_model(name: str, cache: Path) -> ModelFolder:
         folder = cache / f"{name}-random{_DISTRIBUTION}"
         if not folder.is_dir():
             with new_folder(folder) as fresh, quiet_transformers():
-                random_model(name).save_pretrained(fresh)
+                random_model(SHAPES[name]).save_pretrained(fresh)
         return ModelFolder(name, folder, folder / "work", True, _weights_bytes(folder))
     folder = Path(resolve_model(name))
     if not (folder / WEIGHTS_FILE).is_file():
@@ -89,14 +89,13 @@ def _weights_bytes(folder: Path) -> int:
     return (folder / WEIGHTS_FILE).stat().st_size
 
 
-def random_model(name: str) -> Any:
-    """A BertModel of a shape of `SHAPES`, without its pooler, the same one every time."""
+def random_model(shape: Shape) -> Any:
+    """A BertModel of that shape, without its pooler, the same one every time."""
     from transformers import BertConfig, BertModel
 
-    shape = SHAPES[name]
     config = BertConfig(
         num_hidden_layers=shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads,
-        intermediate_size=shape.inner,
+        intermediate_size=shape.inner, vocab_size=shape.vocabulary,
     )  # fmt: skip
     model = BertModel(config, add_pooling_layer=False).eval()
     generator = torch.Generator().manual_seed(_SEED)

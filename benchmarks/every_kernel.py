@@ -12,25 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 
-from qbert import ops as _ops  # noqa: F401  (defines torch.ops.qbert)
-from qbert.dispatch import COMPILED_LAYOUTS, COMPOSED, select_layout
+from qbert import ops
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES, Role
-from qbert.layout import Layout
-from qbert.ops.composed import COMPOSITIONS
-from qbert.ops.cuda import KERNELS as COMPILED
-from qbert.ops.schemas import SCHEMAS
-from qbert.ops.triton import TRITON
+from qbert.ops import cuda, triton
+from qbert.ops.kernel import Kernel, problem_of
+from qbert.ops.operations import FLOAT_TABLE, OPERATIONS, AddNorm
+from qbert.ops.table import select_layout
 from qbert.ops.triton.launch import INTERPRETED
 from qbert.target import Target, target_of
-from qbert.testing import assert_matches_reference, random_arguments, schemes_of
+from qbert.testing import assert_matches_reference, random_problem, schemes_of
 from qbert.timing import one_line
+from qbert.weight import Layout
 
 from .predict import GPUS
 from .recorder import device_of, run_command
@@ -43,15 +41,40 @@ LINEARS_AND_NORMS = ((1, 256, 128), (37, 384, 176))  # rows that a cluster of bl
 LOOK_UPS = ((37, 50, 96),)  # (tokens, rows, width)
 ROWS = ((37, 1, 768), (5, 1, 97))  # (tokens, unused, width)
 ATTENTION = ((150, 2, 64), (70, 3, 32))  # (tokens, heads, head dimension)
+SIZES = {
+    "linear": LINEARS, "linear_add_norm": LINEARS_AND_NORMS, "embedding": LOOK_UPS, "embed_norm": LOOK_UPS,
+    "attention": ATTENTION,
+}  # fmt: skip
+
+Call = Callable[[Any], Any]
 
 
-def problems() -> Iterator[tuple[str, str | None, tuple[int, int, int]]]:
-    """(operation, scheme, sizes)."""
-    for operation in SCHEMAS:
-        schemes: list[str | None] = [*schemes_of(operation)]
+class Case(NamedTuple):
+    """A problem that kernels are called with: arguments of `random_problem`."""
+
+    operation: str
+    scheme: str | None
+    sizes: tuple[int, int, int]
+    int8_out: bool = False
+
+    def __str__(self) -> str:
+        out = " int8 out" if self.int8_out else ""
+        return f"{self.operation} {self.scheme or '-'} {'x'.join(map(str, self.sizes))}{out}"
+
+
+def cases() -> Iterator[Case]:
+    """Every operation with every scheme, and float and int8 results where there are both."""
+    for operation in OPERATIONS:
+        tables = [FLOAT_TABLE] if operation == "embed_norm" else []
+        schemes: list[str | None] = [*schemes_of(operation), *tables]
         for scheme in schemes or [None]:
-            for sizes in _sizes(operation):
-                yield operation, scheme, _in_groups(sizes, scheme)
+            for int8_out in (False, True) if _may_be_int8(operation, scheme) else (False,):
+                for sizes in SIZES.get(operation, ROWS):
+                    yield Case(operation, scheme, _in_groups(sizes, scheme), int8_out)
+
+
+def _may_be_int8(operation: str, scheme: str | None) -> bool:
+    return operation == "attention" or (operation == "linear" and SCHEMES[str(scheme)].activation is not None)
 
 
 def _in_groups(sizes: tuple[int, int, int], scheme: str | None) -> tuple[int, int, int]:
@@ -60,71 +83,64 @@ def _in_groups(sizes: tuple[int, int, int], scheme: str | None) -> tuple[int, in
     return (*sizes[:2], -(-sizes[2] // group) * group)
 
 
-def _sizes(operation: str) -> tuple[tuple[int, int, int], ...]:
-    if operation in COMPOSED:
-        return LINEARS_AND_NORMS
-    if "linear" in operation:
-        return LINEARS
-    if "embed" in operation:
-        return LOOK_UPS
-    return ATTENTION if operation.startswith("attention") else ROWS
-
-
-def layout_of(operation: str, scheme: str | None, kernel: str, target: Target) -> Layout:
-    """The layout in which a kernel of the target reads that weight; PLAIN where there is none.
+def layout_of(case: Case, kernel: str, target: Target) -> Layout:
+    """The layout in which a kernel of the target reads the weight; PLAIN where there is none.
 
     Args:
         kernel: one of the names that `kernels_of` gives.
     """
-    if scheme not in SCHEMES:
+    if case.scheme not in SCHEMES:
         return Layout.PLAIN
-    if kernel == "cuda" and operation in COMPILED_LAYOUTS:
-        return COMPILED_LAYOUTS[operation]
-    role = Role.EMBEDDING if "embed" in operation else Role.LINEAR
-    return select_layout(SCHEMES[scheme], role, replace(target, prefer="triton"))
+    scheme, role = SCHEMES[case.scheme], Role.EMBEDDING if "embed" in case.operation else Role.LINEAR
+    own = cuda.own_layout(scheme) if kernel == "cuda" and role is Role.LINEAR else None
+    return own or select_layout(scheme, role, replace(target, prefer="triton"))
 
 
-def kernels_of(operation: str, where: str) -> dict[str, Callable[..., Any]]:
-    """What computes an operation there, past the operator, which would let the reference step in.
+def kernels_of(operation: str, where: str) -> dict[str, Kernel | Call]:
+    """What computes an operation there: rows of the table, past the choice, which would let the reference step in.
 
     Args:
         where: cpu, cuda or interpreter.
     """
     if where == "cpu":
-        return {"operator": getattr(torch.ops.qbert, operation).default}
-    kernels = {"triton": TRITON[operation]} if operation in TRITON else {}
-    if operation in COMPOSED:
-        kernels = {"triton": COMPOSITIONS[operation](*(TRITON[part] for part in COMPOSED[operation]))}
-    if where == "cuda" and operation in COMPILED and target_of(torch.device("cuda")).native:
-        kernels["cuda"] = COMPILED[operation]
-    return kernels
+        return {"operator": ops.call}
+    rows = {row.operation: row for row in triton.KERNELS}
+    found: dict[str, Kernel | Call] = {"triton": rows[operation]} if operation in rows else {}
+    if operation == "linear_add_norm":
+        linear, add_norm = rows["linear"].call, rows["add_norm"].call
+        found["triton"] = lambda a: add_norm(AddNorm(linear(a.linear), a.residual, a.norm))
+    compiled = {row.operation: row for row in cuda.KERNELS}
+    if where == "cuda" and operation in compiled and target_of(torch.device("cuda")).native:
+        found["cuda"] = compiled[operation]
+    return found
 
 
-def check(
-    operation: str, scheme: str | None, sizes: tuple[int, int, int], device: torch.device, where: str
-) -> dict[str, str | None]:
+def check(case: Case, device: torch.device, where: str) -> dict[str, str | None]:
     """What is wrong with each kernel's result, or None."""
     target = GPUS["h100"] if where == INTERPRETER else target_of(device)
-    wrong = {}
-    for name, kernel in (kernels_of(operation, where) or {"no kernel": lambda *_: NotImplemented}).items():
-        layout = layout_of(operation, scheme, name, target)
-        given = partial(random_arguments, operation, *sizes, scheme=scheme, layout=layout, device=device)
-        wrong[name] = _wrong(operation, given, kernel)
-    return wrong
+    kernels = kernels_of(case.operation, where)
+    if not kernels:
+        return {"no kernel": NOT_TAKEN}
+    return {name: _wrong(case, name, kernel, target, device) for name, kernel in kernels.items()}
 
 
-def may_refuse(operation: str, kernel: str) -> bool:
+def may_refuse(case: Case, kernel: str) -> bool:
     """Whether another kernel steps in where this one does not take a problem; none reads layouts of the compiled ones' own."""
-    return kernel == "cuda" and operation not in COMPILED_LAYOUTS
+    if kernel != "cuda":
+        return False
+    return case.operation != "linear" or cuda.own_layout(SCHEMES[str(case.scheme)]) is None
 
 
-def _wrong(operation: str, given: Callable[[], tuple[Any, ...]], kernel: Callable[..., Any]) -> str | None:
-    try:
-        arguments = given()  # where a kernel has broken the context this fails, and all lines after it say so
-        result = kernel(*arguments)
-        if result is NotImplemented:
-            return NOT_TAKEN
-        assert_matches_reference(operation, arguments, result)
+def _wrong(case: Case, name: str, kernel: Kernel | Call, target: Target, device: torch.device) -> str | None:
+    operation, scheme, sizes, int8_out = case
+    try:  # where a kernel has broken the context making the problem fails, and all lines after it say so
+        layout = layout_of(case, name, target)
+        problem = random_problem(operation, *sizes, scheme=scheme, layout=layout, int8_out=int8_out, device=device)
+        if isinstance(kernel, Kernel):
+            if kernel.obstacle(problem_of(problem), replace(target, prefer=name)) is not None:
+                return NOT_TAKEN
+            kernel = kernel.call
+        assert_matches_reference(problem, kernel(problem))
     except Exception as error:
         return one_line(error)
     return None
@@ -139,14 +155,13 @@ def main(
         raise QBertError(f"--target {INTERPRETER} and TRITON_INTERPRET=1 go together")
     device = torch.device("cpu") if target == INTERPRETER else device_of(target)
     wrong = 0
-    for operation, scheme, sizes in problems():
-        if only in operation:
-            for name, reason in check(operation, scheme, sizes, device, target).items():
-                if reason == NOT_TAKEN and may_refuse(operation, name):
+    for case in cases():
+        if only in case.operation:
+            for name, reason in check(case, device, target).items():
+                if reason == NOT_TAKEN and may_refuse(case, name):
                     continue
                 wrong += reason is not None
-                shown = f"{operation} {scheme or '-'} {'x'.join(map(str, sizes))} {name}"
-                print(f"{shown}: {reason or 'good'}", flush=True)
+                print(f"{case} {name}: {reason or 'good'}", flush=True)
     if wrong:
         raise typer.Exit(1)
 

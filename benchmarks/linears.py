@@ -17,19 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbert import ops as _ops  # noqa: F401  (defines torch.ops.qbert)
-from qbert.dispatch import linear_operation, select_kernel, select_layout
+from qbert import ops
 from qbert.formats import DICT3, DICT4, INT4, INT8, SCHEMES, Role
-from qbert.layout import Layout
-from qbert.ops.cuda import KERNELS as COMPILED
-from qbert.ops.cuda import extension
-from qbert.ops.triton import TRITON
-from qbert.qtensor import QuantizedTensor
+from qbert.ops import cuda, triton
+from qbert.ops.kernel import Kernel, problem_of
+from qbert.ops.operations import Linear, Out, QuantizeRows
+from qbert.ops.table import select, select_layout
 from qbert.quantizers import quantize
-from qbert.reference import dequantize
 from qbert.target import Target, target_of
-from qbert.tiles import select_tile
+from qbert.tiles import select_tile, tile_key
 from qbert.timing import Candidate, Unavailable, sets_beyond_caches
+from qbert.weight import Layout, Weight
+from qbert.weight.codec import decode
 
 from .bert_models import realistic_weights
 from .peers import bnb_peer, gemlite_peer
@@ -46,7 +45,7 @@ _OUT_SCALE_RANGE = 127.0
 _NF4_GROUP = 64
 
 # A GPU's kernels, each past the operator, which takes what the tables say: side by side on every problem.
-KERNELS: dict[str, dict[str, Callable[..., Any]]] = {"triton": TRITON, "cuda": COMPILED}
+KERNELS: dict[str, tuple[Kernel, ...]] = {"triton": triton.KERNELS, "cuda": cuda.KERNELS}
 _CODES = {INT8: "int8", INT4: "int4", DICT4: "dict4", DICT3: "dict3"}  # as the extension names them
 
 Check = Callable[[Any], str | None]
@@ -100,7 +99,7 @@ class Weights:
 
     def __init__(self, n: int, k: int, device: torch.device) -> None:
         self.n, self.k, self.device = n, k, device
-        self._quantized: dict[tuple[str, Layout], tuple[QuantizedTensor, Tensor]] = {}
+        self._quantized: dict[tuple[str, Layout], tuple[Weight, Tensor]] = {}
         generator = torch.Generator().manual_seed(0)
         self.weight = realistic_weights(n, k, generator=generator).to(device)
         self.bias = torch.randn(n, generator=generator).to(device)
@@ -113,12 +112,12 @@ class Weights:
             made.bias.copy_(self.bias)
         return made.requires_grad_(False).eval()
 
-    def quantized(self, scheme: str, target: Target | None = None) -> tuple[QuantizedTensor, Tensor]:
+    def quantized(self, scheme: str, target: Target | None = None) -> tuple[Weight, Tensor]:
         """In the layout that a target's kernel reads, by default this device's; and what it stands for: (n, k) float32."""
         layout = select_layout(SCHEMES[scheme], Role.LINEAR, target or target_of(self.device))
         if (scheme, layout) not in self._quantized:
             plain = quantize(self.weight, SCHEMES[scheme])
-            self._quantized[scheme, layout] = plain.to_layout(layout), dequantize(plain).to(self.device)
+            self._quantized[scheme, layout] = plain.to_layout(layout), decode(plain).to(self.device)
         return self._quantized[scheme, layout]
 
 
@@ -150,7 +149,7 @@ class Problem:
     @functools.cached_property
     def codes(self) -> tuple[Tensor, Tensor]:
         """int8 (t, k) and its scales (t,)."""
-        q, s = torch.ops.qbert.quantize_per_token(self.x)
+        q, s = ops.call(QuantizeRows(self.x))
         return q, s
 
     @functools.cached_property
@@ -190,15 +189,22 @@ def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def bytes_of(argument: Any) -> int:
-    """Of a tensor or of a layer's tensors; 0 of anything else."""
+    """Of a tensor, or of the tensors of a layer, a weight, or an operation's record; 0 of anything else."""
     if isinstance(argument, nn.Module):
-        return sum(t.numel() * t.element_size() for t in (*argument.parameters(), *argument.buffers()))
-    return argument.numel() * argument.element_size() if isinstance(argument, Tensor) else 0
+        return sum(map(bytes_of, (*argument.parameters(), *argument.buffers())))
+    if isinstance(argument, tuple):
+        return sum(map(bytes_of, argument))
+    return argument.nbytes if isinstance(argument, Tensor | Weight) else 0
 
 
 def _copied(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.clone()
+    if isinstance(argument, Weight):
+        tensors = {name: tensor.clone() for name, tensor in argument.tensors.items()}
+        return Weight(argument.scheme, argument.shape, argument.layout, tensors)
+    if isinstance(argument, tuple):  # a record, and what is in it
+        return type(argument)(*map(_copied, argument))
     return copy.deepcopy(argument) if isinstance(argument, nn.Module) else argument
 
 
@@ -383,7 +389,7 @@ def _gemlite(problem: Problem, kind: str) -> Built:
 
 
 def _quantize_alone(problem: Problem) -> Built:
-    operator = torch.ops.qbert.quantize_per_token.default
+    a = QuantizeRows(problem.x)
     t, k = problem.x.shape
     s = problem.codes[1].float()[:, None]
     expected = problem.x.float()
@@ -393,9 +399,9 @@ def _quantize_alone(problem: Problem) -> Built:
         return None if error <= 0.51 else f"wrong result: a code is off by {error:.3g} steps"
 
     return Built(
-        Candidate(operator, problem.sets((problem.x,))),
+        Candidate(ops.call, problem.sets((a,))),
         Work(operations=0.0, precision="int8", bytes=float(t * k * (problem.x.element_size() + 1) + 4 * t)),
-        check, select_kernel("quantize_per_token", target_of(problem.device)).name, 0, "int8",
+        check, select("quantize_rows", problem_of(a), target_of(problem.device)).name, 0, "int8",
     )  # fmt: skip
 
 
@@ -417,45 +423,44 @@ def _qbert(
     target = target_of(problem.device)
     target = replace(target, prefer=kernels) if kernels else target
     held, meant = weights.quantized(name, target)
-    operation = linear_operation(scheme) + ("_requant" if requant else "")
-    operator = getattr(torch.ops.qbert, operation).default
     expected = _of_codes(problem, meant) if scheme.activation else product(problem.x.float(), meant, weights.bias)
     out_scale = float(expected.abs().max()) / _OUT_SCALE_RANGE
-    first = _arguments(problem, operator, held, out_scale)
-    call: Callable[..., Any] = operator
-    if kernels:
-        call = _launcher(operation, kernels, first)
-    elif with_quantization:
-        call = lambda x, *rest: operator(*torch.ops.qbert.quantize_per_token.default(x), *rest)
-        first = (problem.x, *first[2:])
-    weight_bytes = sum(map(bytes_of, held.tensors.values()))
+    x, s = problem.codes if scheme.activation else (problem.x, None)
+    out: Out = out_scale if requant else problem.x.dtype
+    a = Linear(x, s, held, weights.bias, ops.Activation.NONE, out)
+    row = _launcher(a, kernels, target) if kernels else select("linear", problem_of(a), target)
+    call: Callable[..., Any] = row.call if kernels else ops.call
+    if with_quantization:
+        call, a = _quantizing, a._replace(x=problem.x, s=None)
+    if kernels == "cuda":
+        tile: str | None = compiled_tile(problem, name)
+    else:
+        tile = tile_of(tile_key(scheme), problem) if target.device == "cuda" else None
     x_bytes = problem.x.element_size() if with_quantization or not scheme.activation else 1
     out_dtype = torch.int8 if requant else problem.x.dtype
     return Built(
-        Candidate(call, problem.sets(first)),
-        problem.work("int8" if scheme.activation else PRECISIONS[problem.x.dtype], weight_bytes, x_bytes, out_dtype.itemsize),
+        Candidate(call, problem.sets((a,))),
+        problem.work("int8" if scheme.activation else PRECISIONS[problem.x.dtype], held.nbytes, x_bytes, out_dtype.itemsize),
         codes_of(expected, out_scale) if requant else everywhere(expected, _EXACT_LIMIT),
-        f"{kernels} {operation}" if kernels else select_kernel(operation, target, held.layout).name,
-        weight_bytes, _name(out_dtype),
-        compiled_tile(problem, name) if kernels == "cuda" else tile_of(operation, problem) if target.device == "cuda" else None,
+        row.name, held.nbytes, _name(out_dtype), tile,
     )  # fmt: skip
 
 
-def _launcher(operation: str, kernels: str, arguments: ArgumentSet) -> Callable[..., Any]:
+def _quantizing(a: Linear) -> Any:
+    """A linear whose float tokens become codes first, as in a layer."""
+    q, s = ops.call(QuantizeRows(a.x))
+    return ops.call(a._replace(x=q, s=s))
+
+
+def _launcher(a: Linear, kernels: str, target: Target) -> Kernel:
     """Raises `Unavailable` where these kernels do not take the problem."""
-    launcher = KERNELS[kernels].get(operation)
-    if launcher is None or launcher(*arguments) is NotImplemented:
-        raise Unavailable(f"{kernels} has no kernel for this problem")
-    return launcher
-
-
-def _arguments(problem: Problem, operator: Any, held: QuantizedTensor, out_scale: float) -> ArgumentSet:
-    """In the order of the operator's schema."""
-    given: dict[str, Any] = {
-        "x": problem.x, "q": problem.codes[0], "s": problem.codes[1], "bias": problem.weights.bias, "activation": "none",
-        "out_dtype": problem.x.dtype, "out_scale": out_scale, "layout": held.layout.value, **held.tensors,
-    }  # fmt: skip
-    return tuple(given[argument.name] for argument in operator._schema.arguments)
+    obstacle: str | None = "no linears"
+    for row in KERNELS[kernels]:
+        if row.operation == "linear":
+            obstacle = row.obstacle(problem_of(a), target)
+            if obstacle is None:
+                return row
+    raise Unavailable(f"{kernels} has no kernel for this problem: {obstacle}")
 
 
 def _of_codes(problem: Problem, meant: Tensor) -> Tensor:
@@ -464,10 +469,10 @@ def _of_codes(problem: Problem, meant: Tensor) -> Tensor:
     return product(q.float() * s.float()[:, None], meant, problem.weights.bias)
 
 
-def tile_of(operation: str, problem: Problem) -> str | None:
-    """The tile that the tables choose, in a line; None for an operation without a table."""
+def tile_of(key: str, problem: Problem) -> str | None:
+    """The tile that the tables choose, in a line; None for what has no table."""
     try:
-        tile = select_tile(operation, problem.t, problem.weights.n, problem.weights.k, target_of(problem.device))
+        tile = select_tile(key, problem.t, problem.weights.n, problem.weights.k, target_of(problem.device))
     except KeyError:
         return None
     split = f", k / {tile.split_k}" if tile.split_k > 1 else ""
@@ -476,13 +481,13 @@ def tile_of(operation: str, problem: Problem) -> str | None:
 
 def compiled_tile(problem: Problem, name: str) -> str:
     """The tile that the compiled extension chooses for a linear of a scheme."""
-    cuda, scheme, count = extension(), SCHEMES[name], target_of(problem.device).sm_count
+    compiled, scheme, count = cuda.extension(), SCHEMES[name], target_of(problem.device).sm_count
     sizes = problem.t, problem.weights.n, problem.weights.k
     if scheme.activation is None:
-        return str(cuda.few_choose(*sizes, _CODES[scheme.weight], int8_activations=False, multiprocessors=count))
+        return str(compiled.few_choose(*sizes, _CODES[scheme.weight], int8_activations=False, multiprocessors=count))
     if scheme.weight == INT8:
-        return str(cuda.choose(*sizes, multiprocessors=count))
-    return str(cuda.lowbit_choose(*sizes, _CODES[scheme.weight], multiprocessors=count))
+        return str(compiled.choose(*sizes, multiprocessors=count))
+    return str(compiled.lowbit_choose(*sizes, _CODES[scheme.weight], multiprocessors=count))
 
 
 def _name(dtype: torch.dtype) -> str:

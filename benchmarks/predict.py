@@ -22,12 +22,12 @@ from rich.table import Table
 
 from qbert import devices
 from qbert.analyze.targets import TARGETS, RooflineTarget
-from qbert.dispatch import linear_operation, select_layout
 from qbert.errors import QBertError
 from qbert.formats import Role, Scheme, get_scheme
-from qbert.layout import qdata_shape
+from qbert.ops.table import select_layout
 from qbert.target import Target
-from qbert.tiles import MIN_SM, TileConfig, select_tile
+from qbert.tiles import MIN_SM, TileConfig, select_tile, tile_key
+from qbert.weight.layout import qdata_shape
 
 from .problems import INTEGER_SCHEMES, LINEAR_SCHEMES, LINEARS, WEIGHT_ONLY_TOKENS
 
@@ -90,7 +90,7 @@ def predict(scheme: Scheme, t: int, n: int, k: int, gpu: str) -> Prediction:
     if gpu not in GPUS:
         raise QBertError(f"unknown target {gpu!r}; allowed: {', '.join(GPUS)}")
     target, rates = GPUS[gpu], TARGETS[gpu]
-    tile = select_tile(linear_operation(scheme), t, n, k, target)
+    tile = select_tile(tile_key(scheme), t, n, k, target)
     tiles = math.ceil(t / tile.block_t) * math.ceil(n / tile.block_n) * tile.split_k
     waves = math.ceil(tiles / target.sm_count)
     # One multiprocessor's share of the peak, for the whole blocks of input channels that one of split_k programs takes.

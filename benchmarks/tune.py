@@ -32,25 +32,20 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from qbert import ops as _ops  # noqa: F401  (defines torch.ops.qbert)
-from qbert.dispatch import (
-    COMPILED_LAYOUTS,
-    CUDA_OPERATIONS,
-    compiled_obstacle,
-    linear_operation,
-    prefers_extension,
-    select_layout,
-)  # fmt: skip
+from qbert import ops
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES, Role
-from qbert.layout import Layout
-from qbert.qtensor import QuantizedTensor
+from qbert.ops import Activation
+from qbert.ops.cuda import compiled_obstacle, own_layout, prefers_extension
+from qbert.ops.operations import Linear
+from qbert.ops.reference import codes_and_scales
+from qbert.ops.table import select_layout
 from qbert.quantizers import quantize
-from qbert.reference import ACTIVATIONS, quantize_per_token
 from qbert.target import Target, target_of
 from qbert.testing import random_activations, random_weight, to_device
-from qbert.tiles import MIN_SM, TMA_SM, TUNED, TileConfig, forced, select_tile, table_name
+from qbert.tiles import MIN_SM, TMA_SM, TUNED, TileConfig, forced, select_tile, table_name, tile_key
 from qbert.timing import Candidate, DeviceLost, Rules, Samples, measure, one_line
+from qbert.weight import Layout, Weight
 
 from .machine import describe
 from .problems import LINEAR_SCHEMES, LINEARS, WEIGHT_ONLY_TOKENS
@@ -84,8 +79,8 @@ class Problem:
 
     @property
     def operation(self) -> str:
-        """The operation that computes it."""
-        return linear_operation(SCHEMES[self.scheme])
+        """The name of its tiles in a table."""
+        return tile_key(SCHEMES[self.scheme])
 
     @property
     def exact(self) -> bool:
@@ -95,12 +90,12 @@ class Problem:
     @property
     def bound(self) -> bool:
         """Whether the compiled kernel reads the weight in a layout of its own, which then decides for all problems."""
-        return self.operation in COMPILED_LAYOUTS
+        return own_layout(SCHEMES[self.scheme]) is not None
 
 
 def problems(schemes: Sequence[str] = LINEAR_SCHEMES) -> Iterator[list[Problem]]:
-    """All problems in order of value, those of as many tokens together; of schemes that share an operation the first."""
-    leaders = list({linear_operation(SCHEMES[name]): name for name in reversed(schemes)}.values())[::-1]
+    """All problems in order of value, those of as many tokens together; of schemes that share tiles the first."""
+    leaders = list({tile_key(SCHEMES[name]): name for name in reversed(schemes)}.values())[::-1]
     shapes = list(dict.fromkeys(itertools.chain.from_iterable(LINEARS.values())))
     for t in TOKENS:
         suited = [name for name in leaders if SCHEMES[name].activation or t <= WEIGHT_ONLY_TOKENS]
@@ -119,7 +114,7 @@ def candidates(problem: Problem, target: Target) -> list[TileConfig]:
     else:
         now = select_tile(operation, *sizes, target)
     first = [now, triton]
-    if operation in CUDA_OPERATIONS and compiled_obstacle(operation, target) is None:
+    if compiled_obstacle("linear", target) is None:
         first.append(COMPILED)
     found: dict[tuple[object, ...], TileConfig] = {}
     for tile in first:
@@ -204,50 +199,39 @@ def _computed(problem: Problem, target: Target, tile: TileConfig) -> float:
 # ---- one problem ----------------------------------------------------------------------------------------------------
 
 
-Given = Callable[..., Sequence[Any]]  # of a tile and an activation, "none" where it is not said
+Given = Callable[..., Linear]  # of a tile and an activation, NONE where it is not said
 
 
 def arguments(problem: Problem, device: torch.device) -> Given:
-    """The arguments of the problem's operation: the same numbers always, the weight in the layout that the tile reads."""
-    held: dict[Layout, dict[str, tuple[Any, ...]]] = {}
-    triton = select_layout(SCHEMES[problem.scheme], Role.LINEAR, replace(target_of(device), prefer="triton"))
+    """The problem's record: the same numbers always, the weight in the layout that the tile reads."""
+    held: dict[Layout, Linear] = {}
+    scheme = SCHEMES[problem.scheme]
+    triton = select_layout(scheme, Role.LINEAR, replace(target_of(device), prefer="triton"))
+    own = own_layout(scheme) or triton
 
-    def given(tile: TileConfig, activation: str = "none") -> tuple[Any, ...]:
-        layout = COMPILED_LAYOUTS[problem.operation] if problem.bound and tile.road == "cuda" else triton
+    def given(tile: TileConfig, activation: Activation = Activation.NONE) -> Linear:
+        layout = own if tile.road == "cuda" else triton
         if layout not in held:
             held[layout] = _arguments(problem, device, layout)
-        return held[layout][activation]
+        return held[layout]._replace(activation=activation)
 
     return given
 
 
-def _arguments(problem: Problem, device: torch.device, layout: Layout) -> dict[str, tuple[Any, ...]]:
-    """Random ones for each activation, with a bias and a bfloat16 result."""
+def _arguments(problem: Problem, device: torch.device, layout: Layout) -> Linear:
+    """A random one, with a bias and a bfloat16 result."""
     scheme = SCHEMES[problem.scheme]
     x = random_activations(problem.t, problem.k).to(device, _OUT)
-    weight = _weight(problem, device, layout)
-    names = [each.name for each in _operator(problem.operation)._schema.arguments]
-    held = [weight.tensors[name] for name in names if name in weight.tensors]
+    tokens, s = codes_and_scales(x) if scheme.activation else (x, None)
+    weight: Weight = to_device(quantize(random_weight(problem.n, problem.k), scheme).to_layout(layout), device)
     bias = torch.linspace(-1, 1, problem.n, device=device, dtype=_OUT)
-    tokens = quantize_per_token(x) if scheme.activation else (x,)
-    out = (_OUT,) if scheme.activation else ()
-    return {each: (*tokens, *held, bias, each, *out, weight.layout.value) for each in ACTIVATIONS}
+    return Linear(tokens, s, weight, bias, Activation.NONE, _OUT)
 
 
-def _weight(problem: Problem, device: torch.device, layout: Layout) -> QuantizedTensor:
-    weight = quantize(random_weight(problem.n, problem.k), SCHEMES[problem.scheme]).to_layout(layout)
-    tensors = dict(zip(weight.tensors, to_device(list(weight.tensors.values()), device), strict=True))
-    return QuantizedTensor(weight.scheme, weight.shape, weight.layout, tensors)
-
-
-def _operator(operation: str) -> Any:
-    return getattr(torch.ops.qbert, operation).default
-
-
-def run(problem: Problem, tile: TileConfig, given: Given, activation: str = "none") -> Tensor:
-    """The operation with that tile."""
+def run(problem: Problem, tile: TileConfig, given: Given, activation: Activation = Activation.NONE) -> Tensor:
+    """The linear with that tile."""
     with forced(problem.operation, tile):
-        result: Tensor = _operator(problem.operation)(*given(tile, activation))
+        result: Tensor = ops.run(given(tile, activation))
     return result
 
 
@@ -278,7 +262,7 @@ def tune_one(problem: Problem, tiles: Sequence[TileConfig], given: Given, time_a
         tiles: the first is the one that runs now; the others' results are compared with its result.
     """
     now, reasons = tiles[0], {}
-    expected = {activation: run(problem, now, given, activation) for activation in ACTIVATIONS}
+    expected = {activation: run(problem, now, given, activation) for activation in Activation}
     right: dict[str, TileConfig] = {}
     for index, tile in enumerate(tiles):
         reason = _wrong(problem, tile, given, expected)
@@ -313,17 +297,19 @@ def _against_compiled(tiles: Sequence[TileConfig], winner: str, samples: Samples
     return samples[winner].median / samples[compiled].median if compiled in samples else 0.0
 
 
-def _wrong(problem: Problem, tile: TileConfig, given: Given, expected: Mapping[str, Tensor]) -> str | None:
+def _wrong(
+    problem: Problem, tile: TileConfig, given: Given, expected: Mapping[Activation, Tensor]
+) -> str | None:  # fmt: skip
     """What is wrong with the tile's results, activation by activation. Rounded to 16 bits as they are, millions of them still
     show functions that differ in the last bit of a float32."""
     try:
         for activation, wanted in expected.items():
             result = run(problem, tile, given, activation)
             if problem.exact and not torch.equal(result.view(torch.int16), wanted.view(torch.int16)):
-                return f"another result than the tile that runs now, activation {activation}"
+                return f"another result than the tile that runs now, activation {activation.text}"
             error = float((result.float() - wanted.float()).abs().max() / wanted.float().abs().max())
             if not problem.exact and not error < _LOOSE:
-                return f"off by {error:.2g} of the largest value, activation {activation}"
+                return f"off by {error:.2g} of the largest value, activation {activation.text}"
     except Exception as error:  # a tile that cannot be compiled or launched is a row with its reason
         return one_line(error)
     return None

@@ -1,7 +1,9 @@
 """Residual addition, LayerNorm and per-token int8 quantization: one program a token, one pass over memory.
 
-Computes `qbert.reference.add_layer_norm_quantize`. The codes and scale are exactly those of the float32 norm, before it is
+Computes `qbert.ops.reference.add_norm`. The codes and scale are exactly those of the float32 norm, before it is
 rounded to the residual's type. NaN or infinity in a token makes its row NaN, its scale NaN and its codes 0, and no other's.
+
+Arguments that are tuples: `qbert.ops.triton.arguments`.
 """
 
 import triton
@@ -11,17 +13,15 @@ from qbert.kernels.row import layer_norm, store_normed
 
 
 @triton.jit
-def add_layer_norm_quantize_kernel(
-    y_ptr, residual_ptr, gamma_ptr, beta_ptr, out_ptr, codes_ptr, scale_ptr, k, y_stride, residual_stride, eps,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """y, residual (t, k), gamma, beta (k,) float -> out (t, k) float, codes (t, k) int8, scale (t,) float32, contiguous.
+def add_layer_norm_quantize_kernel(y_ptr, residual_ptr, norm, to, k, strides, BLOCK: tl.constexpr):
+    """y, residual (t, k) float, with rows that far apart, and a norm as in `layer_norm` -> a `Normed`, contiguous.
 
     Grid: (t,). BLOCK: power of two, at least k.
     """
+    y_stride, residual_stride = strides
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     y = tl.load(y_ptr + token * y_stride + column, mask=column < k, other=0.0)
     residual = tl.load(residual_ptr + token * residual_stride + column, mask=column < k, other=0.0)
-    normed = layer_norm(y.to(tl.float32) + residual.to(tl.float32), k, column, gamma_ptr, beta_ptr, eps)
-    store_normed(normed, token, k, column, out_ptr, codes_ptr, scale_ptr)
+    normed = layer_norm(y.to(tl.float32) + residual.to(tl.float32), k, column, norm)
+    store_normed(normed, token, k, column, to)

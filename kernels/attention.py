@@ -1,6 +1,6 @@
 """INT8 attention of packed sequences: a program for a tile of queries of one head; scores never touch memory.
 
-Computes `qbert.reference.attention_int8`. Both products are of integers, and exact: queries times keys as int8 with int32 sums,
+Computes `qbert.ops.reference.attention`. Both products are of integers, and exact: queries times keys as int8 with int32 sums,
 codes of probabilities times values as float16 (0 ... 255 and -127 ... 127 are exact there) with float32 sums, which stay exact
 below 2**24: EXACT_KEYS keys cannot reach that, and longer sequences add every block up in int32.
 
@@ -10,6 +10,8 @@ through is decided by its sequence alone, KEYS keys at a time: no bit depends on
 
 The host does not know where sequences start: t // BLOCK_Q + sequences tiles are enough for any, and a program searches which is
 its own. Positions are clamped to the tokens, so that wrong `cu_seqlens` give wrong results but touch no other memory.
+
+Arguments that are tuples: `qbert.ops.triton.arguments`.
 """
 
 import triton
@@ -32,15 +34,20 @@ SUBNORMAL = tl.constexpr(2.0**24)
 
 
 @triton.jit(do_not_specialize=["t", "sequences"])  # every batch has others: one build serves all
-def attention_int8_kernel(
-    qkv_ptr, scales_ptr, cu_seqlens_ptr, out_ptr, t, sequences, num_heads, softmax_scale, inverse_out_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, PER_TOKEN: tl.constexpr,
-):  # fmt: skip
-    """qkv (t, 3, heads, d) int8, scales (3,) or (t, 3) -> out (t, heads, d) float, or int8 of y * inverse_out_scale.
+def attention_int8_kernel(tokens, cu_seqlens_ptr, out_ptr, t, sequences, heads, META: tl.constexpr):
+    """Int8 queries, keys and values -> out (t, heads, d) float, or int8 of y * inverse_out_scale.
 
     Grid: (heads, y, z) with y * z at least t // BLOCK_Q + sequences: heads of a tile run together, for they lie together.
-    BLOCK_D: power of two, at least HEAD_DIM and 32, which is the least K of an int8 wgmma.
+
+    Args:
+        tokens: qkv (t, 3, heads, d) int8 and scales (3,) or, with PER_TOKEN, (t, 3).
+        heads: `Heads`.
+        META: an `AttentionMeta`.
     """
+    qkv_ptr, scales_ptr = tokens
+    HEAD_DIM: tl.constexpr = META.HEAD_DIM
+    BLOCK_Q: tl.constexpr = META.BLOCK_Q
+    PER_TOKEN: tl.constexpr = META.PER_TOKEN
     head, tile = tl.program_id(0), tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
     sequence = _sequence_of(tile, cu_seqlens_ptr, sequences, t, BLOCK_Q)
     start = _start_of(sequence, cu_seqlens_ptr, t)
@@ -48,20 +55,20 @@ def attention_int8_kernel(
     first = (tile - sequence - start // BLOCK_Q) * BLOCK_Q
     if (first < 0) | (first >= length):
         return
-    width = num_heads * HEAD_DIM
+    width = heads.number * HEAD_DIM
     qkv = qkv_ptr + start.to(tl.int64) * (3 * width) + head * HEAD_DIM
     scales = scales_ptr + start.to(tl.int64) * 3 if PER_TOKEN else scales_ptr
     keys = (qkv, scales, length - 1, width)
-    q = _rows(qkv, first, length - 1, 3 * width, BLOCK_Q, HEAD_DIM, BLOCK_D)
-    factor = _score_factor(first, keys, softmax_scale, BLOCK_Q, PER_TOKEN)
+    q = _rows(qkv, first, length - 1, 3 * width, BLOCK_Q, HEAD_DIM, META.BLOCK_D)
+    factor = _score_factor(first, keys, heads.softmax_scale, BLOCK_Q, PER_TOKEN)
     factor = tl.where(length <= MAX_KEYS, factor, float("nan"))
-    if length <= KEYS:
-        y = _one_block(q, factor, keys, HEAD_DIM, PER_TOKEN)
+    if length <= KEYS:  # noqa: SIM108 (two branches of a kernel)
+        y = _one_block(q, factor, keys, META)
     else:
-        y = _two_passes(q, factor, keys, HEAD_DIM, PER_TOKEN)
+        y = _two_passes(q, factor, keys, META)
     if out_ptr.dtype.element_ty == tl.int8:
-        y = _requantized(y, inverse_out_scale)
-    row, column = first + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+        y = _requantized(y, heads.inverse_out_scale)
+    row, column = first + tl.arange(0, BLOCK_Q), tl.arange(0, META.BLOCK_D)
     out = out_ptr + start.to(tl.int64) * width + head * HEAD_DIM
     inside = (row < length)[:, None] & (column < HEAD_DIM)[None, :]
     tl.store(out + row.to(tl.int64)[:, None] * width + column[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
@@ -191,11 +198,9 @@ def _no_sums(ROWS: tl.constexpr, BLOCK_D: tl.constexpr, LONG: tl.constexpr):
 
 
 @triton.jit
-def _attend(
-    products, sums, block, keys, row, HEAD_DIM: tl.constexpr, PER_TOKEN: tl.constexpr, LAST: tl.constexpr,
-    LONG: tl.constexpr,
-):  # fmt: skip
-    """The sums with a block of keys more; LAST: the sequence may end in it; LONG: float32 could not hold the sums exactly."""
+def _attend(products, sums, block, keys, row, META: tl.constexpr, LAST: tl.constexpr):
+    """The sums with a block of keys more, int32 where float32 could not hold them exactly; LAST: the sequence may end in it."""
+    PER_TOKEN: tl.constexpr = META.PER_TOKEN
     out, total, heaviest = sums
     factor, offset, code_factor = row
     qkv, _, last, width = keys
@@ -213,8 +218,8 @@ def _attend(
         heaviest = tl.maximum(heaviest, tl.max(weights, axis=1))
     codes = tl.fma(weights, code_factor[:, None], UNSIGNED_BITS).to(tl.int32, bitcast=True)
     codes = codes.to(tl.int16).to(tl.float16, bitcast=True)
-    values = _half(_rows(qkv + 2 * width, block, last, 3 * width, KEYS, HEAD_DIM, out.shape[1]))
-    if LONG:
+    values = _half(_rows(qkv + 2 * width, block, last, 3 * width, KEYS, META.HEAD_DIM, out.shape[1]))
+    if out.dtype == tl.int32:
         integers = tl.fma(tl.dot(codes, values), SUBNORMAL, SIGNED_BITS).to(tl.int32, bitcast=True)
         out += integers - SIGNED_BITS_INT
     else:
@@ -234,39 +239,39 @@ def _normalized(sums, row, keys, PER_TOKEN: tl.constexpr):
 
 
 @triton.jit
-def _one_block(q, factor, keys, HEAD_DIM: tl.constexpr, PER_TOKEN: tl.constexpr):
+def _one_block(q, factor, keys, META: tl.constexpr):
     """A sequence of at most KEYS tokens: one product serves both passes."""
-    products = _products(q, 0, keys, HEAD_DIM)
-    maxima = _maxima(products, _no_maxima(q.shape[0], PER_TOKEN), 0, keys, factor, PER_TOKEN)
-    row = _row_factors(maxima, factor, PER_TOKEN)
+    products = _products(q, 0, keys, META.HEAD_DIM)
+    maxima = _maxima(products, _no_maxima(q.shape[0], META.PER_TOKEN), 0, keys, factor, META.PER_TOKEN)
+    row = _row_factors(maxima, factor, META.PER_TOKEN)
     sums = _no_sums(q.shape[0], q.shape[1], False)
-    sums = _attend(products, sums, 0, keys, row, HEAD_DIM, PER_TOKEN, True, False)
-    return _normalized(sums, row, keys, PER_TOKEN)
+    sums = _attend(products, sums, 0, keys, row, META, True)
+    return _normalized(sums, row, keys, META.PER_TOKEN)
 
 
 @triton.jit
-def _two_passes(q, factor, keys, HEAD_DIM: tl.constexpr, PER_TOKEN: tl.constexpr):
+def _two_passes(q, factor, keys, META: tl.constexpr):
     """A sequence of any length."""
     last = keys[2]
-    maxima = _no_maxima(q.shape[0], PER_TOKEN)
+    maxima = _no_maxima(q.shape[0], META.PER_TOKEN)
     for block in range(0, last + 1, KEYS):
-        maxima = _maxima(_products(q, block, keys, HEAD_DIM), maxima, block, keys, factor, PER_TOKEN)
-    row = _row_factors(maxima, factor, PER_TOKEN)
-    if last < EXACT_KEYS:
-        y = _second_pass(q, keys, row, HEAD_DIM, PER_TOKEN, False)
+        maxima = _maxima(_products(q, block, keys, META.HEAD_DIM), maxima, block, keys, factor, META.PER_TOKEN)
+    row = _row_factors(maxima, factor, META.PER_TOKEN)
+    if last < EXACT_KEYS:  # noqa: SIM108
+        y = _second_pass(q, keys, row, META, False)
     else:
-        y = _second_pass(q, keys, row, HEAD_DIM, PER_TOKEN, True)
+        y = _second_pass(q, keys, row, META, True)
     return y
 
 
 @triton.jit
-def _second_pass(q, keys, row, HEAD_DIM: tl.constexpr, PER_TOKEN: tl.constexpr, LONG: tl.constexpr):
+def _second_pass(q, keys, row, META: tl.constexpr, LONG: tl.constexpr):
     sums = _no_sums(q.shape[0], q.shape[1], LONG)
     final = keys[2] // KEYS * KEYS
     for block in range(0, final, KEYS):
-        sums = _attend(_products(q, block, keys, HEAD_DIM), sums, block, keys, row, HEAD_DIM, PER_TOKEN, False, LONG)
-    sums = _attend(_products(q, final, keys, HEAD_DIM), sums, final, keys, row, HEAD_DIM, PER_TOKEN, True, LONG)
-    return _normalized(sums, row, keys, PER_TOKEN)
+        sums = _attend(_products(q, block, keys, META.HEAD_DIM), sums, block, keys, row, META, False)
+    sums = _attend(_products(q, final, keys, META.HEAD_DIM), sums, final, keys, row, META, True)
+    return _normalized(sums, row, keys, META.PER_TOKEN)
 
 
 @triton.jit

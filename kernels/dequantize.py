@@ -2,6 +2,8 @@
 
 A program does a row. Codes are found one by one, in plain arithmetic: writing the floats takes more time than that. A row's
 outliers are written last, over what the row's program wrote before.
+
+Arguments that are tuples: `qbert.ops.triton.arguments`.
 """
 
 import triton
@@ -9,43 +11,40 @@ import triton.language as tl
 
 
 @triton.jit
-def dequantize_kernel(
-    qdata_ptr, codebook_ptr, scale_ptr, rowptr_ptr, col_ptr, delta_ptr, out_ptr, k, row_bytes,
-    LAYOUT: tl.constexpr, BITS: tl.constexpr, DICTIONARY: tl.constexpr, GROUP: tl.constexpr, OUTLIERS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def dequantize_kernel(weight, out_ptr, k, META: tl.constexpr):
     """out (n, k) of any float type = the weight that `weight_only_kernel` multiplies by. Grid: (n,).
 
     Args:
-        qdata_ptr: (n, row_bytes) uint8 in LAYOUT: plain, int8_rows, nibble_halves, select_halves or dict3_words.
-        codebook_ptr: (2**BITS,) float32; with DICTIONARY.
-        scale_ptr: (n,) float32 with GROUP = 0, else (n, k / GROUP) bfloat16; without DICTIONARY.
-        rowptr_ptr, col_ptr, delta_ptr: compressed sparse rows to add, in float32; with OUTLIERS.
-        BLOCK_K: input channels at a time.
+        weight: `Packed`, its codes uint8.
+        META: an `ExpandMeta`.
     """
+    LAYOUT: tl.constexpr = META.LAYOUT
+    BITS: tl.constexpr = META.BITS
+    GROUP: tl.constexpr = META.GROUP
     row = tl.program_id(0).to(tl.int64)
-    codes_ptr, row_ptr = qdata_ptr + row * row_bytes, out_ptr + row * k
-    for first in tl.range(0, k, BLOCK_K):
-        column = first + tl.arange(0, BLOCK_K)
+    codes_ptr, row_ptr = weight.codes + row * weight.pitch, out_ptr + row * k
+    for first in tl.range(0, k, META.BLOCK_K):
+        column = first + tl.arange(0, META.BLOCK_K)
         inside = column < k
-        codes = _codes_at(codes_ptr, column, inside, row_bytes, LAYOUT, BITS)
-        if DICTIONARY:
-            weight = tl.load(codebook_ptr + codes)
+        codes = _codes_at(codes_ptr, column, inside, weight.pitch, LAYOUT, BITS)
+        if weight.codebook is not None:
+            value = tl.load(weight.codebook + codes)
         else:
             at = row * (k // GROUP) + column // GROUP if GROUP else row + tl.zeros_like(column)
-            scale = tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            weight = (codes << (32 - BITS) >> (32 - BITS)).to(tl.float32) * scale
-        tl.store(row_ptr + column, weight, mask=inside)
-    if OUTLIERS:
+            scale = tl.load(weight.scale + at, mask=inside, other=0.0).to(tl.float32)
+            value = (codes << (32 - BITS) >> (32 - BITS)).to(tl.float32) * scale
+        tl.store(row_ptr + column, value, mask=inside)
+    if weight.outliers is not None:
+        rowptr, col, delta = weight.outliers
         tl.debug_barrier()  # other threads wrote these places
-        stop = tl.load(rowptr_ptr + row + 1)
-        for first in tl.range(tl.load(rowptr_ptr + row), stop, BLOCK_K):
-            index = first + tl.arange(0, BLOCK_K)
+        stop = tl.load(rowptr + row + 1)
+        for first in tl.range(tl.load(rowptr + row), stop, META.BLOCK_K):
+            index = first + tl.arange(0, META.BLOCK_K)
             inside = index < stop
-            column = tl.load(col_ptr + index, mask=inside, other=0).to(tl.int32)
-            codes = _codes_at(codes_ptr, column, inside, row_bytes, LAYOUT, BITS)
-            weight = tl.load(codebook_ptr + codes) + tl.load(delta_ptr + index, mask=inside, other=0.0)
-            tl.store(row_ptr + column, weight, mask=inside)
+            column = tl.load(col + index, mask=inside, other=0).to(tl.int32)
+            codes = _codes_at(codes_ptr, column, inside, weight.pitch, LAYOUT, BITS)
+            value = tl.load(weight.codebook + codes) + tl.load(delta + index, mask=inside, other=0.0)
+            tl.store(row_ptr + column, value, mask=inside)
 
 
 @triton.jit

@@ -1,7 +1,9 @@
 """Embedding look-ups, LayerNorm and per-token int8 quantization: one program a token, one pass over memory.
 
-Computes `qbert.reference.embed_layer_norm_quantize`: word + token type + position, in this order, in float32. The word table is
+Computes `qbert.ops.reference.embed_norm`: word + token type + position, in this order, in float32. The word table is
 float or packed (see `embedding`). An id outside of its table makes the token's row NaN, its scale NaN and its codes 0.
+
+Arguments that are tuples: `qbert.ops.triton.arguments`.
 """
 
 import triton
@@ -12,24 +14,21 @@ from qbert.kernels.row import layer_norm, store_normed
 
 
 @triton.jit
-def embed_layer_norm_quantize_kernel(
-    ids_ptr, position_ids_ptr, token_type_ids_ptr, positions_ptr, token_types_ptr, gamma_ptr, beta_ptr, out_ptr,
-    codes_ptr, out_scale_ptr, rows, position_rows, token_type_rows, outliers, k, eps, table_ptr, scale_ptr, rowptr_ptr,
-    col_ptr, delta_ptr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Ids (t,) of a word table as `table_row` reads it, positions (p, k) and token types (types, k), float.
+def embed_layer_norm_quantize_kernel(ids, tables, norm, to, k, META: tl.constexpr):
+    """Looked-up rows and a norm as in `layer_norm` -> a `Normed`. Grid: (t,).
 
-    Writes out (t, k) float, codes (t, k) int8, out_scale (t,) float32. Grid: (t,). BLOCK: power of two, at least k.
+    Args:
+        ids: of words, positions and token types, (t,) each.
+        tables: of words (as META, a `TableMeta`, says), positions and token types (float): a `Table` each, of k columns.
     """
+    words, positions, token_types = tables
     token = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    word = tl.load(ids_ptr + token).to(tl.int64)
-    position = tl.load(position_ids_ptr + token).to(tl.int64)
-    token_type = tl.load(token_type_ids_ptr + token).to(tl.int64)
-    total = table_row(
-        word, table_ptr, scale_ptr, rowptr_ptr, col_ptr, delta_ptr, rows, outliers, k, column, BITS, GROUP, BLOCK
-    )
-    total += table_row(token_type, token_types_ptr, None, None, None, None, token_type_rows, 0, k, column, 0, 0, BLOCK)
-    total += table_row(position, positions_ptr, None, None, None, None, position_rows, 0, k, column, 0, 0, BLOCK)
-    normed = layer_norm(tl.where(column < k, total, 0.0), k, column, gamma_ptr, beta_ptr, eps)
-    store_normed(normed, token, k, column, out_ptr, codes_ptr, out_scale_ptr)
+    column = tl.arange(0, META.BLOCK)
+    word = tl.load(ids[0] + token).to(tl.int64)
+    position = tl.load(ids[1] + token).to(tl.int64)
+    token_type = tl.load(ids[2] + token).to(tl.int64)
+    total = table_row(word, words, k, column, META.BITS, META.GROUP)
+    total += table_row(token_type, token_types, k, column, 0, 0)
+    total += table_row(position, positions, k, column, 0, 0)
+    normed = layer_norm(tl.where(column < k, total, 0.0), k, column, norm)
+    store_normed(normed, token, k, column, to)

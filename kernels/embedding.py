@@ -1,8 +1,10 @@
 """Look-ups in float, int8, int4 and dictionary tables: one program a row, codes unpacked in registers.
 
-Computes `qbert.reference.w8_embedding`, `w4_embedding` and `gobo_embedding` bit for bit, from tables in `Layout.PLAIN`: a row
-is a little-endian bit stream that starts on a byte, so eight codes of b bits are b bytes. An id outside of the table reads
-nothing and gives a row of NaN: to raise, the host would have to wait for the GPU.
+Computes `qbert.ops.reference.embedding` bit for bit, from tables in `Layout.PLAIN`: a row is a little-endian bit stream that
+starts on a byte, so eight codes of b bits are b bytes. An id outside of the table reads nothing and gives a row of NaN: to
+raise, the host would have to wait for the GPU.
+
+Arguments that are tuples: `qbert.ops.triton.arguments`.
 """
 
 import triton
@@ -10,48 +12,33 @@ import triton.language as tl
 
 
 @triton.jit
-def embedding_kernel(
-    ids_ptr, out_ptr, rows, outliers, k, table_ptr, scale_ptr, rowptr_ptr, col_ptr, delta_ptr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Rows ids (t,) of a table (rows, k) as `table_row` reads it -> out (t, k) float. Grid: (t,)."""
+def embedding_kernel(ids_ptr, out_ptr, table, k, META: tl.constexpr):
+    """Rows ids (t,) of a `Table` (rows, k) -> out (t, k) float. Grid: (t,). META: a `TableMeta`."""
     token = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
+    column = tl.arange(0, META.BLOCK)
     row = tl.load(ids_ptr + token).to(tl.int64)
-    values = table_row(
-        row, table_ptr, scale_ptr, rowptr_ptr, col_ptr, delta_ptr, rows, outliers, k, column, BITS, GROUP, BLOCK
-    )
+    values = table_row(row, table, k, column, META.BITS, META.GROUP)
     tl.store(out_ptr + token * k + column, values.to(out_ptr.dtype.element_ty), mask=column < k)
 
 
 @triton.jit
-def table_row(
-    row, table_ptr, scale_ptr, rowptr_ptr, col_ptr, delta_ptr, rows, outliers, k, column, BITS: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Row `row` as float32 (BLOCK,), NaN if there is none.
-
-    Args:
-        table_ptr: (rows, k) float or int8 with BITS 0, else (rows, bytes) uint8 of codes of BITS bits.
-        scale_ptr: None of a float table; (rows,) of int8; (rows, k / GROUP) of int4; the dictionary (2**BITS,) otherwise.
-        rowptr_ptr, col_ptr, delta_ptr: None but of dictionaries: compressed sparse rows of what is added to the centroids.
-        GROUP: codes that share a scale, 0 but of int4.
-    """
-    known = (row >= 0) & (row < rows)
+def table_row(row, table, k, column, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """Row `row` of a `Table` as float32 (BLOCK,), NaN if there is none. BITS and GROUP: see `TableMeta`."""
+    known = (row >= 0) & (row < table.rows)
     inside = column < tl.where(known, k, 0)
     if BITS == 0:
-        values = tl.load(table_ptr + row * k + column, mask=inside, other=0).to(tl.float32)
-        if scale_ptr is not None:
-            values *= tl.load(scale_ptr + row, mask=known, other=0.0)
+        values = tl.load(table.codes + row * k + column, mask=inside, other=0).to(tl.float32)
+        if table.scale is not None:
+            values *= tl.load(table.scale + row, mask=known, other=0.0)
     else:
         size = tl.cdiv(k * BITS, 8)
-        codes = _unpacked(table_ptr + row * size, tl.where(known, size, 0), BITS, BLOCK)
+        codes = _unpacked(table.codes + row * size, tl.where(known, size, 0), BITS, column.shape[0])
         if GROUP > 0:
-            scale = tl.load(scale_ptr + row * (k // GROUP) + column // GROUP, mask=inside, other=0.0)
+            scale = tl.load(table.scale + row * (k // GROUP) + column // GROUP, mask=inside, other=0.0)
             values = ((codes ^ 8) - 8).to(tl.float32) * scale.to(tl.float32)
         else:
-            values = tl.load(scale_ptr + codes)
-            values = _with_outliers(values, row, known, rowptr_ptr, col_ptr, delta_ptr, outliers, column)
+            values = tl.load(table.scale + codes)
+            values = _with_outliers(values, row, known, table, column)
     return tl.where(known, values, float("nan"))
 
 
@@ -68,10 +55,11 @@ def _unpacked(stream_ptr, size, BITS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _with_outliers(values, row, known, rowptr_ptr, col_ptr, delta_ptr, outliers, column):
+def _with_outliers(values, row, known, table, column):
     """The row with its outliers' deltas added, one after the other: there are a few in a row, and columns occur once."""
-    start = tl.maximum(tl.load(rowptr_ptr + row, mask=known, other=0), 0)
-    stop = tl.minimum(tl.load(rowptr_ptr + row + 1, mask=known, other=0), outliers)
+    rowptr, col, delta = table.outliers
+    start = tl.maximum(tl.load(rowptr + row, mask=known, other=0), 0)
+    stop = tl.minimum(tl.load(rowptr + row + 1, mask=known, other=0), table.kept)
     for i in range(start, stop):
-        values = tl.where(column == tl.load(col_ptr + i).to(tl.int32), values + tl.load(delta_ptr + i), values)
+        values = tl.where(column == tl.load(col + i).to(tl.int32), values + tl.load(delta + i), values)
     return values

@@ -1,7 +1,8 @@
 """The end of every integer product, on a tile of sums in registers: scales, bias, GELU, then one rounding to the result's type.
 
-The order of the float32 operations is `qbert.reference`'s, and every kernel that ends here gives the same bits, whatever its
-tile. That holds for code compiled without fused multiply-adds (`enable_fp_fusion=False`): the reference rounds each product.
+The order of the float32 operations is `qbert.ops.reference`'s, and every kernel that ends here gives the same bits, whatever
+its tile. That holds for code compiled without fused multiply-adds (`enable_fp_fusion=False`): the reference rounds each
+product.
 
 What is written here decides how fast short products are. A multiprocessor of an H100 does 4,096 int8 multiply-adds in a
 cycle and 128 other operations, so for k = 768 each instruction an element in the epilogue costs 1/24 of the product.

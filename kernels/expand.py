@@ -1,9 +1,9 @@
 """Packed weights to the int8 operand of an integer product, in registers: four weights an instruction or few.
 
-A block of 128 weights of a row lies in 64 bytes (`qbert.layout.rows`), so that a register of four bytes becomes two registers
-of four int8 each, of the block's first and second 64 weights, and no weight moves to another thread. `join_halves` puts the
-two side by side along k. Each function has two roads with the same results: PRMT for NVIDIA GPUs, in inline assembly, and
-plain arithmetic for everything else (Triton's interpreter has no assembly).
+A block of 128 weights of a row lies in 64 bytes (`qbert.weight.layout.rows`), so that a register of four bytes becomes two
+registers of four int8 each, of the block's first and second 64 weights, and no weight moves to another thread. `join_halves`
+puts the two side by side along k. Each function has two roads with the same results: PRMT for NVIDIA GPUs, in inline assembly,
+and plain arithmetic for everything else (Triton's interpreter has no assembly).
 
 Instructions for eight weights, two registers of the operand, by the first road:
 

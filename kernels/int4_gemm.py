@@ -1,8 +1,10 @@
 """W4A8: int4 weights with integer group scales times int8 tokens, on the int8 matrix units.
 
 A weight's int8 operand is code * group_scale, made in registers right before it is used (`expand`), so that the sum over the
-whole row is one int32 sum and the float32 scale of the row waits for the epilogue. Computes `qbert.reference.w4a8_linear` and
-its int8-out twin.
+whole row is one int32 sum and the float32 scale of the row waits for the epilogue. Computes `qbert.ops.reference.linear`
+of such weights.
+
+Arguments that are tuples: `qbert.ops.triton.arguments`.
 """
 
 import triton
@@ -14,52 +16,48 @@ from qbert.kernels.lowbit_tile import blocks_of, load_codes, load_tokens, store,
 
 
 @triton.jit
-def int4_gemm_kernel(
-    q, s, qdata, group_scale, scale, bias, y, inverse_out_scale, t, n, k, groups,
-    GROUP_SIZE: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr, SPLIT_K: tl.constexpr, TMA: tl.constexpr, PRMT: tl.constexpr,
-):  # fmt: skip
+def int4_gemm_kernel(q, qdata, group_scale, y, end, shape, META: tl.constexpr):
     """y (t, n) = activation(s * scale * (q @ weight^T) + bias); with SPLIT_K > 1 partial sums for `int4_finish_kernel`.
 
     Grid: (tiles of y, SPLIT_K).
 
     Args:
-        q, s: (t, k) int8, (t,) float32.
-        qdata, group_scale, scale: nibble halves, (n, groups) uint8, (n,) float32.
-        bias: (n,) float; not looked at without HAS_BIAS.
+        q: (t, k) int8.
+        qdata, group_scale: nibble halves, `Groups`.
         y: (t, n) of a float type or int8; or (SPLIT_K, t, n) int32.
-        inverse_out_scale: for an int8 y.
-        GROUP_SIZE: weights that share a group scale: 32, 64 or a multiple of 128.
-        TMA: whether q and qdata are descriptors of (BLOCK_T, 128) and (BLOCK_N, 64) blocks; else they are pointers.
-        PRMT: see `expand`.
+        end: `End`.
+        shape: `Shape`.
+        META: a `LowbitMeta`.
     """
-    first_t, first_n = tile_of(tl.program_id(0), t, n, BLOCK_T, BLOCK_N, GROUP)
-    start, stop = blocks_of(tl.program_id(1), k, SPLIT_K)
+    BLOCK_T: tl.constexpr = META.BLOCK_T
+    BLOCK_N: tl.constexpr = META.BLOCK_N
+    GROUP_SIZE: tl.constexpr = META.GROUP_SIZE
+    t, n, k = shape
+    groups = group_scale.groups
+    first_t, first_n = tile_of(tl.program_id(0), t, n, BLOCK_T, BLOCK_N, META.GROUP)
+    start, stop = blocks_of(tl.program_id(1), k, META.SPLIT_K)
     # Rows beyond the last have codes 0, whatever their scale.
-    scale_rows = group_scale + tl.minimum(first_n + tl.arange(0, BLOCK_N), n - 1).to(tl.int64) * groups
+    scale_rows = group_scale.scale + tl.minimum(first_n + tl.arange(0, BLOCK_N), n - 1).to(tl.int64) * groups
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.int32)
     for block in tl.range(start, stop):
-        packed = load_codes(qdata, block, first_n, n, k, BLOCK_N, TMA)
-        tokens = load_tokens(q, block, first_t, t, k, BLOCK_T, TMA)
+        packed = load_codes(qdata, block, first_n, n, k, BLOCK_N, META.TMA)
+        tokens = load_tokens(q, block, first_t, t, k, BLOCK_T, META.TMA)
         low = _half_scale(scale_rows, block * BLOCK, groups, GROUP_SIZE)
         high = _half_scale(scale_rows, block * BLOCK + HALF, groups, GROUP_SIZE) if GROUP_SIZE < BLOCK else low
-        first, second = expand_int4(packed, low, high, PRMT)
+        first, second = expand_int4(packed, low, high, META.PRMT)
         acc = tl.dot(join_halves(first, second), tokens.T, acc, out_dtype=tl.int32)
-    if SPLIT_K > 1:
-        store(y + tl.program_id(1).to(tl.int64) * t * n, acc, first_t, first_n, t, n, BLOCK_T, BLOCK_N)
+    place = (first_t, first_n, t, n)
+    if META.SPLIT_K > 1:
+        store(y + tl.program_id(1).to(tl.int64) * t * n, acc, place)
     else:
-        _end(acc, s, scale, bias, y, inverse_out_scale, first_t, first_n, t, n, HAS_BIAS, GELU, BLOCK_T, BLOCK_N)
+        _end(acc, y, end, place, META.GELU)
 
 
 @triton.jit
-def int4_finish_kernel(
-    sums, s, scale, bias, y, inverse_out_scale, t, n,
-    HAS_BIAS: tl.constexpr, GELU: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr,
-):  # fmt: skip
+def int4_finish_kernel(sums, y, end, shape, META: tl.constexpr):
     """y (t, n) from partial sums (SPLIT_K, t, n). Grid: (tiles of tokens, tiles of channels)."""
-    first_t, first_n = tl.program_id(0) * BLOCK_T, tl.program_id(1) * BLOCK_N
-    acc = total(sums, first_t, first_n, t, n, BLOCK_T, BLOCK_N, SPLIT_K)
-    _end(acc, s, scale, bias, y, inverse_out_scale, first_t, first_n, t, n, HAS_BIAS, GELU, BLOCK_T, BLOCK_N)
+    place = (tl.program_id(0) * META.BLOCK_T, tl.program_id(1) * META.BLOCK_N, shape.t, shape.n)
+    _end(total(sums, place, META), y, end, place, META.GELU)
 
 
 @triton.jit
@@ -76,14 +74,13 @@ def _half_scale(scale_rows, column, groups, GROUP_SIZE: tl.constexpr):
 
 
 @triton.jit
-def _end(
-    acc, s, scale, bias, y, inverse_out_scale, first_t, first_n, t, n,
-    HAS_BIAS: tl.constexpr, GELU: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def _end(acc, y, end, place, GELU: tl.constexpr):
     """Scales, bias, activation, rounding, and out."""
-    tokens, rows = first_t + tl.arange(0, BLOCK_T), first_n + tl.arange(0, BLOCK_N)
-    s_t = tl.load(s + tokens, mask=tokens < t, other=0.0)[None, :]
-    scale_n = tl.load(scale + rows, mask=rows < n, other=0.0)[:, None]
-    bias_n = tl.load(bias + rows, mask=rows < n, other=0.0)[:, None] if HAS_BIAS else scale_n
+    HAS_BIAS: tl.constexpr = end.bias is not None
+    first_t, first_n, t, n = place
+    tokens, rows = first_t + tl.arange(0, acc.shape[1]), first_n + tl.arange(0, acc.shape[0])
+    s_t = tl.load(end.s + tokens, mask=tokens < t, other=0.0)[None, :]
+    scale_n = tl.load(end.scale + rows, mask=rows < n, other=0.0)[:, None]
+    bias_n = tl.load(end.bias + rows, mask=rows < n, other=0.0)[:, None] if HAS_BIAS else scale_n
     value = scaled(acc.to(tl.float32), s_t, scale_n, bias_n, HAS_BIAS, GELU)
-    store(y, finish(value, inverse_out_scale, y.dtype.element_ty), first_t, first_n, t, n, BLOCK_T, BLOCK_N)
+    store(y, finish(value, end.inverse_out_scale, y.dtype.element_ty), place)

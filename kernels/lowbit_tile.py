@@ -62,17 +62,24 @@ def load_tokens(q, block, first_t, t, k, BLOCK_T: tl.constexpr, TMA: tl.constexp
 
 
 @triton.jit
-def store(y, tile, first_t, first_n, t, n, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile (BLOCK_N, BLOCK_T) of Y^T to y (t, n): it turns in shared memory, in the result's type."""
-    tokens, rows = first_t + tl.arange(0, BLOCK_T), first_n + tl.arange(0, BLOCK_N)
+def store(y, tile, place):
+    """A tile (BLOCK_N, BLOCK_T) of Y^T to y (t, n): it turns in shared memory, in the result's type.
+
+    Args:
+        place: (first token, first channel, t, n).
+    """
+    first_t, first_n, t, n = place
+    tokens, rows = first_t + tl.arange(0, tile.shape[1]), first_n + tl.arange(0, tile.shape[0])
     at = y + tokens.to(tl.int64)[None, :] * n + rows[:, None]
     tl.store(at, tile, mask=(rows < n)[:, None] & (tokens < t)[None, :])
 
 
 @triton.jit
-def total(sums, first_t, first_n, t, n, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr):
-    """A tile (BLOCK_N, BLOCK_T) of the transposed sum of SPLIT_K partial sums (SPLIT_K, t, n) int32."""
-    tokens, rows = first_t + tl.arange(0, BLOCK_T), first_n + tl.arange(0, BLOCK_N)
+def total(sums, place, META: tl.constexpr):
+    """A tile (BLOCK_N, BLOCK_T) of the transposed sum of SPLIT_K partial sums (SPLIT_K, t, n) int32; `place` as in `store`."""
+    SPLIT_K: tl.constexpr = META.SPLIT_K
+    first_t, first_n, t, n = place
+    tokens, rows = first_t + tl.arange(0, META.BLOCK_T), first_n + tl.arange(0, META.BLOCK_N)
     at = sums + tokens.to(tl.int64)[None, :] * n + rows[:, None]
     inside = (rows < n)[:, None] & (tokens < t)[None, :]
     acc = tl.load(at, mask=inside, other=0)

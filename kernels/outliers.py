@@ -45,8 +45,17 @@ def columns_kernel(q, columns, t, k, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def add_outliers(value, rowptr, col, delta, q, first_t, first_n, t, n, k, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """value (BLOCK_N, BLOCK_T) float32 plus its rows' outliers times q (t, k) int8, read as it lies."""
+def add_outliers(value, outliers, q, place, k):
+    """value (BLOCK_N, BLOCK_T) float32 plus its rows' outliers times q (t, k) int8, read as it lies.
+
+    Args:
+        outliers: `Outliers`.
+        place: (first token, first channel, t, n).
+    """
+    BLOCK_N: tl.constexpr = value.shape[0]
+    BLOCK_T: tl.constexpr = value.shape[1]
+    rowptr, col, delta = outliers
+    first_t, first_n, t, n = place
     tokens = first_t + tl.arange(0, BLOCK_T)
     start, count = _outliers_of(rowptr, first_n + tl.arange(0, BLOCK_N), n)
     at = q + tokens.to(tl.int64)[None, :] * k
@@ -61,11 +70,11 @@ def add_outliers(value, rowptr, col, delta, q, first_t, first_n, t, n, k, BLOCK_
 
 
 @triton.jit
-def add_outliers_turned(
-    value, rowptr, col, delta, columns, first_t, first_n, n, k,
-    BLOCK_N: tl.constexpr, WARPS: tl.constexpr, PRMT: tl.constexpr,
-):  # fmt: skip
+def add_outliers_turned(value, outliers, columns, place, k, WARPS: tl.constexpr, PRMT: tl.constexpr):
     """The same for 128 tokens from `columns_kernel`'s result, WARPS being the program's."""
+    BLOCK_N: tl.constexpr = value.shape[0]
+    rowptr, col, delta = outliers
+    first_t, first_n, _, n = place
     rows = tl.arange(0, BLOCK_N)
     # A thread's loads are laid over rows by the compiler's rule for copies, its accumulators by the matrix unit's: the
     # rows are loaded in such an order that both give each thread the same ones.

@@ -1,6 +1,6 @@
 """Per-token int8 quantization: one program a token, one pass over memory.
 
-Computes `qbert.reference.quantize_per_token` bit for bit: the row's largest magnitude, one IEEE division for the factor and
+Computes `qbert.ops.reference.quantize_rows` bit for bit: the row's largest magnitude, one IEEE division for the factor and
 one for the scale, products rounded half to even. A row with NaN or infinity in it gets scale NaN and codes 0.
 """
 

@@ -15,7 +15,7 @@ ROUND = tl.constexpr(1.5 * 2.0**23)
 
 @triton.jit
 def quantized(x):
-    """`qbert.reference.quantize_per_token` of one row (BLOCK,) float32, bit for bit: codes (BLOCK,) int8, scale float32.
+    """`qbert.ops.reference.codes_and_scales` of one row (BLOCK,) float32, bit for bit: codes (BLOCK,) int8, scale float32.
 
     Values past the row's end must be 0. NaN or infinity makes the scale NaN and all codes 0.
     """
@@ -29,23 +29,27 @@ def quantized(x):
 
 
 @triton.jit
-def layer_norm(x, k, column, gamma_ptr, beta_ptr, eps):
-    """LayerNorm of one row (BLOCK,) float32, 0 past its end, with mean and variance in two passes over registers; 0 there."""
+def layer_norm(x, k, column, norm):
+    """LayerNorm of one row (BLOCK,) float32, 0 past its end, with mean and variance in two passes over registers; 0 there.
+
+    Args:
+        norm: (gamma, beta, eps), the first two (k,) of any float type.
+    """
     inside = column < k
     centered = tl.where(inside, x - tl.div_rn(tl.sum(x, axis=0), k.to(tl.float32)), 0.0)
     variance = tl.div_rn(tl.sum(centered * centered, axis=0), k.to(tl.float32))
-    normed = centered * tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-    gamma = tl.load(gamma_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    beta = tl.load(beta_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    normed = centered * tl.div_rn(1.0, tl.sqrt_rn(variance + norm.eps))
+    gamma = tl.load(norm.gamma + column, mask=inside, other=0.0).to(tl.float32)
+    beta = tl.load(norm.beta + column, mask=inside, other=0.0).to(tl.float32)
     # NaN * 0 would not be 0.
     return tl.where(inside, normed * gamma + beta, 0.0)
 
 
 @triton.jit
-def store_normed(normed, row, k, column, out_ptr, codes_ptr, scale_ptr):
-    """The float32 norm of row `row` in out's type (t, k), and its codes (t, k) and scale (t,)."""
+def store_normed(normed, row, k, column, to):
+    """The float32 norm of row `row` in its result's type, and its codes and scale, to a `Normed`."""
     inside = column < k
     codes, scale = quantized(normed)
-    tl.store(out_ptr + row * k + column, normed.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(codes_ptr + row * k + column, codes, mask=inside)
-    tl.store(scale_ptr + row, scale)
+    tl.store(to.out + row * k + column, normed.to(to.out.dtype.element_ty), mask=inside)
+    tl.store(to.codes + row * k + column, codes, mask=inside)
+    tl.store(to.scale + row, scale)

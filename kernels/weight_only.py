@@ -24,6 +24,8 @@ and those that the main loop's instructions allow, for up to 8 tokens of a 16-bi
     possible, by issue      30      30 / 38                     32                  52
     possible, by shifts,    32      37 / 39                     23                  40
     logic, prmt (64 lanes)
+
+Arguments that are tuples: `qbert.ops.triton.arguments`.
 """
 
 import triton
@@ -39,28 +41,23 @@ CHUNK = tl.constexpr(64)  # bytes that a warp loads of a row
 
 
 @triton.jit
-def weight_only_kernel(
-    x_ptr, qdata_ptr, codebook_ptr, scale_ptr, rowptr_ptr, col_ptr, delta_ptr, bias_ptr, y_ptr, t, n, k, row_quads,
-    LAYOUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, OUTLIERS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    GELU: tl.constexpr, BLOCK_T: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr, PRMT: tl.constexpr,
-):  # fmt: skip
+def weight_only_kernel(x_ptr, weight, bias_ptr, y_ptr, shape, META: tl.constexpr):
     """y (t, n) = activation(x (t, k) @ W^T + bias), y of x's type, sums float32. Grid: (ceil(t / BLOCK_T) * ceil(n / rows),).
 
     Args:
         x_ptr: contiguous, float32, bfloat16 or float16.
-        qdata_ptr: (n, 4 * row_quads) int32 in LAYOUT, of `qbert.layout`: int8_rows, nibble_halves, select_halves, dict3_words.
-        codebook_ptr: (2**BITS,) float32 of a dictionary.
-        scale_ptr: (n,) float32 of int8 weights, GROUP = 0; (n, k / GROUP) bfloat16 of int4 weights.
-        rowptr_ptr, col_ptr, delta_ptr: compressed sparse rows to be added to the weights, OUTLIERS of a row at a time; none
-            with OUTLIERS = 0.
-        GROUP: input channels that share a scale, a multiple of 32.
-        BLOCK_T: tokens of a program, a multiple of 8; of float32, any power of two.
-        REPEATS: groups of eight rows of a program.
-        WARPS: of a program.
-        PRMT: whether codes are decoded by NVIDIA's instructions.
+        weight: `Packed`, its codes int32.
+        bias_ptr: (n,) of any float type, or None.
+        shape: `Shape`.
+        META: a `WeightOnlyMeta`.
     """
+    BLOCK_T: tl.constexpr = META.BLOCK_T
+    REPEATS: tl.constexpr = META.REPEATS
+    WARPS: tl.constexpr = META.WARPS
+    LAYOUT: tl.constexpr = META.LAYOUT
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     EXACT: tl.constexpr = DTYPE.primitive_bitwidth == 32
+    t, n, k = shape
     slices = tl.cdiv(t, BLOCK_T)
     first_t = tl.program_id(0) % slices * BLOCK_T
     first_n = tl.program_id(0) // slices * (ROWS * REPEATS)
@@ -69,16 +66,16 @@ def weight_only_kernel(
     else:
         acc = tl.zeros((WARPS, REPEATS * ROWS, BLOCK_T), tl.float32)
     place = (first_t, first_n, t, n, k)
-    words = _load_words(qdata_ptr, 0, first_n, n, row_quads, LAYOUT, REPEATS, WARPS)
-    tables = tables_of(codebook_ptr, DTYPE, LAYOUT, BITS, PRMT)
+    words = _load_words(weight, 0, first_n, n, META)
+    tables = tables_of(weight.codebook, DTYPE, LAYOUT, META.BITS, META.PRMT)
     CODES: tl.constexpr = CHUNK * parts_of(LAYOUT)  # of a chunk
     for chunk in tl.range(0, tl.cdiv(k, CODES), WARPS):
-        following = _load_words(qdata_ptr, chunk + WARPS, first_n, n, row_quads, LAYOUT, REPEATS, WARPS)
-        weights = decode(words, tables, codebook_ptr, DTYPE, LAYOUT, BITS, PRMT)
+        following = _load_words(weight, chunk + WARPS, first_n, n, META)
+        weights = decode(words, tables, weight.codebook, DTYPE, LAYOUT, META.BITS, META.PRMT)
         if EXACT:
-            acc = _add_float32(acc, weights, x_ptr, scale_ptr, chunk, place, LAYOUT, GROUP, BLOCK_T, REPEATS, WARPS)
+            acc = _add_float32(acc, weights, x_ptr, weight.scale, chunk, place, META)
         else:
-            acc = _add_mma(acc, weights, x_ptr, scale_ptr, chunk, place, LAYOUT, GROUP, BLOCK_T, REPEATS, WARPS, PRMT)
+            acc = _add_mma(acc, weights, x_ptr, weight.scale, chunk, place, META)
         words = following
     if EXACT:
         y = tl.sum(tl.sum(acc, axis=3).reshape(BLOCK_T, REPEATS, WARPS, ROWS), axis=2).reshape(BLOCK_T, REPEATS * ROWS)
@@ -86,30 +83,28 @@ def weight_only_kernel(
         y = tl.sum(acc, axis=0).trans()
     tokens, rows = first_t + tl.arange(0, BLOCK_T), first_n + tl.arange(0, REPEATS * ROWS)
     if LAYOUT == "int8_rows":
-        y *= tl.load(scale_ptr + rows, mask=rows < n, other=0.0)[None, :]
-    if OUTLIERS:
-        y += _outliers(x_ptr, rowptr_ptr, col_ptr, delta_ptr, tokens, rows, t, n, k, OUTLIERS)
-    bias = tl.load(bias_ptr + rows, mask=rows < n, other=0.0)[None, :] if HAS_BIAS else 0.0
-    y = activated(y, bias, HAS_BIAS, GELU)
+        y *= tl.load(weight.scale + rows, mask=rows < n, other=0.0)[None, :]
+    if weight.outliers is not None:
+        y += _outliers(x_ptr, weight.outliers, tokens, rows, shape, META.OUTLIERS)
+    bias = tl.load(bias_ptr + rows, mask=rows < n, other=0.0)[None, :] if bias_ptr is not None else 0.0
+    y = activated(y, bias, bias_ptr is not None, META.GELU)
     at = y_ptr + tokens.to(tl.int64)[:, None] * n + rows[None, :]
     tl.store(at, y.to(DTYPE), mask=(tokens < t)[:, None] & (rows < n)[None, :])
 
 
 @triton.jit
-def _load_words(
-    qdata_ptr, chunk, first_n, n, row_quads, LAYOUT: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr
-):
+def _load_words(weight, chunk, first_n, n, META: tl.constexpr):
     """Chunks `chunk` ... `chunk + WARPS - 1` of the program's rows, (REPEATS * WARPS * 8, 16) int32, of each plane."""
-    PLANES: tl.constexpr = 3 if LAYOUT == WORDS3 else 1
+    REPEATS: tl.constexpr = META.REPEATS
+    WARPS: tl.constexpr = META.WARPS
+    PLANES: tl.constexpr = 3 if META.LAYOUT == WORDS3 else 1
     index = tl.arange(0, REPEATS * WARPS * ROWS)
     row = index // (WARPS * ROWS) * ROWS + index % ROWS
     word = ((chunk + index // ROWS % WARPS) * (CHUNK // 4))[:, None] + tl.arange(0, CHUNK // 4)[None, :]
-    row_words, width = (
-        row_quads * 4,
-        row_quads // PLANES * 4,
-    )  # the compiler sees that rows and planes start on 16 bytes
+    # The compiler sees that rows and planes start on 16 bytes.
+    row_words, width = weight.pitch * 4, weight.pitch // PLANES * 4
     inside = (first_n + row < n)[:, None] & (word < width)
-    at = qdata_ptr + first_n.to(tl.int64) * row_words + (row * row_words)[:, None] + word
+    at = weight.codes + first_n.to(tl.int64) * row_words + (row * row_words)[:, None] + word
     words = ()
     for plane in tl.static_range(PLANES):
         words += (tl.load(at + plane * width, mask=inside, other=0),)
@@ -117,18 +112,19 @@ def _load_words(
 
 
 @triton.jit
-def _load_x(
-    x_ptr, chunk, offset, place, LAYOUT: tl.constexpr, EXACT: tl.constexpr, BLOCK_T: tl.constexpr, WARPS: tl.constexpr,
-    TURNS: tl.constexpr = 1, turn: tl.constexpr = 0,
-):  # fmt: skip
-    """Activations that meet one part of the weights (two, in words of 3 bits and not EXACT), 16 bytes a load.
+def _load_x(x_ptr, chunk, offset, place, META: tl.constexpr, TURNS: tl.constexpr = 1, turn: tl.constexpr = 0):
+    """Activations that meet one part of the weights (two, in words of 3 bits and not float32), 16 bytes a load.
 
     With TURNS = 2, only lanes c = 2 * turn and c = 2 * turn + 1 load, the others hold zeros.
 
     Returns:
-        (steps * high * WARPS * 8, 4 * v): lane c = 0 ... 3 holds v neighbours of each step. (high, 8) is the token; EXACT, high
-        is the token and the eight rows of a load have copies.
+        (steps * high * WARPS * 8, 4 * v): lane c = 0 ... 3 holds v neighbours of each step. (high, 8) is the token; of float32,
+        high is the token and the eight rows of a load have copies.
     """
+    LAYOUT: tl.constexpr = META.LAYOUT
+    BLOCK_T: tl.constexpr = META.BLOCK_T
+    WARPS: tl.constexpr = META.WARPS
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     first_t, _, t, _, k = place
     V: tl.constexpr = 4 if EXACT else 8
     HIGH: tl.constexpr = BLOCK_T if EXACT else BLOCK_T // ROWS
@@ -149,17 +145,20 @@ def _load_x(
 
 
 @triton.jit
-def _add_mma(
-    acc, weights, x_ptr, scale_ptr, chunk, place, LAYOUT: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr,
-    REPEATS: tl.constexpr, WARPS: tl.constexpr, PRMT: tl.constexpr,
-):  # fmt: skip
+def _add_mma(acc, weights, x_ptr, scale_ptr, chunk, place, META: tl.constexpr):
     """acc (WARPS, rows, tokens) and the products of a chunk."""
+    LAYOUT: tl.constexpr = META.LAYOUT
+    GROUP: tl.constexpr = META.GROUP
+    BLOCK_T: tl.constexpr = META.BLOCK_T
+    REPEATS: tl.constexpr = META.REPEATS
+    WARPS: tl.constexpr = META.WARPS
+    PRMT: tl.constexpr = META.PRMT
     HIGH: tl.constexpr = BLOCK_T // ROWS
     # Where two groups of 32 input channels meet in a part, they take turns: x is zero in the other's lanes.
     TURNS: tl.constexpr = 2 if GROUP % 64 else 1
     if LAYOUT == WORDS3:
         for plane in tl.static_range(4):
-            x = _load_x(x_ptr, chunk, 8 * plane, place, LAYOUT, False, BLOCK_T, WARPS)
+            x = _load_x(x_ptr, chunk, 8 * plane, place, META)
             x = x.reshape(2, 2, HIGH, WARPS, ROWS, LANES, 2, 2, 2).permute(3, 0, 5, 8, 2, 4, 1, 7, 6)
             low, high = tl.split(x.reshape(WARPS, RUN, BLOCK_T, 2, 2, 2))
             acc = _add_part(acc, weights, 2 * plane, low, REPEATS, WARPS, PRMT)
@@ -167,7 +166,7 @@ def _add_mma(
     else:
         for part in tl.static_range(parts_of(LAYOUT)):
             for turn in tl.static_range(TURNS):
-                x = _load_x(x_ptr, chunk, CHUNK * part, place, LAYOUT, False, BLOCK_T, WARPS, TURNS, turn)
+                x = _load_x(x_ptr, chunk, CHUNK * part, place, META, TURNS, turn)
                 x = x.reshape(2, HIGH, WARPS, ROWS, LANES, 2, 2, 2).permute(2, 0, 4, 7, 1, 3, 5, 6)
                 x = x.reshape(WARPS, RUN, BLOCK_T, 2, 2)
                 if GROUP:
@@ -211,13 +210,15 @@ def _row_scales(scale_ptr, chunk, offset, place, GROUP: tl.constexpr, REPEATS: t
 
 
 @triton.jit
-def _add_float32(
-    acc, weights, x_ptr, scale_ptr, chunk, place, LAYOUT: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr,
-    REPEATS: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
+def _add_float32(acc, weights, x_ptr, scale_ptr, chunk, place, META: tl.constexpr):
     """acc (tokens, REPEATS, WARPS * 8, 4) and the products of a chunk, each lane's summed up first."""
+    LAYOUT: tl.constexpr = META.LAYOUT
+    GROUP: tl.constexpr = META.GROUP
+    BLOCK_T: tl.constexpr = META.BLOCK_T
+    REPEATS: tl.constexpr = META.REPEATS
+    WARPS: tl.constexpr = META.WARPS
     for part in tl.static_range(parts_of(LAYOUT)):
-        x = _load_x(x_ptr, chunk, (4 if LAYOUT == WORDS3 else CHUNK) * part, place, LAYOUT, True, BLOCK_T, WARPS)
+        x = _load_x(x_ptr, chunk, (4 if LAYOUT == WORDS3 else CHUNK) * part, place, META)
         x = x.reshape(4, BLOCK_T, WARPS * ROWS, LANES, 2, 2).permute(1, 2, 3, 0, 4, 5)
         even, odd = tl.split(x.reshape(BLOCK_T, 1, WARPS * ROWS, LANES, 4, 2, 2))
         x0, x2 = tl.split(even)
@@ -252,19 +253,21 @@ def _lane_scales(scale_ptr, chunk, offset, place, GROUP: tl.constexpr, REPEATS: 
 
 
 @triton.jit
-def _outliers(x_ptr, rowptr_ptr, col_ptr, delta_ptr, tokens, rows, t, n, k, WIDTH: tl.constexpr):
+def _outliers(x_ptr, outliers, tokens, rows, shape, WIDTH: tl.constexpr):
     """x @ outliers^T (tokens, rows) float32, WIDTH outliers of each row at a time.
 
     In float64, where a product of two float32 is exact and the sum in effect too: no order of adding shows in the result.
     """
-    start = tl.load(rowptr_ptr + rows, mask=rows < n, other=0)
-    stop = tl.load(rowptr_ptr + rows + 1, mask=rows < n, other=0)
+    rowptr, col, values = outliers
+    t, n, k = shape
+    start = tl.load(rowptr + rows, mask=rows < n, other=0)
+    stop = tl.load(rowptr + rows + 1, mask=rows < n, other=0)
     total = tl.zeros((tokens.shape[0], rows.shape[0]), tl.float64)
     for first in tl.range(0, tl.max(stop - start), WIDTH):
         index = start[:, None] + first + tl.arange(0, WIDTH)[None, :]
         mine = index < stop[:, None]
-        column = tl.load(col_ptr + index, mask=mine, other=0).to(tl.int32)
-        delta = tl.load(delta_ptr + index, mask=mine, other=0.0).to(tl.float64)
+        column = tl.load(col + index, mask=mine, other=0).to(tl.int32)
+        delta = tl.load(values + index, mask=mine, other=0.0).to(tl.float64)
         at = x_ptr + tokens[:, None, None] * k + column[None, :, :]
         x = tl.load(at, mask=(tokens < t)[:, None, None] & mine[None, :, :], other=0.0)
         total += tl.sum(x.to(tl.float64) * delta[None, :, :], axis=2)

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from qbert import integrations
 from qbert.calibrate import calibrate
 from qbert.convert import dequantize_, fuse_, quantize_, unfuse_
+from qbert.encoder import Calibration, compile
 from qbert.errors import CheckpointError, MissingDependency, QBertError
 from qbert.explain import explain
-from qbert.nn import Calibration, compile
 from qbert.recipe import Recipe
 from qbert.target import cpu_target
 

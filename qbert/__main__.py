@@ -1,4 +1,4 @@
-"""L14. `python -m qbert`."""
+"""`python -m qbert`."""
 
 from qbert.cli import main
 

@@ -1,4 +1,4 @@
-"""L10. Static scales for the fused encoder: look at the activations of real texts, twice, and choose where to clip.
+"""Static scales for the fused encoder: look at the activations of real texts, twice, and choose where to clip.
 
 The first pass finds ranges, the second histograms of magnitudes within them; each scale is the one whose rounding and clipping
 error is smallest in the mean square (OMSE: Choukroun et al., 2019; Nagel et al., 2021, section 3.1). The few neurons of a
@@ -8,7 +8,7 @@ feed-forward network that outgrow all others are left out of that choice and kep
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qbert.bert import EncoderFamily
+from qbert.encoder import Calibration, LayerScales, Overflow, encoders, layer_names, unfused
+from qbert.encoder.calibration import MAX_OVERFLOW_NEURONS
+from qbert.encoder.parts import parts_of
 from qbert.errors import QBertError
+from qbert.families import EncoderFamily
 from qbert.formats import INT8
 from qbert.modes import evaluation_mode
-from qbert.nn import Calibration, LayerScales, Overflow, encoders, layer_names, unfused
-from qbert.nn.calibration import MAX_OVERFLOW_NEURONS
 
 DEFAULT_BATCH_SIZE = 16
 Progress = Callable[[int, int], None]  # (done, total)
@@ -47,7 +48,7 @@ def calibrate(
     overflow_neurons: int = MAX_OVERFLOW_NEURONS,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Runs an encoder on texts and chooses a static scale for five tensors of every layer.
+    """Runs an encoder on texts and chooses a static scale for each quantized slot of every layer.
 
     Args:
         model: with one encoder of a known family in it: float, quantized or fused. It is left as it was.
@@ -67,11 +68,12 @@ def calibrate(
         raise QBertError(f"overflow_neurons is {overflow_neurons}; allowed: 0 ... {MAX_OVERFLOW_NEURONS}")
     base, family = _only_encoder(model)
     batches = _batches(base, texts, tokenizer, batch_size)
-    layers = [(name, base.get_submodule(name)) for name in layer_names(base, family)]
-    ranges = {name: _Ranges() for name, _ in layers}
+    layers = layer_names(base, family)
+    ranges = {name: _Ranges() for name in layers}
     with unfused(model), evaluation_mode(base), torch.no_grad():
         _observe(base, family, batches, ranges, progress, 0)
-        spectra = {name: _Spectra(name, ranges[name], overflow_neurons) for name, _ in layers}
+        activated = [slot for slot, seen in parts_of(family).slots.items() if seen.activated]
+        spectra = {name: _Spectra(name, ranges[name], activated, overflow_neurons) for name in layers}
         _observe(base, family, batches, spectra, progress, len(batches))
     return Calibration(layers={name: spectrum.scales() for name, spectrum in spectra.items()})
 
@@ -97,20 +99,20 @@ def default_texts(count: int = 128) -> list[str]:
 
 
 class _Observer(Protocol):
-    def see(self, what: str, x: Tensor) -> None:
-        """`x` is (tokens, k) float32 without padding; `what` a field of `LayerScales`."""
+    def see(self, slot: str, x: Tensor) -> None:
+        """`x` is (tokens, k) float32 without padding; `slot` one of the family's program."""
 
 
 class _Ranges:
-    """Largest magnitude of each channel of each of a layer's five tensors."""
+    """Largest magnitude of each channel of each of a layer's slots."""
 
     def __init__(self) -> None:
         self.largest: dict[str, Tensor] = {}
 
-    def see(self, what: str, x: Tensor) -> None:
+    def see(self, slot: str, x: Tensor) -> None:
         largest = x.abs().amax(0)
-        before = self.largest.get(what)
-        self.largest[what] = largest if before is None else torch.maximum(before, largest)
+        before = self.largest.get(slot)
+        self.largest[slot] = largest if before is None else torch.maximum(before, largest)
 
 
 @dataclass
@@ -143,38 +145,58 @@ class _Spectrum:
 
 
 class _Spectra:
-    """Histograms of a layer's five tensors; that of GELU's output also without the largest neurons."""
+    """Histograms of a layer's slots; those that come out of an activation also without their largest neurons.
 
-    def __init__(self, layer: str, ranges: _Ranges, overflow_neurons: int) -> None:
-        for what, largest in ranges.largest.items():
+    Args:
+        activated: the slots that do.
+    """
+
+    def __init__(self, layer: str, ranges: _Ranges, activated: Collection[str], overflow_neurons: int) -> None:
+        for slot, largest in ranges.largest.items():
             if not bool(largest.isfinite().all()):
-                raise QBertError(f"{layer}: {what} is NaN or infinite on these texts; it cannot be calibrated")
-        self._neurons = ranges.largest["gelu"].cpu()
-        self._spectra = {what: _Spectrum.empty(largest) for what, largest in ranges.largest.items()}
-        self._largest = self._neurons.sort(descending=True, stable=True).indices
-        self._kept = overflow_neurons
-        self._rest: _Spectrum | None = None
-        if 0 < overflow_neurons < self._neurons.numel():
-            self._rest = _Spectrum.empty(self._neurons, self._largest[overflow_neurons:])
+                raise QBertError(f"{layer}: {slot} is NaN or infinite on these texts; it cannot be calibrated")
+        self._spectra = {slot: _Spectrum.empty(largest) for slot, largest in ranges.largest.items()}
+        self._rest = {
+            slot: _Rest(ranges.largest[slot].cpu(), overflow_neurons)
+            for slot in activated
+            if 0 < overflow_neurons < ranges.largest[slot].numel()
+        }
 
-    def see(self, what: str, x: Tensor) -> None:
-        self._spectra[what].add(x)
-        if what == "gelu" and self._rest is not None:
-            self._rest.add(x.cpu())
+    def see(self, slot: str, x: Tensor) -> None:
+        self._spectra[slot].add(x)
+        if slot in self._rest:
+            self._rest[slot].spectrum.add(x.cpu())
 
     def scales(self) -> LayerScales:
         """The choice."""
-        best = {what: spectrum.best() for what, spectrum in self._spectra.items()}
-        chosen: dict[str, Any] = {what: scale for what, (scale, _) in best.items()}
-        if self._rest is not None:
-            scale, error = self._rest.best()
-            if best["gelu"][1] > _OVERFLOW_GAIN * error:
-                return LayerScales(**{**chosen, "gelu": scale}, overflow=self._overflow(scale))
-        return LayerScales(**chosen)
+        best = {slot: spectrum.best() for slot, spectrum in self._spectra.items()}
+        scales = {slot: scale for slot, (scale, _) in best.items()}
+        overflow = {}
+        for slot, rest in self._rest.items():
+            scale, error = rest.spectrum.best()
+            if best[slot][1] > _OVERFLOW_GAIN * error:
+                scales[slot] = scale
+                overflow[slot] = rest.overflow(scale)
+        return LayerScales(scales=scales, overflow={slot: each for slot, each in overflow.items() if each is not None})
 
-    def _overflow(self, scale: float) -> Overflow | None:
+
+class _Rest:
+    """All neurons of a slot but its largest, and those.
+
+    Args:
+        largest: magnitude of each neuron.
+        kept: how many are apart at most.
+    """
+
+    def __init__(self, largest: Tensor, kept: int) -> None:
+        self._neurons, self._kept = largest, kept
+        self._order = largest.sort(descending=True, stable=True).indices
+        self.spectrum = _Spectrum.empty(largest, self._order[kept:])
+
+    def overflow(self, scale: float) -> Overflow | None:
+        """What the scale of the rest cuts off."""
         top = INT8.qmax * scale
-        neurons = [index for index in self._largest[: self._kept].tolist() if self._neurons[index] > top]
+        neurons = [index for index in self._order[: self._kept].tolist() if self._neurons[index] > top]
         if not neurons:
             return None
         return Overflow(neurons=tuple(sorted(neurons)), scale=(float(self._neurons.max()) - top) / INT8.qmax)
@@ -189,21 +211,21 @@ def _observe(
     done: int,
 ) -> None:
     """Runs the batches and shows each layer's observer what is not padding."""
-    paths = family.layer
     kept: list[Tensor] = []
 
-    def show(observer: _Observer, what: str, x: Tensor) -> None:
-        observer.see(what, x.reshape(-1, x.shape[-1])[kept[0]])
+    def show(observer: _Observer, slot: str, x: Tensor) -> None:
+        observer.see(slot, x.reshape(-1, x.shape[-1])[kept[0]])
 
     with contextlib.ExitStack() as hooks:
         for name, observer in observers.items():
-            layer = base.get_submodule(name)
-            for what, path in (("query", paths.query), ("key", paths.key), ("value", paths.value)):
-                after = lambda _m, _i, out, observer=observer, what=what: show(observer, what, out)
-                hooks.callback(layer.get_submodule(path).register_forward_hook(after).remove)
-            for what, path in (("attention_output", paths.attention_output), ("gelu", paths.ffn_out)):
-                before = lambda _m, inputs, observer=observer, what=what: show(observer, what, inputs[0])
-                hooks.callback(layer.get_submodule(path).register_forward_pre_hook(before).remove)
+            for slot, seen in parts_of(family).slots.items():
+                module = base.get_submodule(f"{name}.{seen.path}")
+                if seen.side == "output":
+                    after = lambda _m, _i, out, observer=observer, slot=slot: show(observer, slot, out)
+                    hooks.callback(module.register_forward_hook(after).remove)
+                else:
+                    before = lambda _m, inputs, observer=observer, slot=slot: show(observer, slot, inputs[0])
+                    hooks.callback(module.register_forward_pre_hook(before).remove)
         for index, batch in enumerate(batches, done + 1):
             kept[:] = [batch["attention_mask"].bool().flatten().nonzero().flatten()]
             base(**batch)

@@ -1,4 +1,4 @@
-"""L9. Checkpoints: safetensors in the PLAIN layout plus a record in the configuration, read with suspicion.
+"""Checkpoints: safetensors in the PLAIN layout plus a record in the configuration, read with suspicion.
 
 A checkpoint is a folder with ``config.json`` and ``model.safetensors`` (or its shards), exactly what transformers'
 ``save_pretrained`` writes. The record stands under ``quantization_config`` and says what each quantized module is; from it,
@@ -20,16 +20,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from qbert.bert import KEEP_FLOAT
+from qbert.encoder import Calibration, check_calibration, encoders, fused_forward, obstacle
 from qbert.errors import CheckpointError, QBertError
+from qbert.families import KEEP_FLOAT
 from qbert.folders import new_folder
-from qbert.nn import GUARD, Calibration, ModuleSpec, check_calibration, collect_specs, encoders, fused_forward, obstacle
+from qbert.modules import GUARD, ModuleSpec, collect_specs
 from qbert.ops import FLOAT_DTYPES
-from qbert.qtensor import TensorSpec, plain_specs
 from qbert.recipe import Recipe
-from qbert.validate import check_finite, check_plain_tensors, check_spec
+from qbert.weight.tensor import TensorSpec, plain_specs
+from qbert.weight.validate import check_finite, check_plain_tensors, check_spec
 
-FORMAT_VERSION: Final = 1
+# Of records with a calibration: it names slots, where version 1 had five fields. Without one nothing differs, and older
+# versions of qbert read it.
+FORMAT_VERSION: Final = 2
+_WITHOUT_CALIBRATION: Final = 1
 METHOD: Final = "qbert"
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 _MAX_JSON_BYTES = 16 * 2**20  # a configuration is a few hundred kilobytes at most; more is an attack or a mistake
@@ -51,7 +55,7 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     quant_method: Literal["qbert"]
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     linear: str | None
     embedding: str | None
     exclude: list[str] = []
@@ -78,8 +82,8 @@ class Record(BaseModel):
     def of(cls, model: nn.Module, recipe: Recipe, source: str | None = None) -> Record:
         """The record of a quantized model."""
         fields = {**recipe.to_dict(), "overrides": list(recipe.overrides.items()), **_fusion(model)}
-        modules = collect_specs(model)
-        return cls(quant_method=METHOD, format_version=FORMAT_VERSION, **fields, modules=modules, source=source)
+        version, modules = format_version(fields["calibration"]), collect_specs(model)
+        return cls(quant_method=METHOD, format_version=version, **fields, modules=modules, source=source)
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Record:
@@ -103,12 +107,20 @@ class Record(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a configuration file. What says nothing is left out, so that older versions read it too."""
         unused = {name for name in ("fuse", "calibration") if not getattr(self, name)}
-        return self.model_dump(mode="json", exclude=unused)
+        data = self.model_dump(mode="json", exclude=unused)
+        if self.calibration is not None and self.format_version == 1:
+            data["calibration"] = self.calibration.to_version_1()  # what its digest is of
+        return data
 
     def canonical(self) -> str:
         """What the digest covers: the recipe, the modules and the calibration, in one spelling."""
         data = self.to_dict()
         return json.dumps({name: data[name] for name in data.keys() - {"source", "digest"}}, sort_keys=True)
+
+
+def format_version(calibration: Calibration | None) -> Literal[1, 2]:
+    """Of a record with that calibration."""
+    return _WITHOUT_CALIBRATION if calibration is None else FORMAT_VERSION
 
 
 def check_fusion(record: Record, skeleton: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""L1. What holds a GPU's clocks: their state, power, temperature and what throttles them. Read, never set."""
+"""What holds a GPU's clocks: their state, power, temperature and what throttles them. Read, never set."""
 
 from __future__ import annotations
 

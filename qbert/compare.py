@@ -1,4 +1,4 @@
-"""L12. The main job, scheme by scheme: quantize a real model, save it, load it back, evaluate it, time it; one table."""
+"""The main job, scheme by scheme: quantize a real model, save it, load it back, evaluate it, time it; one table."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rich.table import Table
 from torch import nn
 
 from qbert.analyze.targets import device_description
+from qbert.encoder import encoders, obstacle
 from qbert.errors import MissingDependency, QBertError
 from qbert.evaluate import Baseline, EvalResult, load_tokenizer, prepare_baseline, score
-from qbert.nn import encoders, obstacle
 from qbert.recipe import Recipe
 from qbert.timing import medians
 from qbert.workflow import DEFAULT_TEXTS, load_any, quantize_checkpoint

@@ -1,4 +1,4 @@
-"""L8. The only code that edits a model: quantize_, dequantize_, fuse_, unfuse_, and install_ (empty modules for a file)."""
+"""The only code that edits a model: quantize_, dequantize_, fuse_, unfuse_, and install_ (empty modules for a file)."""
 
 from __future__ import annotations
 
@@ -9,25 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qbert.encoder import Calibration, check_calibration, encoders, obstacle, remove_fused, set_fused
 from qbert.errors import CheckpointError, QBertError
 from qbert.formats import Role, Scheme
-from qbert.nn import (
-    Calibration,
-    ModuleSpec,
-    QEmbedding,
-    QLinear,
-    QTiedLinear,
-    QuantizedModule,
-    check_calibration,
-    encoders,
-    obstacle,
-    remove_fused,
-    set_fused,
-)
+from qbert.modules import ModuleSpec, QEmbedding, QLinear, QTiedLinear, QuantizedModule
 from qbert.quantizers import quantize
 from qbert.quantizers.registry import check_weight
 from qbert.recipe import Decision, Recipe, as_recipe
-from qbert.reference import dequantize
+from qbert.weight.codec import decode
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +157,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     weights: dict[nn.Module, nn.Parameter] = {}
     for module in quantized.values():
         if isinstance(module, QuantizedModule):
-            weights[module] = nn.Parameter(dequantize(module.quantized).to(dtype))
+            weights[module] = nn.Parameter(decode(module.quantized).to(dtype))
     _replace(model, {module: _float_module(module, weights) for module in quantized.values()})
     _finish(model, None, {})
     return model
@@ -354,14 +343,14 @@ def _quantized_module(entry: PlanEntry) -> QLinear | QEmbedding:
     weight = _named(entry.name, quantize, module.weight, scheme)
     if isinstance(module, nn.Embedding):
         return QEmbedding(weight, module.padding_idx, module.weight.dtype)
-    return QLinear(weight, module.bias)
+    return QLinear(weight, module.bias, module.weight.dtype)
 
 
 def _empty_module(module: nn.Linear | nn.Embedding, spec: ModuleSpec) -> QLinear | QEmbedding:
     weight = spec.empty_weight(module.weight.device)
     if isinstance(module, nn.Embedding):
         return QEmbedding(weight, module.padding_idx, module.weight.dtype)
-    return QLinear(weight, module.bias)
+    return QLinear(weight, module.bias, module.weight.dtype)
 
 
 def _float_module(module: Quantized, weights: dict[nn.Module, nn.Parameter]) -> nn.Linear | nn.Embedding:

@@ -1,4 +1,4 @@
-"""L1. GPUs as their data sheets have them: every figure stands here once.
+"""GPUs as their data sheets have them: every figure stands here once.
 
 For machines that are not here: what this machine is says `qbert.target`, what it reaches is measured. The limits of a thread
 block are those of NVIDIA's CUDA programming guide. All rates are dense (data sheets that print only the figure with 2:4

@@ -1,4 +1,4 @@
-"""L0. The errors that users meet: one line, the offending value, what is allowed."""
+"""The errors that users meet: one line, the offending value, what is allowed."""
 
 
 class QBertError(ValueError):

@@ -1,4 +1,4 @@
-"""L9. What runs for every module of a model, and why: the answer to "is my model really quantized?"."""
+"""What runs for every module of a model, and why: the answer to "is my model really quantized?"."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, fields
 from torch import nn
 
 from qbert.convert import float_reasons
-from qbert.dispatch import missing_extension
-from qbert.nn import GraphReport, QTiedLinear, QuantizedModule, encoders, fused_forward, obstacle
+from qbert.encoder import GraphReport, encoders, fused_forward, obstacle
+from qbert.modules import QTiedLinear, QuantizedModule
+from qbert.ops.cuda import missing_extension
 from qbert.target import target_of
 
 

@@ -1,4 +1,4 @@
-"""L0. Folders that are complete or absent."""
+"""Folders that are complete or absent."""
 
 from __future__ import annotations
 

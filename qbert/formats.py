@@ -1,4 +1,4 @@
-"""L1. Number formats and quantization schemes as data: every number stands here once, everything else is derived.
+"""Number formats and quantization schemes as data: every number stands here once, everything else is derived.
 
 A `Format` says what the bits of one element mean, a `Granularity` how many elements share a scale, and a `Scheme` puts
 both together into what a user names: ``"w8a8"``, ``"gobo3"``. Element formats take the names that ml_dtypes gives them.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import functools
-import re
 from dataclasses import dataclass
 
 from qbert.errors import QBertError
@@ -215,6 +214,9 @@ class Scheme:
     roles: frozenset[Role]
     summary: str
 
+    def __hash__(self) -> int:  # a dataclass's own walks through the formats' tables, and schemes are keys of caches
+        return hash(self.name)
+
     @property
     def group_size(self) -> int | None:
         """Weights that share a scale along a row, or None."""
@@ -278,11 +280,36 @@ SCHEMES: dict[str, Scheme] = {
     )
 }
 
-# A linear layer whose weight is tied to a quantized embedding computes with the embedding's own tensors.
-TIED_LINEAR_SCHEME: dict[str, str] = {
-    "w8": "w8a16", "gobo3": "gobo3", "gobo4": "gobo4",
-    **{name: name.replace("w4", "w4a16") for name in SCHEMES if re.fullmatch(r"w4(-g\d+)?", name)},
-}  # fmt: skip
+
+def add_scheme(scheme: Scheme) -> Scheme:
+    """Makes a scheme known under its name, with its format, to everything that takes a scheme's name in this process.
+
+    Raises:
+        QBertError: the name, or that of its weight's format, stands for something else already.
+    """
+    known: dict[str, tuple[object, object]] = {
+        "scheme": (SCHEMES.get(SCHEME_ALIASES.get(scheme.name, scheme.name)), scheme),
+        "format": (FORMATS.get(scheme.weight.name), scheme.weight),
+    }
+    for kind, (there, new) in known.items():
+        if there is not None and there != new:
+            raise QBertError(f"{kind} {getattr(new, 'name', '')!r} is known already and another one: {there}")
+    FORMATS[scheme.weight.name] = scheme.weight
+    SCHEMES[scheme.name] = scheme
+    return scheme
+
+
+def tied_linear_scheme(embedding: Scheme) -> Scheme:
+    """How a linear whose weight is tied to a quantized table computes: with the table's own tensors and float activations.
+
+    Raises:
+        QBertError: no scheme for linears stores a weight so.
+    """
+    alike = (embedding.weight, embedding.granularity, None)
+    for scheme in SCHEMES.values():
+        if Role.LINEAR in scheme.roles and (scheme.weight, scheme.granularity, scheme.activation) == alike:
+            return scheme
+    raise QBertError(f"no scheme for linears stores its weight as {embedding.name} does")
 
 
 def scheme_names(role: Role) -> list[str]:

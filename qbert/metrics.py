@@ -1,4 +1,4 @@
-"""L1. How far a tensor is from another."""
+"""How far a tensor is from another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""L1. Modes that a model is in for a while."""
+"""Modes that a model is in for a while."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""L7. A recipe says which module gets which scheme. Pure: names and roles in, decisions with reasons out."""
+"""A recipe says which module gets which scheme. Pure: names and roles in, decisions with reasons out."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qbert.bert import KEEP_FLOAT
 from qbert.errors import QBertError
+from qbert.families import KEEP_FLOAT
 from qbert.formats import SCHEME_ALIASES, Role, Scheme, get_scheme, scheme_names
 
 
@@ -32,7 +32,7 @@ class Recipe:
         embedding: scheme of embeddings, or None.
         exclude: patterns of modules that stay float, whatever else says.
         overrides: pattern -> scheme or None; the first that matches wins over `linear`, `embedding` and `keep_float`.
-        keep_float: patterns that stay float unless overridden: task heads by default (see `qbert.bert`).
+        keep_float: patterns that stay float unless overridden: task heads by default (see `qbert.families.heads`).
     """
 
     linear: str | None = "w8a8"

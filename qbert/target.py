@@ -1,4 +1,4 @@
-"""L1. What this machine is: read once, plain data, so that choosing a kernel can be tested for machines that are not here."""
+"""What this machine is: read once, plain data, so that choosing a kernel can be tested for machines that are not here."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 from qbert.errors import MissingDependency, QBertError
 
 log = logging.getLogger(__name__)
+# Instruction sets that the native extension has kernels for, best first (csrc/cpu/isa.h).
+ISAS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "generic")
 
 _MIB, _KIB = 2**20, 2**10
 _NO_CACHE_KNOWN = 32 * _MIB
@@ -24,7 +26,7 @@ class Target:
 
     Attributes:
         device: ``"cpu"`` or ``"cuda"``.
-        isa: the best integer instruction set of a CPU: ``amx_int8``, ``avx512_vnni``, ``avx_vnni``, ``avx2`` or ``generic``.
+        isa: the best integer instruction set of a CPU: one of `ISAS`.
         sm: compute capability of a CUDA device as major * 10 + minor (90 for H100), else 0.
         sm_count: number of its multiprocessors, else 0.
         shared_memory: bytes of shared memory that one thread block can use, else 0.

@@ -1,4 +1,4 @@
-"""L2. How a Triton kernel cuts its problem: a table for each GPU, nothing tried out at run time.
+"""How a Triton kernel cuts its problem: a table for each GPU, nothing tried out at run time.
 
 The tables are `kernels/tuned/<gpu>.json`: operation -> rows. A row says for which problems it holds (`n` and `k`, null or left
 out for any; `tokens`, up to how many) and what the tile is; rows for any n and k are the rule where nothing was measured.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qbert.errors import QBertError
+from qbert.formats import Scheme
 from qbert.target import Target
 
 TUNED = Path(__file__).parent / "kernels" / "tuned"
@@ -75,6 +76,13 @@ class Row:
         return self.n in (None, n) and self.k in (None, k) and (self.tokens is None or t <= self.tokens)
 
 
+def tile_key(scheme: Scheme) -> str:
+    """The name under which a table holds the tiles of linears of that scheme."""
+    if scheme.has_dictionary:
+        return "gobo_linear" if scheme.activation else "gobo_a16_linear"
+    return f"w{scheme.weight_bits}a{scheme.activation_bits or 16}_linear"
+
+
 def select_tile(operation: str, t: int, n: int, k: int, target: Target) -> TileConfig:
     """The tile of an operation's problem: of all rows that hold, the most particular one for the fewest tokens.
 
@@ -110,6 +118,11 @@ def forced(operation: str, tile: TileConfig) -> Iterator[None]:
         _forced.pop(operation)
         if before is not None:
             _forced[operation] = before
+
+
+def is_forced() -> bool:
+    """Whether some operation's tile is `forced`: what was chosen before, or is chosen now, holds for no other time."""
+    return bool(_forced)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""L2. The one timer: candidates in turns, medians and quartiles over rounds, on the CPU and on a GPU.
+"""The one timer: candidates in turns, medians and quartiles over rounds, on the CPU and on a GPU.
 
     samples = measure({"torch": Candidate(torch.mm, sets), "qbert": Candidate(run, sets)}, device)
     samples["qbert"].median, ratio(samples["torch"], samples["qbert"]), samples.failures

@@ -1,4 +1,4 @@
-"""L11. What the commands do: a model in, a checkpoint out; a checkpoint in, a report out. No printing here."""
+"""What the commands do: a model in, a checkpoint out; a checkpoint in, a report out. No printing here."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from qbert.evaluate import TASKS, get_task, read_user_file
 from qbert.evaluate.loading import load_fp32, load_tokenizer, quiet_transformers
 from qbert.explain import Explanation, explain
 from qbert.metrics import sqnr_db
-from qbert.nn import QuantizedModule
+from qbert.modules import QuantizedModule
 from qbert.recipe import Recipe
-from qbert.reference import dequantize
 from qbert.target import extensions
+from qbert.weight.codec import decode
 from qbert.zoo import resolve_model
 
 # What sentence-transformers keeps beside a model: how to pool and normalize. Copied so that a quantized folder stays one.
@@ -287,7 +287,7 @@ def _compare_weights(model: nn.Module, original: nn.Module, against: str) -> lis
             raise QBertError(f"{against!r} has no module {name!r}; it is not the model that was quantized") from None
         if tuple(weight.shape) != module.shape:
             raise QBertError(f"{name} is {list(module.shape)} here and {list(weight.shape)} in {against!r}")
-        restored = dequantize(module.quantized)
+        restored = decode(module.quantized)
         ratio = sqnr_db(weight, restored)
         rows.append(
             ModuleSqnr(

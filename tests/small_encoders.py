@@ -13,7 +13,7 @@ from transformers import BertConfig, DistilBertConfig, ElectraConfig, Pretrained
 
 import qbert
 from qbert import Recipe, quantize_
-from qbert.nn import Calibration, encoders
+from qbert.encoder import Calibration, Step, encoders
 from qbert.testing import random_weight
 
 SIZES = {
@@ -89,6 +89,11 @@ def fused_model(
 
 def encoder_of(model: Any) -> Any:
     return next(base for _, base, _ in encoders(model))
+
+
+def bound(step: Step, name: str) -> Any:
+    """What a step of a program has bound under that name."""
+    return dict(zip(step.run.__code__.co_freevars, step.run.__closure__ or (), strict=True))[name].cell_contents
 
 
 @torch.no_grad()

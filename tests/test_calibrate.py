@@ -16,16 +16,17 @@ from transformers import BertConfig
 import qbert
 from qbert import Calibration, QBertError, calibrate, quantize_
 from qbert.calibrate import _Spectrum, default_texts
+from qbert.encoder import LayerScales, Overflow, fused_forward
 from qbert.formats import INT8
 from qbert.metrics import sqnr_db
-from qbert.nn import LayerScales, Overflow, fused_forward
 from qbert.testing import random_weight
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
     "max_position_embeddings": 40,
 }  # fmt: skip
-GOOD = {"query": 0.1, "key": 0.2, "value": 0.05, "attention_output": 0.04, "gelu": 0.03}
+SCALES = {"query": 0.1, "key": 0.2, "value": 0.05, "context": 0.04, "inner": 0.03}
+VERSION_1 = {"query": 0.1, "key": 0.2, "value": 0.05, "attention_output": 0.04, "gelu": 0.03}
 
 
 def _model(name: str = "BertModel", seed: int = 0, **changes: Any) -> Any:
@@ -81,7 +82,8 @@ def test_a_scale_for_every_tensor_of_every_layer() -> None:
     calibration = calibrate(_model(), _batches())
     assert list(calibration.layers) == ["encoder.layer.0", "encoder.layer.1"]
     for layer in calibration.layers.values():
-        assert all(0 < getattr(layer, name) < 1 for name in GOOD)
+        assert list(layer.scales) == list(SCALES)
+        assert all(0 < scale < 1 for scale in layer.scales.values())
 
 
 def test_the_largest_magnitude_is_nearly_covered_where_nothing_is_far_out() -> None:
@@ -117,18 +119,17 @@ def test_padding_is_not_looked_at() -> None:
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
     for name, layer in calibrate(model, alone).layers.items():
-        for what in GOOD:
-            assert getattr(layer, what) == pytest.approx(getattr(expected.layers[name], what), rel=0.1)
+        assert layer.scales == pytest.approx(expected.layers[name].scales, rel=0.1)
 
 
 def test_giant_neurons_are_kept_apart() -> None:
     model = _with_a_giant(_model())
     calibration = calibrate(model, _batches())
     overflow = calibration.layers["encoder.layer.0"].overflow
-    assert overflow is not None
-    assert 37 in overflow.neurons
+    assert list(overflow) == ["inner"]
+    assert 37 in overflow["inner"].neurons
     without = calibrate(model, _batches(), overflow_neurons=0)
-    assert all(layer.overflow is None for layer in without.layers.values())
+    assert all(layer.overflow == {} for layer in without.layers.values())
     batch = _batches(1)[0]
     there = batch["attention_mask"].bool()
     with torch.no_grad():
@@ -143,8 +144,7 @@ def test_giant_neurons_are_kept_apart() -> None:
 def test_a_few_overflow_neurons_or_none() -> None:
     model = _with_a_giant(_model())
     one = calibrate(model, _batches(), overflow_neurons=1).layers["encoder.layer.0"].overflow
-    assert one is not None
-    assert one.neurons == (37,)
+    assert one["inner"].neurons == (37,)
     with pytest.raises(QBertError, match=r"overflow_neurons is 17; allowed: 0 \.\.\. 16"):
         calibrate(model, _batches(), overflow_neurons=17)
 
@@ -163,8 +163,7 @@ def test_float_quantized_and_fused_models_are_calibrated_alike_and_left_alone() 
         found = calibrate(other, batches)
         assert fused_forward(other.bert) is before
         for name, layer in found.layers.items():
-            for what in GOOD:
-                assert getattr(layer, what) == pytest.approx(getattr(exact.layers[name], what), rel=0.25)
+            assert layer.scales == pytest.approx(exact.layers[name].scales, rel=0.25)
 
 
 def test_texts() -> None:
@@ -174,7 +173,7 @@ def test_texts() -> None:
     assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
     again = calibrate(model, iter(texts), tokenizer=Words(), batch_size=1)
     for name, layer in again.layers.items():
-        assert layer.gelu == pytest.approx(found.layers[name].gelu, rel=0.1)
+        assert layer.scales["inner"] == pytest.approx(found.layers[name].scales["inner"], rel=0.1)
 
 
 def test_default_texts_are_prose() -> None:
@@ -194,41 +193,141 @@ def test_calibrations_are_plain_data() -> None:
     assert "null" not in text
 
 
+_BAD_OVERFLOW: list[tuple[Any, str]] = [
+    (1, "overflow"),
+    ({"neurons": [], "scale": 0.1}, "overflow"),
+    ({"neurons": [3, 1], "scale": 0.1}, "ascend"),
+    ({"neurons": [1, 1], "scale": 0.1}, "ascend"),
+    ({"neurons": [-1], "scale": 0.1}, "neurons"),
+    ({"neurons": [1.5], "scale": 0.1}, "neurons"),
+    ({"neurons": list(range(17)), "scale": 0.1}, "17 neurons"),
+    ({"neurons": [1], "scale": math.nan}, "scale"),
+    ({"neurons": [1]}, "scale"),
+    ({"neurons": [1], "scale": 0.1, "top": 1.0}, "top"),
+]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"query": math.nan}, "query"), ({"query": math.inf}, "query"), ({"query": -0.1}, "query"), ({"key": 0.0}, "key"),
-        ({"value": 1e-30}, "value"), ({"value": 1e30}, "value"), ({"gelu": "0.1"}, "gelu"), ({"gelu": None}, "gelu"),
-        ({"gelu": True}, "gelu"), ({"spare": 1.0}, "spare"), ({"overflow": 1}, "overflow"),
-        ({"overflow": {"neurons": [], "scale": 0.1}}, "overflow"),
-        ({"overflow": {"neurons": [3, 1], "scale": 0.1}}, "ascend"),
-        ({"overflow": {"neurons": [1, 1], "scale": 0.1}}, "ascend"),
-        ({"overflow": {"neurons": [-1], "scale": 0.1}}, "neurons"),
-        ({"overflow": {"neurons": [1.5], "scale": 0.1}}, "neurons"),
-        ({"overflow": {"neurons": list(range(17)), "scale": 0.1}}, "17 neurons"),
-        ({"overflow": {"neurons": [1], "scale": math.nan}}, "scale"),
+        ({"value": 1e-30}, "value"), ({"value": 1e30}, "value"), ({"inner": "0.1"}, "inner"), ({"inner": None}, "inner"),
+        ({"inner": True}, "inner"),
     ],
     ids=str,
 )  # fmt: skip
-def test_data_that_is_no_calibration_is_refused(changes: dict[str, Any], words: str) -> None:
-    Calibration.from_dict({"layers": {"encoder.layer.0": GOOD}})
-    with pytest.raises(QBertError, match=f"calibration: .*{words}"):
-        Calibration.from_dict({"layers": {"encoder.layer.0": {**GOOD, **changes}}})
+def test_scales_that_are_none_are_refused(changes: dict[str, Any], words: str) -> None:
+    Calibration.from_dict({"layers": {"encoder.layer.0": {"scales": SCALES}}})
+    with pytest.raises(QBertError, match=rf"calibration: layers\.encoder\.layer\.0\.scales\.{words}: "):
+        Calibration.from_dict({"layers": {"encoder.layer.0": {"scales": {**SCALES, **changes}}}})
+
+
+@pytest.mark.parametrize(("overflow", "words"), _BAD_OVERFLOW, ids=str)
+def test_overflow_that_is_none_is_refused(overflow: Any, words: str) -> None:
+    Calibration.from_dict({"layers": {"a": {"scales": SCALES, "overflow": {"inner": {"neurons": [1], "scale": 0.1}}}}})
+    for layer in ({"scales": SCALES, "overflow": {"inner": overflow}}, {**VERSION_1, "overflow": overflow}):
+        with pytest.raises(QBertError, match=f"calibration: .*{words}"):
+            Calibration.from_dict({"layers": {"a": layer}})
 
 
 @pytest.mark.parametrize(
-    "data", [{}, {"layers": {}}, {"layers": []}, {"layers": {"a": 1}}, {"layers": {1: GOOD}}, {"x": 1}]
+    ("layer", "words"),
+    [
+        ({"scales": SCALES, "spare": 1.0}, "spare"),
+        ({"scales": SCALES, "query": 1.0}, "query"),
+        ({"scales": {}}, "scales"),
+        ({"scales": list(SCALES.values())}, "scales"),
+        ({"overflow": {}}, "scales"),
+        ({}, "scales"),
+        (
+            {"scales": {"query": 0.1}, "overflow": {"inner": {"neurons": [1], "scale": 0.1}}},
+            "overflow of a slot 'inner'",
+        ),
+        ({"scales": SCALES, "overflow": {"inner": None}}, "overflow.inner"),
+        ({"scales": SCALES, "overflow": None}, "overflow"),
+    ],
+    ids=["spare", "both", "none", "list", "overflow_only", "nothing", "slotless", "null", "null_all"],
+)
+def test_layers_of_another_shape_are_refused(layer: dict[str, Any], words: str) -> None:
+    with pytest.raises(QBertError, match=rf"calibration: layers\.encoder\.layer\.0.*{words}"):
+        Calibration.from_dict({"layers": {"encoder.layer.0": layer}})
+
+
+def test_version_1_of_a_calibration_is_read_and_written() -> None:
+    """Its five fields are five slots; what it says of the feed-forward network's neurons is said of theirs."""
+    overflow = {"neurons": [3, 5], "scale": 0.25}
+    for more in ({}, {"overflow": None}, {"overflow": overflow}):
+        found = Calibration.from_dict({"layers": {"encoder.layer.0": {**VERSION_1, **more}}})
+        layer = found.layers["encoder.layer.0"]
+        assert layer.scales == SCALES
+        given = more.get("overflow")
+        assert layer.overflow == ({} if given is None else {"inner": Overflow(neurons=(3, 5), scale=0.25)})
+        assert found.to_version_1() == {"layers": {"encoder.layer.0": {**VERSION_1, "overflow": given}}}
+        assert Calibration.from_dict(found.to_dict()) == found
+        assert set(found.to_dict()["layers"]["encoder.layer.0"]) == {"scales", "overflow"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"query": math.nan}, "query"), ({"gelu": -1.0}, "inner"), ({"attention_output": 1e30}, "context"),
+        ({"gelu": "0.1"}, "inner"), ({"gelu": True}, "inner"), ({"value": None}, "value"), ({"spare": 1.0}, "spare"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_version_1_of_a_calibration_is_held_to_the_same_rules(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(QBertError, match=f"calibration: .*{words}"):
+        Calibration.from_dict({"layers": {"encoder.layer.0": {**VERSION_1, **changes}}})
+
+
+@pytest.mark.parametrize(
+    "data", [{}, {"layers": {}}, {"layers": []}, {"layers": {"a": 1}}, {"layers": {1: {"scales": SCALES}}}, {"x": 1}]
 )
 def test_data_of_another_shape_is_refused(data: dict[str, Any]) -> None:
     with pytest.raises(QBertError, match="calibration: "):
         Calibration.from_dict(data)
 
 
-def test_a_neuron_that_does_not_exist_is_refused() -> None:
-    layer = LayerScales(**GOOD, overflow=Overflow(neurons=(5, 128), scale=0.1))
-    calibration = Calibration(layers={f"encoder.layer.{index}": layer for index in range(2)})
-    with pytest.raises(QBertError, match=r"encoder\.layer\.0 has no neuron 128; allowed: 0 \.\.\. 127"):
-        quantize_(_model(), fuse=True, calibration=calibration)
+def _calibration(scales: dict[str, float] = SCALES, **overflow: Overflow) -> Calibration:
+    layer = LayerScales(scales=scales, overflow=overflow)
+    return Calibration(layers={f"encoder.layer.{index}": layer for index in range(2)})
+
+
+@pytest.mark.parametrize(
+    ("calibration", "words"),
+    [
+        (
+            _calibration(inner=Overflow(neurons=(5, 128), scale=0.1)),
+            r"encoder\.layer\.0 has no neuron 128; allowed: 0 \.\.\. 127",
+        ),
+        (
+            _calibration(context=Overflow(neurons=(5,), scale=0.1)),
+            r"encoder\.layer\.0 has overflow in 'context', which comes out of no activation",
+        ),
+        (
+            _calibration({**SCALES, "gate": 0.1}),
+            r"encoder\.layer\.0 has a slot 'gate'; allowed: query, key, value, context, inner",
+        ),
+        (
+            _calibration({name: scale for name, scale in SCALES.items() if name != "context"}),
+            r"encoder\.layer\.0 lacks a slot 'context'; allowed: query, key, value, context, inner",
+        ),
+        (
+            Calibration.from_dict(
+                {"layers": {f"encoder.layer.{index}": {"query": 0.1, "gelu": 0.1} for index in (0, 1)}}
+            ),
+            r"encoder\.layer\.0 lacks a slot '(key|value|context)'",
+        ),
+    ],
+    ids=["neuron", "no_activation", "unknown", "missing", "version_1_missing"],
+)
+def test_slots_that_the_encoder_has_not_are_refused(calibration: Calibration, words: str) -> None:
+    model = _model()
+    quantize_(copy.deepcopy(model), fuse=True, calibration=_calibration())
+    quantize_(copy.deepcopy(model), fuse=True, calibration=_calibration(inner=Overflow(neurons=(5, 127), scale=0.1)))
+    with pytest.raises(QBertError, match=f"calibration: {words}"):
+        quantize_(model, fuse=True, calibration=calibration)
+    assert all(type(module).__module__.partition(".")[0] != "qbert" for module in model.modules())
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

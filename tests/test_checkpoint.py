@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -28,9 +29,12 @@ from transformers import (
 import qbert
 from qbert import CheckpointError, QBertConfig, QBertError, Recipe, quantize_
 from qbert.checkpoint import Record, digest, read_config, signed, weight_files
+from qbert.encoder import fused_forward
 from qbert.formats import Role, scheme_names
 from qbert.integrations.transformers import check
-from qbert.nn import GUARD, QEmbedding, QLinear, QTiedLinear, QuantizedModule, collect_specs, fused_forward
+from qbert.metrics import sqnr_db
+from qbert.modules import GUARD, QEmbedding, QLinear, QTiedLinear, QuantizedModule, collect_specs
+from qbert.target import cpu_target
 from qbert.testing import random_weight
 
 HIDDEN = 128  # a multiple of every group size
@@ -381,6 +385,10 @@ def test_the_record_says_what_stands_there(saved: Path) -> None:
     assert record.modules[VALUE].outliers > 0
     assert config.architectures == ["BertModel"]
     assert read_config(saved)["quantization_config"]["format_version"] == 1
+    assert set(record.to_dict()) == {
+        "digest", "embedding", "exclude", "format_version", "keep_float", "linear", "modules", "overrides", "quant_method",
+        "source",
+    }  # fmt: skip
 
 
 def test_the_source_is_kept(tmp_path: Path) -> None:
@@ -742,7 +750,9 @@ def _drop(key: str) -> Callable[[dict[str, Any]], object]:
 
 GHOST = {"kind": "linear", "scheme": "w8a8", "shape": [4, 4]}
 RECORD_RULES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "version_2": (_record(format_version=2), "quantization_config.format_version"),
+    "version_3": (_record(format_version=3), "quantization_config.format_version"),
+    "version_0": (_record(format_version=0), "quantization_config.format_version"),
+    "version_of_calibrated": (_record(format_version=2), "quantization_config.digest"),
     "version_text": (_record(format_version="1"), "quantization_config.format_version"),
     "version_missing": (_drop("format_version"), "quantization_config.format_version"),
     "unknown_key": (_record(bits=8), "bits"),
@@ -1054,6 +1064,8 @@ def test_a_fused_model_comes_back_fused(
     again = load(tmp_path / "first")
     assert _variant(again) == ("static" if static else "dynamic")
     assert fused_forward(again).calibration == fused_forward(model).calibration
+    version = read_config(tmp_path / "first")["quantization_config"]["format_version"]
+    assert version == again.config.quantization_config.record.format_version == (2 if static else 1)
     _assert_same_model(again, model)
     save(again, tmp_path / "second")
     _assert_same_model(load(tmp_path / "second"), model)
@@ -1086,6 +1098,7 @@ def test_fusing_on_load_equals_fusing_in_memory(tmp_path: Path) -> None:
     for given in (calibration, calibration.to_dict()):
         config = QBertConfig(**A8_RECIPE.to_dict(), fuse=True, calibration=given)
         assert QBertConfig(**config.to_dict()).to_dict() == config.to_dict()
+        assert config.to_dict()["format_version"] == 2
         _assert_same_model(AutoModel.from_pretrained(tmp_path / "float", quantization_config=config), model)
     dynamic = AutoModel.from_pretrained(tmp_path / "float", quantization_config=QBertConfig("w8a8", fuse=True))
     assert _variant(dynamic) == "dynamic"
@@ -1123,8 +1136,16 @@ def saved_fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _scales(**entries: Any) -> Callable[[dict[str, Any]], None]:
+def _layer(**entries: Any) -> Callable[[dict[str, Any]], None]:
     return lambda config: config["quantization_config"]["calibration"]["layers"][LAYER].update(entries)
+
+
+def _scales(**entries: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config["quantization_config"]["calibration"]["layers"][LAYER]["scales"].update(entries)
+
+
+def _overflow(slot: str, neurons: list[int]) -> Callable[[dict[str, Any]], None]:
+    return _layer(overflow={slot: {"neurons": neurons, "scale": 0.1}})
 
 
 def _layers(edit: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], object]:
@@ -1135,25 +1156,42 @@ FUSION_RULES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "fuse_text": (_record(fuse="yes"), "quantization_config.fuse"),
     "fuse_false": (_record(fuse=False), "a calibration is for a fused encoder"),
     "fuse_missing": (_drop("fuse"), "a calibration is for a fused encoder"),
-    "scale_nan": (_scales(query=math.nan), f"calibration.layers.{LAYER}.query"),
-    "scale_infinite": (_scales(key=math.inf), f"calibration.layers.{LAYER}.key"),
-    "scale_negative": (_scales(value=-1.0), f"calibration.layers.{LAYER}.value"),
-    "scale_zero": (_scales(gelu=0.0), f"calibration.layers.{LAYER}.gelu"),
-    "scale_tiny": (_scales(attention_output=1e-40), f"calibration.layers.{LAYER}.attention_output"),
-    "scale_text": (_scales(gelu="0.1"), f"calibration.layers.{LAYER}.gelu"),
-    "scale_unknown": (_scales(spare=0.1), f"calibration.layers.{LAYER}.spare"),
-    "scale_missing": (_layers(lambda layers: layers[LAYER].pop("gelu")), f"calibration.layers.{LAYER}.gelu"),
-    "scale_changed": (_scales(gelu=0.123), "quantization_config.digest"),
+    "scale_nan": (_scales(query=math.nan), f"calibration.layers.{LAYER}.scales.query"),
+    "scale_infinite": (_scales(key=math.inf), f"calibration.layers.{LAYER}.scales.key"),
+    "scale_negative": (_scales(value=-1.0), f"calibration.layers.{LAYER}.scales.value"),
+    "scale_zero": (_scales(inner=0.0), f"calibration.layers.{LAYER}.scales.inner"),
+    "scale_tiny": (_scales(context=1e-40), f"calibration.layers.{LAYER}.scales.context"),
+    "scale_text": (_scales(inner="0.1"), f"calibration.layers.{LAYER}.scales.inner"),
+    "scale_null": (_scales(inner=None), f"calibration.layers.{LAYER}.scales.inner"),
+    "scale_beside": (_layer(spare=0.1), f"calibration.layers.{LAYER}.spare"),
+    "scale_unknown": (_scales(spare=0.1), f"{LAYER} has a slot 'spare'; allowed: query, key, value, context, inner"),
+    "scale_missing": (
+        _layers(lambda layers: layers[LAYER]["scales"].pop("context")),
+        f"{LAYER} lacks a slot 'context'",
+    ),
+    "scale_missing_of_overflow": (
+        _layers(lambda layers: layers[LAYER]["scales"].pop("inner")),
+        "overflow of a slot 'inner' without a scale",
+    ),
+    "scales_missing": (_layers(lambda layers: layers[LAYER].pop("scales")), f"calibration.layers.{LAYER}.scales"),
+    "scales_none": (_layers(lambda layers: layers[LAYER]["scales"].clear()), f"calibration.layers.{LAYER}.scales"),
+    "scales_list": (_layer(scales=[0.1] * 5), f"calibration.layers.{LAYER}.scales"),
+    "scale_changed": (_scales(inner=0.123), "quantization_config.digest"),
+    "version_1": (_record(format_version=1), "quantization_config.digest"),
     "layer_unknown": (_layers(lambda layers: layers.update({"encoder.layer.1": layers[LAYER]})), "'encoder.layer.1'"),
     "layer_renamed": (_layers(lambda layers: layers.update(ghost=layers.pop(LAYER))), "has a layer 'ghost'"),
     "layers_none": (_layers(lambda layers: layers.clear()), "quantization_config.calibration.layers"),
     "layers_list": (_record(calibration={"layers": []}), "quantization_config.calibration.layers"),
     "calibration_text": (_record(calibration="all"), "quantization_config.calibration"),
     "calibration_missing": (_drop("calibration"), "quantization_config.digest"),
-    "neuron_unknown": (_scales(overflow={"neurons": [256], "scale": 0.1}), "has no neuron 256"),
-    "neuron_negative": (_scales(overflow={"neurons": [-1], "scale": 0.1}), f"calibration.layers.{LAYER}.overflow"),
-    "neurons_many": (_scales(overflow={"neurons": list(range(99)), "scale": 0.1}), "99 neurons"),
-    "neurons_none": (_scales(overflow={"neurons": [], "scale": 0.1}), "0 neurons"),
+    "neuron_unknown": (_overflow("inner", [256]), f"{LAYER} has no neuron 256; allowed: 0 ... 255"),
+    "neuron_negative": (_overflow("inner", [-1]), f"calibration.layers.{LAYER}.overflow"),
+    "neurons_many": (_overflow("inner", list(range(99))), "99 neurons"),
+    "neurons_none": (_overflow("inner", []), "0 neurons"),
+    "neurons_changed": (_overflow("inner", [3]), "quantization_config.digest"),
+    "overflow_unknown": (_overflow("spare", [1]), "overflow of a slot 'spare' without a scale"),
+    "overflow_elsewhere": (_overflow("context", [1]), f"{LAYER} has overflow in 'context', which comes out of no"),
+    "overflow_null": (_layer(overflow=None), f"calibration.layers.{LAYER}.overflow"),
     "heads_other": (_set(num_attention_heads=8), "quantization_config.fuse: must be false: its heads are of size 16"),
     "activation_other": (_set(hidden_act="relu"), "quantization_config.fuse: must be false: its activation is 'relu'"),
     "decoder": (_set(is_decoder=True), "quantization_config.fuse: must be false: is_decoder is set"),
@@ -1178,3 +1216,134 @@ def test_a_record_that_says_fused_of_what_cannot_be_is_refused(saved: Path, tmp_
     _edit_config(tmp_path / "checkpoint", _record(fuse=True))
     with pytest.raises(CheckpointError, match=r"fuse: must be false: .* has scheme w4a16, which has no integer"):
         qbert.load(tmp_path / "checkpoint")
+
+
+# ---- version 1 of a record ------------------------------------------------------------------------------------------
+
+# A real one, with all that it can say: a calibrated encoder of a layer, with overflow. It was written by the last version
+# of qbert that wrote such records, which gave `output.safetensors` for these ids.
+VERSION_1 = Path(__file__).parent / "data" / "version_1"
+VERSION_1_DIGEST = "55e20ca4d73fd5aa0e6e73021e494f990643687dae04671d7758381692a76a74"
+VERSION_1_OUTPUT = (
+    "cab60d11f8fb2cfe80541af360161f90404aa8f6f3b6c2a733da9c65e22b1e67"  # SHA-256, by the compiled kernels
+)
+VERSION_1_INPUTS = {
+    "input_ids": torch.tensor([[5, 17, 40, 33, 8, 2, 9], [7, 7, 9, 30, 0, 0, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]]),
+}
+
+
+@torch.no_grad()
+def _version_1_output(model: nn.Module) -> Tensor:
+    return model(**VERSION_1_INPUTS).last_hidden_state
+
+
+def _assert_version_1(model: PreTrainedModel) -> None:
+    """The very bits that it gave; torch's own kernels, where there are no compiled ones, add floats in another order."""
+    assert _variant(model) == "static"
+    found, expected = _version_1_output(model), load_file(VERSION_1 / "output.safetensors")["last_hidden_state"]
+    assert hashlib.sha256(expected.numpy().tobytes()).hexdigest() == VERSION_1_OUTPUT
+    if cpu_target().native:
+        assert torch.equal(found, expected)
+    assert sqnr_db(expected, found) > 80
+
+
+@pytest.fixture
+def version_1(tmp_path: Path) -> Path:
+    shutil.copytree(VERSION_1 / "checkpoint", tmp_path / "version_1")
+    return tmp_path / "version_1"
+
+
+def _without_pooler(folder: Path) -> nn.Module:
+    return AutoModel.from_pretrained(folder, add_pooling_layer=False)
+
+
+VERSION_1_LOADERS = {"load": qbert.load, "auto_model": _without_pooler}
+
+
+@pytest.mark.parametrize("load", VERSION_1_LOADERS.values(), ids=VERSION_1_LOADERS)
+def test_version_1_loads_and_gives_the_same_bits(load: Callable[[Path], PreTrainedModel]) -> None:
+    _assert_version_1(load(VERSION_1 / "checkpoint"))
+
+
+def test_version_1_keeps_its_digest() -> None:
+    record, _ = check(VERSION_1 / "checkpoint")
+    assert (record.format_version, record.digest) == (1, VERSION_1_DIGEST)
+    written = read_config(VERSION_1 / "checkpoint")["quantization_config"]
+    assert record.to_dict() == written
+    assert digest(load_file(VERSION_1 / "checkpoint" / "model.safetensors").items(), record) == VERSION_1_DIGEST
+    (layer,) = record.calibration.layers.values()
+    assert list(layer.scales) == ["query", "key", "value", "context", "inner"]
+    old = written["calibration"]["layers"][LAYER]
+    assert (layer.scales["context"], layer.scales["inner"]) == (old["attention_output"], old["gelu"])
+    assert layer.overflow["inner"].model_dump(mode="json") == old["overflow"]
+
+
+def test_version_1_is_saved_as_version_2(tmp_path: Path) -> None:
+    model = qbert.load(VERSION_1 / "checkpoint")
+    qbert.save(model, tmp_path / "again")
+    record = read_config(tmp_path / "again")["quantization_config"]
+    assert record["format_version"] == 2
+    assert set(record["calibration"]["layers"][LAYER]) == {"scales", "overflow"}
+    assert record["source"] == "random weights"
+    stored, former = (load_file(each / "model.safetensors") for each in (tmp_path / "again", VERSION_1 / "checkpoint"))
+    assert stored.keys() == former.keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in former.items())
+    again = qbert.load(tmp_path / "again")
+    assert fused_forward(again).calibration == fused_forward(model).calibration
+    _assert_version_1(again)
+
+
+VERSION_1_RULES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "scale_nan": (_layer(query=math.nan), f"calibration.layers.{LAYER}.scales.query"),
+    "scale_zero": (_layer(gelu=0.0), f"calibration.layers.{LAYER}.scales.inner"),
+    "scale_text": (_layer(attention_output="0.1"), f"calibration.layers.{LAYER}.scales.context"),
+    "scale_changed": (_layer(gelu=0.123), "quantization_config.digest"),
+    "scale_missing": (_layers(lambda layers: layers[LAYER].pop("key")), f"{LAYER} lacks a slot 'key'"),
+    "scale_missing_of_overflow": (
+        _layers(lambda layers: layers[LAYER].pop("gelu")),
+        "overflow of a slot 'inner' without a scale",
+    ),
+    "scale_unknown": (_layer(spare=0.1), f"calibration.layers.{LAYER}.spare"),
+    "scale_of_version_2": (_layer(context=0.1), f"calibration.layers.{LAYER}.context"),
+    "scales_beside": (_layer(scales={"query": 0.1}), f"calibration.layers.{LAYER}."),
+    "overflow_missing": (_layers(lambda layers: layers[LAYER].pop("overflow")), "quantization_config.digest"),
+    "overflow_null": (_layer(overflow=None), "quantization_config.digest"),
+    "overflow_list": (_layer(overflow=[1]), f"calibration.layers.{LAYER}.overflow"),
+    "neuron_unknown": (_layer(overflow={"neurons": [128], "scale": 0.1}), "has no neuron 128; allowed: 0 ... 127"),
+    "neuron_negative": (_layer(overflow={"neurons": [-1], "scale": 0.1}), f"calibration.layers.{LAYER}.overflow"),
+    "neurons_many": (_layer(overflow={"neurons": list(range(99)), "scale": 0.1}), "99 neurons"),
+    "neurons_changed": (_layer(overflow={"neurons": [3], "scale": 0.1}), "quantization_config.digest"),
+    "layer_unknown": (_layers(lambda layers: layers.update({"encoder.layer.1": layers[LAYER]})), "'encoder.layer.1'"),
+    "layers_none": (_layers(lambda layers: layers.clear()), "quantization_config.calibration.layers"),
+    "calibration_missing": (_drop("calibration"), "quantization_config.digest"),
+    "fuse_missing": (_drop("fuse"), "a calibration is for a fused encoder"),
+    "version_2": (_record(format_version=2), "quantization_config.digest"),
+    "version_3": (_record(format_version=3), "quantization_config.format_version"),
+    "digest": (_record(digest="0" * 64), "quantization_config.digest"),
+    "vocabulary": (_set(vocab_size=40), f"modules.{WORDS}.shape: must be [40, 64]"),
+}
+
+
+@pytest.mark.parametrize("rule", VERSION_1_RULES)
+def test_a_spoiled_version_1_is_refused(version_1: Path, rule: str) -> None:
+    edit, words = VERSION_1_RULES[rule]
+    _edit_config(version_1, edit)
+    with pytest.raises(CheckpointError) as caught:
+        qbert.load(version_1)
+    assert words in str(caught.value)
+    with pytest.raises(QBertError):
+        _without_pooler(version_1)
+
+
+@pytest.mark.parametrize(
+    "scheme_tensor", [f"{QUERY}.group_scale", f"{OUTPUT}.qdata", f"{UP}.outlier_delta", f"{WORDS}.qdata"]
+)
+def test_a_spoiled_tensor_of_version_1_is_refused(version_1: Path, scheme_tensor: str) -> None:
+    state = {name: each.clone() for name, each in load_file(version_1 / "model.safetensors").items()}
+    raw = state[scheme_tensor].view(-1).view(torch.uint8)
+    raw[0] ^= 1
+    save_file(state, version_1 / "model.safetensors", {"format": "pt"})
+    for load in VERSION_1_LOADERS.values():
+        with pytest.raises(CheckpointError):
+            load(version_1)

@@ -119,7 +119,11 @@ def test_quantize_fused_and_calibrated(with_words, tmp_path):
         assert json.loads(run("inspect", tmp_path / "out", "--json").stdout)["encoders"][0]["fused"] == fused
         assert f"BertModel: fused: {fused} (" in run("inspect", tmp_path / "out").stdout
     done = run("analyze", tmp_path / "out", "--batch", 1, "--seq", 8, "--no-measure", "--target", "h100")
-    assert "it is not run fused here" in done.stderr
+    assert "steps of the fused" in done.stdout
+    unfused = run(
+        "analyze", tmp_path / "out", "--batch", 1, "--seq", 8, "--no-measure", "--target", "h100", "--unfused"
+    )
+    assert "steps of the fused" not in unfused.stdout
     printed = run("quantize", with_words, "--fuse", "--scheme", "w8a16", "-o", tmp_path / "out").stdout
     assert "BertModel: fused: no (encoder.layer.0.attention.self.query has scheme w8a16" in printed
 

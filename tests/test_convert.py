@@ -17,8 +17,8 @@ import qbert
 from qbert import QBertError, Recipe, dequantize_, quantize_
 from qbert.convert import float_reasons, install_, plan, when_changed
 from qbert.errors import CheckpointError
-from qbert.nn import ModuleSpec, QEmbedding, QLinear, QTiedLinear, QuantizedModule, collect_specs
-from qbert.reference import dequantize
+from qbert.modules import ModuleSpec, QEmbedding, QLinear, QTiedLinear, QuantizedModule, collect_specs
+from qbert.weight.codec import decode
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
@@ -595,7 +595,7 @@ def test_dequantize_restores_the_model_with_the_weights_it_computed_with(linear:
     parameters = {name: (tensor.shape, tensor.dtype) for name, tensor in model.named_parameters(remove_duplicate=False)}
     ties = dict(model.all_tied_weights_keys)
     quantize_(model, recipe)
-    weights = {name: dequantize(m.quantized) for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    weights = {name: decode(m.quantized) for name, m in model.named_modules() if isinstance(m, QuantizedModule)}
     assert dequantize_(model) is model
     assert {name: type(module) for name, module in model.named_modules()} == types
     assert {n: (t.shape, t.dtype) for n, t in model.named_parameters(remove_duplicate=False)} == parameters
@@ -617,7 +617,7 @@ def test_dequantize_restores_the_model_with_the_weights_it_computed_with(linear:
 )
 def test_dequantized_type(model_dtype: torch.dtype, asked: torch.dtype | None, expected: torch.dtype) -> None:
     model = quantize_(_model().to(model_dtype), Recipe("w8a8", "w8"))
-    exact = dequantize(model.pooler.dense.quantized).to(expected)
+    exact = decode(model.pooler.dense.quantized).to(expected)
     dequantize_(model, asked)
     assert model.pooler.dense.weight.dtype == model.embeddings.word_embeddings.weight.dtype == expected
     assert torch.equal(model.pooler.dense.weight, exact)

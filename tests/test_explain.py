@@ -13,13 +13,15 @@ from transformers import BertConfig, BertForMaskedLM
 import qbert
 from qbert import Recipe, explain, quantize_
 from qbert.devices import GPUS
-from qbert.dispatch import select_kernel, select_layout
 from qbert.explain import Row
 from qbert.formats import Role, scheme_names
-from qbert.layout import Layout
-from qbert.nn import GUARD, QTiedLinear, QuantizedModule
+from qbert.modules import GUARD, QTiedLinear, QuantizedModule
+from qbert.ops.kernel import Problem
+from qbert.ops.table import explain as explain_kernel
+from qbert.ops.table import select_layout
 from qbert.target import Target, cpu_target
 from qbert.testing import random_weight
+from qbert.weight.layout import Layout
 
 H100 = Target(**GPUS["h100"].limits, native_missing="qbert was installed without them")
 
@@ -78,7 +80,8 @@ def test_row_of_a_quantized_linear(scheme: str) -> None:
     assert row.outliers == stored.get("outlier_delta", torch.empty(0)).numel()
     assert (row.outliers > 0) == scheme.startswith("gobo")
     assert row.layout == module.layout.value
-    choice = select_kernel(module.operation, cpu_target(), module.layout)
+    problem = Problem(module.scheme, module.layout, 48, 128, torch.float32)
+    choice = explain_kernel("linear", problem, cpu_target())
     assert (row.kernel, row.reason) == (choice.name, choice.reason)
 
 
@@ -164,12 +167,12 @@ def test_a_model_with_nothing_to_say() -> None:
 @pytest.mark.parametrize(
     ("target", "kernel", "reason", "notes"),
     [
-        (H100, "triton w4a8_linear", "codes become int8", ["Triton kernels alone: qbert was installed without them"]),
-        (dataclasses.replace(H100, prefer="cuda"), "triton w4a8_linear", "QBERT_KERNEL=cuda, but qbert was installed",
+        (H100, "triton linear", "codes become int8", ["Triton kernels alone: qbert was installed without them"]),
+        (dataclasses.replace(H100, prefer="cuda"), "triton linear", "QBERT_KERNEL=cuda, but qbert was installed",
          ["Triton kernels alone: qbert was installed without them"]),
-        (dataclasses.replace(H100, prefer="triton"), "triton w4a8_linear", "codes become int8", []),
-        (dataclasses.replace(H100, native=True, prefer="cuda"), "cuda w4a8_linear", "QBERT_KERNEL=cuda; codes lie", []),
-        (dataclasses.replace(H100, sm=80, native=True, prefer="cuda"), "triton w4a8_linear",
+        (dataclasses.replace(H100, prefer="triton"), "triton linear", "codes become int8", []),
+        (dataclasses.replace(H100, native=True, prefer="cuda"), "cuda linear", "QBERT_KERNEL=cuda; codes lie", []),
+        (dataclasses.replace(H100, sm=80, native=True, prefer="cuda"), "triton linear",
          "QBERT_KERNEL=cuda, but the CUDA kernels are compiled for compute capability 9.0, this GPU has 8.0", []),
     ],
     ids=["missing", "missing-but-asked-for", "not-wanted", "there", "other-gpu"],
@@ -180,7 +183,7 @@ def test_gpu_rows_say_why_not_compiled(
     """On a GPU that is not here: the modules are on the CPU, in the layout that the GPU would have them in."""
     model = quantize_(nn.Sequential(nn.Linear(128, 64)), "w4a8")
     model[0]._hold(model[0].quantized.to_layout(select_layout(model[0].scheme, Role.LINEAR, target)))
-    for module in ("qbert.explain", "qbert.nn.modules"):
+    for module in ("qbert.explain", "qbert.modules.base"):
         monkeypatch.setattr(importlib.import_module(module), "target_of", lambda device: target)
     explanation = explain(model)
     assert explanation.rows[0].kernel == kernel

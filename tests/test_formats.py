@@ -20,7 +20,6 @@ from qbert.formats import (
     NF4,
     SCHEME_ALIASES,
     SCHEMES,
-    TIED_LINEAR_SCHEME,
     Kind,
     Role,
 )
@@ -188,13 +187,29 @@ def test_scheme_of_the_other_role_is_an_error(name: str, role: Role, allowed: st
 @pytest.mark.parametrize("name", formats.scheme_names(Role.EMBEDDING))
 def test_tied_linear_reads_the_embedding_as_it_is_stored(name: str) -> None:
     """Every embedding scheme has a tied linear scheme, with the same codes and scales and float activations."""
-    embedding, linear = SCHEMES[name], SCHEMES[TIED_LINEAR_SCHEME[name]]
+    embedding = SCHEMES[name]
+    linear = formats.tied_linear_scheme(embedding)
     assert Role.LINEAR in linear.roles
     assert (linear.weight, linear.granularity, linear.activation) == (embedding.weight, embedding.granularity, None)
 
 
-def test_tied_linear_schemes_are_complete() -> None:
-    assert set(TIED_LINEAR_SCHEME) == set(formats.scheme_names(Role.EMBEDDING))
+def test_tied_linear_schemes_are_those_that_users_know() -> None:
+    expected = {
+        "w8": "w8a16",
+        "w4": "w4a16",
+        "w4-g32": "w4a16-g32",
+        "w4-g128": "w4a16-g128",
+        "gobo3": "gobo3",
+        "gobo4": "gobo4",
+    }
+    found = {name: formats.tied_linear_scheme(SCHEMES[name]).name for name in formats.scheme_names(Role.EMBEDDING)}
+    assert found == expected
+
+
+def test_a_table_that_no_linear_is_stored_as_has_no_tied_scheme() -> None:
+    odd = replace(SCHEMES["w8"], name="odd", weight=formats.INT2)
+    with pytest.raises(QBertError, match="no scheme for linears stores its weight as odd does"):
+        formats.tied_linear_scheme(odd)
 
 
 def test_largest_w4a8_operand_fits_int8() -> None:

@@ -21,6 +21,7 @@ from small_encoders import (
     LEAST_SQNR_DB,
     SIZES,
     VARIANTS,
+    bound,
     calibrated,
     calibration_of,
     encoder_of,
@@ -32,18 +33,12 @@ from small_encoders import (
 from torch import Tensor, nn
 
 from qbert import QBertError, Recipe, dequantize_, explain, fuse_, quantize_, unfuse_
-from qbert.bert import FAMILIES
-from qbert.formats import SCHEMES
-from qbert.layout import Layout, layouts_of
+from qbert.encoder import fused_forward, obstacle
+from qbert.encoder.batch import Tokens
+from qbert.encoder.build import residual_dtype
 from qbert.metrics import sqnr_db
-from qbert.nn import QLinear, QuantizedModule, fused_forward, obstacle
-from qbert.nn.encoder import residual_dtype
-from qbert.nn.padding import Tokens, nonzero_of, packing_of
-from qbert.nn.stack import joined, rescaled, share_rows, stacked
-from qbert.quantizers import quantize
-from qbert.reference import dequantize
+from qbert.modules import QuantizedModule
 from qbert.target import Target
-from qbert.testing import random_weight
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -187,7 +182,7 @@ def test_a_residual_stream_of_the_models_type(
     family: str, variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, by the CPU's operators."""
-    monkeypatch.setattr("qbert.nn.encoder.residual_dtype", lambda target, dtype: dtype)
+    monkeypatch.setattr("qbert.encoder.build.residual_dtype", lambda target, dtype: dtype)
     calibration = calibrated(f"{family}Model", ()) if variant == "static" else None
     model = quantize_(float_model(f"{family}Model").to(dtype), fuse=True, calibration=calibration)
     batch = padded_batch()
@@ -195,7 +190,12 @@ def test_a_residual_stream_of_the_models_type(
     expected = hidden_of(unfuse_(copy.deepcopy(model)), **batch)[there].float()
     assert sqnr_db(expected, hidden_of(model, **batch)[there].float()) > 18
     encoder = fused_forward(model).encoder()
-    assert encoder.residual == encoder.embedding.positions.dtype == encoder.embedding.token_types.dtype == dtype
+    program = encoder.program
+    tables = bound(program.embedding[0], "positions"), bound(program.embedding[0], "types")
+    assert {encoder.residual, program.residual, *(table.dtype for table in tables)} == {dtype}
+    norms = [step for _, step in program.steps() if "norm" in step.operation]
+    assert len(norms) == 5
+    assert {step.float_bytes for step in norms} == {dtype.itemsize}
     tokens = Tokens(*torch.zeros(3, 5, dtype=torch.int64).unbind(), torch.tensor([0, 2, 5], dtype=torch.int32))
     assert encoder.last_hidden(tokens).dtype == dtype
     rows = model.get_input_embeddings()(batch["input_ids"])
@@ -270,15 +270,6 @@ def test_nothing_to_compute(family: str, variant: str) -> None:
         )
 
 
-def test_families_are_what_transformers_has() -> None:
-    for family in FAMILIES:
-        for path in family.models:
-            module, _, name = path.rpartition(".")
-            model_class = getattr(__import__(module, fromlist=[name]), name)
-            parameters = list(inspect.signature(model_class.forward).parameters)
-            assert tuple(parameters[1:-1]) == family.arguments
-
-
 # ---- the same bits in every batch -----------------------------------------------------------------------------------
 
 
@@ -324,28 +315,8 @@ def test_a_large_batch_in_portions_gives_the_same_bits(variant: str, monkeypatch
     model, batch = fused_model("BertModel", variant), padded_batch(7, 23, kind="right")
     expected = hidden_of(model, **batch)
     for tokens in (1, 20, 23, 50, 1000):
-        monkeypatch.setattr("qbert.nn.encoder.tokens_at_once", lambda _, tokens=tokens: tokens)
+        monkeypatch.setattr("qbert.encoder.run.tokens_at_once", lambda _, tokens=tokens: tokens)
         assert torch.equal(hidden_of(model, **batch), expected), tokens
-
-
-def test_portions_are_whole_sequences_of_about_equal_size() -> None:
-    lengths = [5, 0, 9, 1, 30, 2, 0, 7]
-    mask = torch.arange(30) < torch.tensor(lengths)[:, None]
-    packing = packing_of(len(lengths), 30, mask, torch.device("cpu"))
-    assert packing.portions(None) == packing.portions(54) == [(slice(0, 54), packing.cu_seqlens)]
-    for most in (1, 10, 20, 30, 40):
-        portions = packing.portions(most)
-        assert [token for tokens, _ in portions for token in range(tokens.start, tokens.stop)] == list(range(54))
-        assert torch.cat([bounds.diff() for _, bounds in portions]).tolist() == lengths
-        for tokens, bounds in portions:
-            assert bounds[0] == 0
-            assert bounds[-1] == tokens.stop - tokens.start
-            assert bounds[-1] <= most or int((bounds.diff() > 0).sum()) == 1
-
-
-def test_indices_without_counting_twice() -> None:
-    for there in (torch.rand(50) < 0.5, torch.zeros(5, dtype=torch.bool), torch.ones(5, dtype=torch.bool)):
-        assert torch.equal(nonzero_of(there, int(there.sum())), there.nonzero().view(-1))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -719,67 +690,3 @@ def test_arguments_of_quantize_that_do_not_fit() -> None:
     with pytest.raises(QBertError, match="is of one encoder; ModuleList has 2"):
         quantize_(nn.ModuleList([float_model(), float_model()]), fuse=True, calibration=calibration)
     assert not any(isinstance(module, QuantizedModule) for module in model.modules())
-
-
-# ---- the small parts ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scheme", A8)
-def test_stacked_and_scaled_weights_are_exact(scheme: str) -> None:
-    weights = [quantize(random_weight(32, 128, seed=seed), SCHEMES[scheme]) for seed in range(3)]
-    factors = (0.5, 4.0, 1.0)
-    together = stacked([rescaled(each, factor) for each, factor in zip(weights, factors, strict=True)])
-    assert together.shape == (96, 128)
-    expected = torch.cat([dequantize(each) * factor for each, factor in zip(weights, factors, strict=True)])
-    if "codebook" not in together.tensors:
-        assert torch.equal(dequantize(together), expected)
-    q = torch.randint(-127, 128, (5, 128), dtype=torch.int8)
-    from qbert.nn.stack import linear_call
-
-    call = linear_call(together, None, "none", torch.float32)
-    y = call.operator(q, torch.ones(5), *call.arguments)
-    assert sqnr_db(q.double() @ expected.t().double(), y) > 120
-
-
-@pytest.mark.parametrize("rows", [(64, 64, 64), (64, 128, 5), (16, 32, 16), (24, 24, 24), (5, 1, 70)], ids=str)
-@pytest.mark.parametrize("scheme", A8)
-def test_weights_stack_in_every_layout(scheme: str, rows: tuple[int, ...]) -> None:
-    """Matrices that fill the strips or panels of their layout, and such as leave padding between them."""
-    if SCHEMES[scheme].has_dictionary:  # of as many rows each
-        rows = rows[:1] * 3
-    plain = [quantize(random_weight(n, 128, seed=n), SCHEMES[scheme]) for n in rows]
-    expected = stacked(plain)
-    for layout in layouts_of(SCHEMES[scheme]):
-        found = stacked([weight.to_layout(layout) for weight in plain])
-        assert (found.shape, found.layout) == (expected.shape, layout)
-        for name, tensor in expected.to_layout(layout).tensors.items():
-            assert torch.equal(found.tensors[name], tensor), (layout, name)
-
-
-@pytest.mark.parametrize("scheme", ["w4a8", "gobo3a8"])
-@pytest.mark.parametrize(
-    ("rows", "shared"), [((64, 64, 64), True), ((128, 64, 5), True), ((5, 64, 64), False)], ids=str
-)
-def test_modules_share_strips_that_they_fill(scheme: str, rows: tuple[int, ...], shared: bool) -> None:
-    modules = []
-    for n in rows:
-        weight = quantize(random_weight(n, 128, seed=n), SCHEMES[scheme]).to_layout(Layout.FRAGMENTS_S8)
-        modules.append(QLinear(weight, None))
-        modules[-1]._hold(weight)
-    before = [dequantize(module.quantized) for module in modules]
-    share_rows(modules)
-    first = modules[0].get_buffer("qdata")
-    together = stacked([module.quantized for module in modules])
-    assert (together.tensors["qdata"].data_ptr() == first.data_ptr()) == shared
-    for module, values in zip(modules, before, strict=True):
-        assert torch.equal(dequantize(module.quantized), values)
-        assert module.get_buffer("qdata").data_ptr() % 16 == 0
-
-
-def test_neighbours_are_joined_without_a_copy() -> None:
-    whole = torch.arange(24).view(6, 4)
-    parts = list(whole.split([1, 2, 3]))
-    assert joined(parts).data_ptr() == whole.data_ptr()
-    assert torch.equal(joined(parts), whole)
-    for others in (parts[::-1], [parts[0], parts[2]], [each.clone() for each in parts], [whole.t()[:2], whole.t()[2:]]):
-        assert torch.equal(joined(others), torch.cat(others))

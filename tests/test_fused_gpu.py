@@ -18,6 +18,7 @@ from small_encoders import (
     FOUR,
     LEAST_SQNR_DB,
     VARIANTS,
+    bound,
     calibrated,
     float_model,
     fused_model,
@@ -29,11 +30,11 @@ from torch.nn.functional import cosine_similarity
 
 import qbert
 from qbert import QBertError, Recipe, quantize_, unfuse_
+from qbert.encoder import fused_forward
+from qbert.encoder.batch import packing_of
+from qbert.encoder.graphs import Bucket
 from qbert.formats import Role, scheme_names
 from qbert.metrics import sqnr_db
-from qbert.nn import fused_forward
-from qbert.nn.graphs import Bucket
-from qbert.nn.padding import packing_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -134,11 +135,17 @@ def test_static_scales_give_the_codes_of_the_cpu(linear: str) -> None:
     model = fused_model("BertModel", "static", linear, **WIDE)
     q = torch.randint(-127, 128, (77, 128), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     s = torch.rand(77, generator=torch.Generator().manual_seed(1)) * 0.02
-    layers = [fused_forward(each).encoder().layers[0] for each in (model, _on_gpu(model))]
-    for name in ("qkv", "ffn_in"):
-        calls = [getattr(layer, name) for layer in layers]
-        cpu = calls[0].operator(q, s, *calls[0].arguments).int()
-        gpu = calls[1].operator(q.cuda(), s.cuda(), *calls[1].arguments).cpu().int()
+    layers = [fused_forward(each).encoder().program.layers[0] for each in (model, _on_gpu(model))]
+    for name in ("query, key, value", "feed-forward in"):
+        found = []
+        for layer, device in zip(layers, ("cpu", "cuda"), strict=True):
+            (step,) = [each for each in layer.steps if each.name == name]
+            slots = {bound(step, "codes"): q.to(device), bound(step, "scales"): s.to(device)}
+            step.run(slots)
+            (written,) = step.writes
+            assert slots[written].dtype == torch.int8
+            found.append(slots[written].cpu().int())
+        cpu, gpu = found
         assert (cpu - gpu).abs().max() <= 1, name
         assert (cpu != gpu).float().mean() < 1e-3, name
 
@@ -157,8 +164,9 @@ def test_the_residual_stream_is_of_the_models_type(dtype: torch.dtype) -> None:
     model = _wide("static", dtype=dtype)
     with torch.no_grad():
         found = model(**_ragged((5, 9)), output_hidden_states=True)
-    encoder = fused_forward(model).encoder()
-    assert encoder.residual == encoder.embedding.positions.dtype == encoder.embedding.token_types.dtype == dtype
+    program = fused_forward(model).encoder().program
+    tables = bound(program.embedding[0], "positions"), bound(program.embedding[0], "types")
+    assert {program.residual, *(table.dtype for table in tables)} == {dtype}
     assert {each.dtype for each in (found[0], *found.hidden_states)} == {dtype}
 
 

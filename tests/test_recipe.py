@@ -8,7 +8,7 @@ import json
 import pytest
 
 from qbert import QBertError, Recipe
-from qbert.bert import KEEP_FLOAT
+from qbert.families import KEEP_FLOAT
 from qbert.formats import SCHEMES, Role, scheme_names
 from qbert.recipe import as_recipe, matches
 

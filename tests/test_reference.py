@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +12,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qbert import reference
 from qbert.errors import QBertError
-from qbert.formats import SCHEMES, TIED_LINEAR_SCHEME
-from qbert.layout import Layout, from_plain, layouts_of
+from qbert.formats import SCHEMES
 from qbert.metrics import sqnr_db
-from qbert.qtensor import QuantizedTensor
+from qbert.ops import reference
+from qbert.ops.abi import Activation
+from qbert.ops.operations import (
+    FLOAT_TABLE,
+    AddNorm,
+    Attention,
+    Embedding,
+    EmbedNorm,
+    Linear,
+    LinearAddNorm,
+    Norm,
+    Out,
+    QuantizeRows,
+)
 from qbert.quantizers import quantize
-from qbert.testing import random_activations, random_weight
+from qbert.testing import random_activations, random_weight, schemes_of
+from qbert.weight import Layout, Outliers, Weight, codec
+from qbert.weight.layout import layouts_of
 
 Float64 = NDArray[np.float64]
+ACTIVATIONS = pytest.mark.parametrize("activation", list(Activation), ids=lambda activation: activation.text)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 FLOAT32 = np.float32
 ULP = 2.0**-24  # largest relative error of one float32 rounding
@@ -77,13 +90,13 @@ def _gelu(y: Float64) -> Float64:
     return np.vectorize(lambda value: value * 0.5 * math.erfc(-value / math.sqrt(2)), otypes=[np.float64])(y)
 
 
-def _finish(y: Float64, bias: Tensor | None, activation: str) -> Float64:
+def _finish(y: Float64, bias: Tensor | None, activation: Activation) -> Float64:
     y = y if bias is None else y + _wide(bias)
-    return _gelu(y) if activation == "gelu" else y
+    return _gelu(y) if activation is Activation.GELU else y
 
 
 @functools.cache
-def _random_weight(name: str, n: int, k: int) -> tuple[QuantizedTensor, Float64]:
+def _random_weight(name: str, n: int, k: int) -> tuple[Weight, Float64]:
     """A random weight and exactly what it stands for; nobody edits it."""
     weight = quantize(random_weight(n, k, seed=n + k), SCHEMES[name])
     return weight, _dequantized(name, weight.tensors, n, k)
@@ -99,7 +112,11 @@ def _rounding(exact: Float64, dtype: torch.dtype) -> Float64:
     return (np.abs(exact) * 1.001 + info.tiny) * info.eps / 2
 
 
-# ---- quantize_per_token ---------------------------------------------------------------------------------------------
+# ---- quantize_rows --------------------------------------------------------------------------------------------------
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.quantize_rows(QuantizeRows(x))
 
 
 def _numpy_quantize(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -111,9 +128,9 @@ def _numpy_quantize(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArra
 
 @DTYPES
 @pytest.mark.parametrize("shape", [(1, 1), (1, 17), (3, 1023), (17, 64)], ids=str)
-def test_quantize_per_token_is_these_ieee_operations(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_quantize_rows_is_these_ieee_operations(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = random_activations(*shape, seed=3, dtype=dtype)
-    codes, scale = reference.quantize_per_token(x)
+    codes, scale = _quantize(x)
     expected_codes, expected_scale = _numpy_quantize(x.to(torch.float32).numpy())
     assert (codes.dtype, scale.dtype) == (torch.int8, torch.float32)
     np.testing.assert_array_equal(codes.numpy(), expected_codes)
@@ -123,7 +140,7 @@ def test_quantize_per_token_is_these_ieee_operations(shape: tuple[int, int], dty
 @pytest.mark.parametrize("magnitude", [1e-28, 1e-5, 1.0, 1e6, 3e38], ids="{:g}".format)
 def test_quantization_error_is_at_most_half_a_step(magnitude: float) -> None:
     x = torch.linspace(-1, 1, 1023).repeat(3, 1) * torch.tensor([[1.0], [0.5], [0.01]]) * magnitude
-    codes, scale = reference.quantize_per_token(x)
+    codes, scale = _quantize(x)
     assert codes.abs().amax(dim=1).tolist() == [127] * 3  # every token uses the whole range
     error = np.abs(_wide(codes) * _wide(scale)[:, None] - _wide(x))
     # On top of half a step: three float32 roundings (127 / absmax, the product, the scale) of codes up to 127.
@@ -133,7 +150,7 @@ def test_quantization_error_is_at_most_half_a_step(magnitude: float) -> None:
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_halves_round_to_even(sign: float) -> None:
     x = sign * torch.tensor([[127.0, 0.5, 1.5, 2.5, 125.5, 126.5]])
-    codes, scale = reference.quantize_per_token(x)
+    codes, scale = _quantize(x)
     assert scale.tolist() == [1.0]
     assert (codes * int(sign)).tolist() == [[127, 0, 2, 2, 126, 126]]
 
@@ -142,10 +159,10 @@ def test_halves_round_to_even(sign: float) -> None:
 @pytest.mark.parametrize("shape", [(3, 17), (1, 1)], ids=str)
 def test_a_bad_value_makes_its_token_nan_and_no_other(bad: float, shape: tuple[int, int]) -> None:
     x = random_activations(*shape, seed=1)
-    good_codes, good_scale = reference.quantize_per_token(x)
+    good_codes, good_scale = _quantize(x)
     row, column = shape[0] // 2, shape[1] - 1
     x[row, column] = bad
-    codes, scale = reference.quantize_per_token(x)
+    codes, scale = _quantize(x)
     assert math.isnan(scale[row])
     assert not codes[row].any()
     others = torch.arange(shape[0]) != row
@@ -155,7 +172,7 @@ def test_a_bad_value_makes_its_token_nan_and_no_other(bad: float, shape: tuple[i
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, -1e-40, 1e-38, 2.0**-101], ids=str)
 def test_tokens_of_zeros_and_denormals_have_a_normal_scale(value: float) -> None:
-    codes, scale = reference.quantize_per_token(torch.tensor([[value, 0.0, value]]))
+    codes, scale = _quantize(torch.tensor([[value, 0.0, value]]))
     assert float(scale) == float(FLOAT32(2.0**-100) / FLOAT32(127))
     assert float(scale) >= torch.finfo(torch.float32).tiny
     assert abs(float(codes[0, 0]) * float(scale) - value) <= float(scale) * 0.5001
@@ -163,7 +180,7 @@ def test_tokens_of_zeros_and_denormals_have_a_normal_scale(value: float) -> None
 
 @pytest.mark.parametrize("shape", [(0, 17), (3, 0), (0, 0)], ids=str)
 def test_quantize_nothing(shape: tuple[int, int]) -> None:
-    codes, scale = reference.quantize_per_token(torch.zeros(shape))
+    codes, scale = _quantize(torch.zeros(shape))
     assert codes.shape == shape
     assert scale.shape == shape[:1]
     assert bool(scale.isfinite().all())
@@ -190,36 +207,22 @@ INTEGER_SCHEMES = ["w8a8", "w4a8", "w4a8-g32", "gobo3a8", "gobo4a8"]
 FLOAT_SCHEMES = ["w8a16", "w4a16", "w4a16-g128", "gobo3", "gobo4"]
 
 
-def _integer_linear(name: str, q: Tensor, s: Tensor, tensors: dict[str, Tensor], layout: Layout, *end: Any) -> Tensor:
-    if name == "w8a8":
-        return reference.w8a8_linear(q, s, tensors["qdata"], tensors["scale"], *end, layout.value)
-    if name.startswith("w4a8"):
-        scales = tensors["group_scale"], tensors["scale"]
-        return reference.w4a8_linear(q, s, tensors["qdata"], *scales, *end, layout.value)
-    outliers = tensors["outlier_rowptr"], tensors["outlier_col"], tensors["outlier_delta"]
-    codes = tensors["qdata"], tensors["codebook"], tensors["scale"]
-    return reference.gobo_linear(q, s, *codes, *outliers, *end, layout.value)
-
-
-def _float_linear(name: str, x: Tensor, tensors: dict[str, Tensor], layout: Layout, *end: Any) -> Tensor:
-    if name == "w8a16":
-        return reference.w8a16_linear(x, tensors["qdata"], tensors["scale"], *end, layout.value)
-    if name.startswith("w4a16"):
-        return reference.w4a16_linear(x, tensors["qdata"], tensors["scale"], *end, layout.value)
-    outliers = tensors["outlier_rowptr"], tensors["outlier_col"], tensors["outlier_delta"]
-    return reference.gobo_a16_linear(x, tensors["qdata"], tensors["codebook"], *outliers, *end, layout.value)
+def _linear(
+    x: Tensor, s: Tensor | None, weight: Weight, bias: Tensor | None, activation: Activation, out: Out = torch.float32
+) -> Tensor:
+    return reference.linear(Linear(x, s, weight, bias, activation, out))
 
 
 @DTYPES
-@pytest.mark.parametrize("activation", ["none", "gelu"])
+@ACTIVATIONS
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("name", INTEGER_SCHEMES)
-def test_integer_linears(name: str, has_bias: bool, activation: str, dtype: torch.dtype) -> None:
+def test_integer_linears(name: str, has_bias: bool, activation: Activation, dtype: torch.dtype) -> None:
     t, n, k = 5, 7, 128
     held, weight = _random_weight(name, n, k)
     x = random_activations(t, k, seed=2)
     x[1] = 0.0
-    q, s = reference.quantize_per_token(x)
+    q, s = _quantize(x)
     bias = _bias(n, dtype) if has_bias else None
     token = _wide(q) * _wide(s)[:, None]
     expected = _finish(token @ weight.T, bias, activation)
@@ -228,23 +231,23 @@ def test_integer_linears(name: str, has_bias: bool, activation: str, dtype: torc
     room = np.abs(token) @ np.abs(weight).T + (0 if bias is None else np.abs(_wide(bias)))
     allowed = 8 * ULP * room + _rounding(expected, dtype)
     for layout in layouts_of(SCHEMES[name]):
-        y = _integer_linear(name, q, s, held.to_layout(layout).tensors, layout, bias, activation, dtype)
+        y = _linear(q, s, held.to_layout(layout), bias, activation, dtype)
         assert y.dtype == dtype
         error = np.abs(_wide(y) - expected)
         assert (error <= allowed).all(), (layout, float((error - allowed).max()))
 
 
 @DTYPES
-@pytest.mark.parametrize("activation", ["none", "gelu"])
+@ACTIVATIONS
 @pytest.mark.parametrize("name", FLOAT_SCHEMES)
-def test_float_linears(name: str, activation: str, dtype: torch.dtype) -> None:
+def test_float_linears(name: str, activation: Activation, dtype: torch.dtype) -> None:
     t, n, k = 5, 7, 128
     held, weight = _random_weight(name, n, k)
     x, bias = random_activations(t, k, seed=2, dtype=dtype), _bias(n, dtype)
     x[1] = 0.0
     expected = _finish(_wide(x) @ weight.T, bias, activation)
     for layout in layouts_of(SCHEMES[name]):
-        y = _float_linear(name, x, held.to_layout(layout).tensors, layout, bias, activation)
+        y = _linear(x, None, held.to_layout(layout), bias, activation, dtype)
         assert y.dtype == dtype
         # Weights are defined as float32 (an outlier is centroid + delta in float32); everything after is float64.
         room = 1.2 * ULP * (np.abs(_wide(x)) @ np.abs(weight).T)  # gelu's slope is below 1.2
@@ -252,15 +255,15 @@ def test_float_linears(name: str, activation: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a8", "gobo3a8"])
-@pytest.mark.parametrize("activation", ["none", "gelu"])
-def test_a_nan_token_stays_in_its_row(name: str, activation: str) -> None:
-    tensors = _random_weight(name, 7, 128)[0].tensors
+@ACTIVATIONS
+def test_a_nan_token_stays_in_its_row(name: str, activation: Activation) -> None:
+    weight = _random_weight(name, 7, 128)[0]
     x = random_activations(3, 128, seed=2)
-    q, s = reference.quantize_per_token(x)
-    clean = _integer_linear(name, q, s, tensors, Layout.PLAIN, _bias(7), activation, torch.float32)
+    q, s = _quantize(x)
+    clean = _linear(q, s, weight, _bias(7), activation)
     x[1, 5] = math.inf
-    q, s = reference.quantize_per_token(x)
-    y = _integer_linear(name, q, s, tensors, Layout.PLAIN, _bias(7), activation, torch.float32)
+    q, s = _quantize(x)
+    y = _linear(q, s, weight, _bias(7), activation)
     assert bool(y[1].isnan().all())
     assert torch.equal(y[[0, 2]], clean[[0, 2]])
 
@@ -271,7 +274,7 @@ def test_stacked_dictionaries_are_separate_products(name: str, rows: int) -> Non
     """Three matrices with a dictionary and a scale each, as a merged query, key and value are: the same bits."""
     k, scheme = 100, SCHEMES[name]
     parts = [quantize(random_weight(rows, k, seed=seed) * (seed + 1), scheme) for seed in range(3)]
-    q, s = reference.quantize_per_token(random_activations(5, k))
+    q, s = _quantize(random_activations(5, k))
     counts = [part.outliers for part in parts]
     stacked = {key: torch.cat([part.tensors[key] for part in parts]) for key in parts[0].tensors}
     starts = [0, *itertools.accumulate(counts)]
@@ -279,37 +282,26 @@ def test_stacked_dictionaries_are_separate_products(name: str, rows: int) -> Non
     stacked["outlier_rowptr"] = torch.cat([rowptrs[0], rowptrs[1][1:], rowptrs[2][1:]])
     stacked["codebook"] = stacked["codebook"].view(3, -1)
     bias = _bias(3 * rows)
-    expected = torch.cat(
-        [
-            _integer_linear(name, q, s, part.tensors, Layout.PLAIN, b, "gelu", torch.float32)
-            for part, b in zip(parts, bias.split(rows), strict=True)
-        ],
-        dim=1,
-    )
-    plain = stacked["qdata"]
+    expected = [_linear(q, s, part, b, Activation.GELU) for part, b in zip(parts, bias.split(rows), strict=True)]
+    together = Weight(scheme, (3 * rows, k), Layout.PLAIN, stacked)
     for layout in layouts_of(scheme):
-        stacked["qdata"] = from_plain({**stacked, "qdata": plain}, scheme, (3 * rows, k), layout)["qdata"]
-        assert torch.equal(_integer_linear(name, q, s, stacked, layout, bias, "gelu", torch.float32), expected), layout
+        y = _linear(q, s, together.to_layout(layout), bias, Activation.GELU)
+        assert torch.equal(y, torch.cat(expected, dim=1)), layout
 
 
 def test_rows_that_dictionaries_do_not_share_evenly_are_an_error() -> None:
-    codes, codebook = torch.zeros(7, 3, dtype=torch.uint8), torch.zeros(3, 8, dtype=torch.int8)
+    tensors = {"qdata": torch.zeros(7, 3, dtype=torch.uint8), "codebook": torch.zeros(3, 8, dtype=torch.int8)}
     with pytest.raises(QBertError, match="7 rows are not 3 matrices of as many rows each"):
-        reference.expand_dictionary(codes, codebook, 7, 3, "bytes")
-
-
-def test_unknown_activation_is_an_error() -> None:
-    with pytest.raises(QBertError, match="unknown activation 'relu'; allowed: none, gelu"):
-        reference.finish(torch.zeros(1, 1), None, "relu", torch.float32)
+        codec.operand(Weight(SCHEMES["gobo3a8"], (7, 3), Layout.BYTES, tensors))
 
 
 @pytest.mark.parametrize("out_scale", [0.5, 0.1, 3e-4])
-def test_requantize(out_scale: float) -> None:
+def test_int8_results(out_scale: float) -> None:
     y = torch.tensor([[0.25, 0.75, -0.25, 63.5, -64.0, 1e30, -1e30, math.inf, -math.inf, math.nan, 0.0, -0.0]])
     factor = FLOAT32(1.0 / out_scale)
     with np.errstate(invalid="ignore", over="ignore"):
         steps = np.clip(np.rint(y.numpy() * factor), -127, 127)
-    codes = reference.requantize(y, out_scale)
+    codes = reference.to_out(y, out_scale)
     assert codes.dtype == torch.int8
     assert codes[0, 9] == 0  # NaN: the residual stream carries it
     np.testing.assert_array_equal(codes.numpy(), np.nan_to_num(steps))
@@ -319,33 +311,26 @@ def test_requantize(out_scale: float) -> None:
 # ---- look-ups -------------------------------------------------------------------------------------------------------
 
 
-def _look_up(name: str, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype, k: int, layout: Layout) -> Tensor:
-    if name == "w8":
-        return reference.w8_embedding(ids, *tensors.values(), dtype)
-    operation = reference.w4_embedding if name.startswith("w4") else reference.gobo_embedding
-    return operation(ids, *tensors.values(), dtype, k, layout.value)  # type: ignore[operator]
-
-
 @DTYPES
 @pytest.mark.parametrize("shape", [(0,), (1,), (2, 3)], ids=str)
-@pytest.mark.parametrize("name", list(TIED_LINEAR_SCHEME))
+@pytest.mark.parametrize("name", schemes_of("embedding"))
 def test_embeddings_are_the_rows_rounded_once(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     rows, k = 9, 128
     ids = torch.tensor([8, 0, 3, 3, 1, 7])[: math.prod(shape)].view(shape)
     held, exact = _random_weight(name, rows, k)
     expected = torch.from_numpy(exact[ids.numpy()].astype(np.float32)).to(dtype)  # to float32, then to the type
     for layout in layouts_of(SCHEMES[name]):
-        found = _look_up(name, ids, held.to_layout(layout).tensors, dtype, k, layout)
+        found = reference.embedding(Embedding(ids, held.to_layout(layout), dtype))
         assert (found.dtype, found.shape) == (dtype, (*shape, k))
         assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", list(SCHEMES))
-def test_dequantize_of_every_scheme_and_layout(name: str) -> None:
+def test_decode_of_every_scheme_and_layout(name: str) -> None:
     n, k = 5, 256
     weight, exact = _random_weight(name, n, k)
     for layout in layouts_of(SCHEMES[name]):
-        restored = reference.dequantize(weight.to_layout(layout))
+        restored = codec.decode(weight.to_layout(layout))
         assert restored.dtype == torch.float32
         # code * scale is one float32 rounding, centroid * scale + delta is two.
         roundings = 2 if SCHEMES[name].has_dictionary else 1
@@ -353,11 +338,11 @@ def test_dequantize_of_every_scheme_and_layout(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gobo3", "gobo3a8", "w4a8", "w4a16"])
-def test_dequantize_leaves_the_weight_as_it_is(name: str) -> None:
+def test_decode_leaves_the_weight_as_it_is(name: str) -> None:
     for layout in layouts_of(SCHEMES[name]):
         weight = quantize(random_weight(5, 128), SCHEMES[name]).to_layout(layout)
         before = {key: tensor.clone() for key, tensor in weight.tensors.items()}
-        first, second = reference.dequantize(weight), reference.dequantize(weight)
+        first, second = codec.decode(weight), codec.decode(weight)
         assert torch.equal(first, second)
         assert all(torch.equal(tensor, before[key]) for key, tensor in weight.tensors.items())
 
@@ -366,9 +351,8 @@ def test_dequantize_leaves_the_weight_as_it_is(name: str) -> None:
 def test_dense_outliers(rowptr: list[int], columns: list[int]) -> None:
     """Empty rows at the start, in the middle, everywhere."""
     values = torch.arange(1.0, len(columns) + 1)
-    dense = reference.dense_outliers(
-        torch.tensor(rowptr, dtype=torch.int32), torch.tensor(columns, dtype=torch.int16), values, 4, 5
-    )
+    sparse = Outliers(torch.tensor(rowptr, dtype=torch.int32), torch.tensor(columns, dtype=torch.int16), values)
+    dense = codec.dense_outliers(sparse, 4, 5)
     expected = torch.zeros(4, 5)
     for row in range(4):
         for at in range(rowptr[row], rowptr[row + 1]):
@@ -379,14 +363,10 @@ def test_dense_outliers(rowptr: list[int], columns: list[int]) -> None:
 @pytest.mark.parametrize("k", [126, 127, 130, 192, 0])
 def test_int4_wants_the_k_of_its_groups(k: int) -> None:
     """Packed rows do not say how long they are; a k that cannot be right must not give a plausible result."""
-    held, weight_only = _random_weight("w4a8", 3, 128)[0], _random_weight("w4a16", 3, 128)[0]
-    for layout in (Layout.PLAIN, Layout.BYTES):
-        tensors = held.to_layout(layout).tensors
+    for name, layout in itertools.product(("w4a8", "w4a16"), (Layout.PLAIN, Layout.BYTES)):
+        held = _random_weight(name, 3, 128)[0].to_layout(layout)
         with pytest.raises((QBertError, RuntimeError)):
-            reference.expand_int4(tensors["qdata"], tensors["group_scale"], k, layout.value)
-        tensors = weight_only.to_layout(layout).tensors
-        with pytest.raises((QBertError, RuntimeError)):
-            reference.dequantize_int4(tensors["qdata"], tensors["scale"], k, layout.value)
+            codec.decode(Weight(held.scheme, (3, k), layout, held.tensors))
 
 
 # ---- attention and norms --------------------------------------------------------------------------------------------
@@ -415,6 +395,12 @@ def _attention_problem(lengths: list[int], heads: int, head_dim: int, per_token:
     return qkv, scales, torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
 
 
+def _attention(
+    qkv: Tensor, scales: Tensor, bounds: Tensor, heads: int, softmax_scale: float, out: Out = torch.float32
+) -> Tensor:
+    return reference.attention(Attention(qkv, scales, bounds, heads, softmax_scale, out))
+
+
 LENGTHS = pytest.mark.parametrize(
     ("lengths", "heads", "head_dim"),
     [([5], 2, 8), ([1, 7, 3], 3, 16), ([4, 0, 2, 0], 1, 32), ([1, 1, 1], 2, 3), ([0], 2, 8), ([0, 0, 40], 1, 64)],
@@ -430,7 +416,7 @@ def test_attention_is_its_definition_for_every_row(
     lengths: list[int], heads: int, head_dim: int, per_token: bool, dtype: torch.dtype
 ) -> None:
     qkv, scales, bounds = _attention_problem(lengths, heads, head_dim, per_token)
-    out = reference.attention_int8(qkv, scales, bounds, heads, 0.3, dtype)
+    out = _attention(qkv, scales, bounds, heads, 0.3, dtype)
     t, width = sum(lengths), heads * head_dim
     assert (out.dtype, out.shape) == (dtype, (t, width))
     query, key, value = _wide(qkv).reshape(t, 3, heads, head_dim).transpose(1, 2, 0, 3)
@@ -456,7 +442,7 @@ def test_8_bit_probabilities_are_within_half_a_step_of_softmax(per_token: bool) 
     """A row's step is its largest weight / 255, so the result is off by half of that for each value at most."""
     heads, head_dim, t = 2, 16, 33
     qkv, scales, bounds = _attention_problem([t], heads, head_dim, per_token)
-    out = reference.attention_int8(qkv, scales, bounds, heads, 0.02, torch.float64)
+    out = _attention(qkv, scales, bounds, heads, 0.02, torch.float64)
     parts = qkv.view(t, 3, heads, head_dim) * scales.expand(t, 3)[:, :, None, None].to(torch.float64)
     difference = np.abs(_wide(out) - _float64_attention(parts, 0.02))
     largest = _wide(parts[:, 2].abs().sum(dim=0).flatten())  # a row's weights, over their sum, are at most 1
@@ -467,9 +453,9 @@ def test_8_bit_probabilities_cost_less_than_8_bit_queries_keys_and_values() -> N
     """128 tokens of normal queries, keys and values: 43 dB of signal to the probabilities' noise, 38 dB to the codes'."""
     t, heads, head_dim = 128, 4, 64
     x = torch.randn(t, 3, heads * head_dim, generator=torch.Generator().manual_seed(0))
-    codes, scales = reference.quantize_per_token(x.view(3 * t, -1))
+    codes, scales = _quantize(x.view(3 * t, -1))
     bounds = torch.tensor([0, t], dtype=torch.int32)
-    out = reference.attention_int8(codes.view(t, -1), scales.view(t, 3), bounds, heads, 0.125, torch.float64)
+    out = _attention(codes.view(t, -1), scales.view(t, 3), bounds, heads, 0.125, torch.float64)
     dequantized = (codes.to(torch.float64) * scales[:, None]).view(t, 3, heads, head_dim)
     by_softmax = torch.from_numpy(_float64_attention(dequantized, 0.125))
     by_floats = torch.from_numpy(_float64_attention(x.view(t, 3, heads, head_dim), 0.125))
@@ -478,25 +464,25 @@ def test_8_bit_probabilities_cost_less_than_8_bit_queries_keys_and_values() -> N
 
 def test_attention_with_static_scales_is_attention_with_the_same_ones_for_every_token() -> None:
     qkv, scales, bounds = _attention_problem([5, 9], 2, 8, per_token=False)
-    static = reference.attention_int8(qkv, scales, bounds, 2, 0.3, torch.float32)
-    assert torch.equal(static, reference.attention_int8(qkv, scales.repeat(14, 1), bounds, 2, 0.3, torch.float32))
+    static = _attention(qkv, scales, bounds, 2, 0.3)
+    assert torch.equal(static, _attention(qkv, scales.repeat(14, 1), bounds, 2, 0.3))
 
 
 @pytest.mark.parametrize("column", [0, 1, 2], ids=["query", "key", "value"])
 def test_a_nan_scale_stays_in_its_sequence(column: int) -> None:
     """A query's is seen in its own row alone; a key's or a value's in every row that attends to it."""
     qkv, scales, bounds = _attention_problem([3, 4, 0, 2], 2, 8, per_token=True)
-    clean = reference.attention_int8(qkv, scales, bounds, 2, 0.3, torch.float32)
+    clean = _attention(qkv, scales, bounds, 2, 0.3)
     scales[4, column] = math.nan
-    out = reference.attention_int8(qkv, scales, bounds, 2, 0.3, torch.float32)
+    out = _attention(qkv, scales, bounds, 2, 0.3)
     bad = torch.zeros(9, dtype=torch.bool)
     bad[slice(4, 5) if column == 0 else slice(3, 7)] = True
     assert bool(out[bad].isnan().all())
     assert torch.equal(out[~bad], clean[~bad])
-    codes = reference.REFERENCES["attention_int8_requant"](qkv, scales, bounds, 2, 0.3, 0.01)
+    codes = _attention(qkv, scales, bounds, 2, 0.3, 0.01)
     assert codes.dtype == torch.int8
     assert not codes[bad].any()
-    assert torch.equal(codes, reference.requantize(out, 0.01))
+    assert torch.equal(codes, reference.to_out(out, 0.01))
 
 
 def _numpy_layer_norm(x: Float64, gamma: Tensor, beta: Tensor, eps: float) -> Float64:
@@ -518,19 +504,19 @@ def _check_norm(result: tuple[Tensor, Tensor, Tensor], exact: Float64, dtype: to
 
 @DTYPES
 @pytest.mark.parametrize(("t", "k"), [(1, 17), (3, 1023), (17, 64)])
-def test_add_layer_norm_quantize(t: int, k: int, dtype: torch.dtype) -> None:
+def test_add_norm(t: int, k: int, dtype: torch.dtype) -> None:
     y, residual = random_activations(t, k, seed=1, dtype=dtype), random_activations(t, k, seed=2, dtype=dtype)
     gamma, beta = torch.linspace(0.5, 1.5, k).to(dtype), _bias(k, dtype)
-    result = reference.add_layer_norm_quantize(y, residual, gamma, beta, 1e-5)
+    result = reference.add_norm(AddNorm(y, residual, Norm(gamma, beta, 1e-5)))
     _check_norm(result, _numpy_layer_norm(_wide(y) + _wide(residual), gamma, beta, 1e-5), dtype)
 
 
 def test_norm_of_a_nan_row() -> None:
     y, residual = random_activations(3, 17, seed=1), random_activations(3, 17, seed=2)
-    gamma, beta = torch.ones(17), torch.zeros(17)
-    clean = reference.add_layer_norm_quantize(y, residual, gamma, beta, 1e-5)
+    norm = Norm(torch.ones(17), torch.zeros(17), 1e-5)
+    clean = reference.add_norm(AddNorm(y, residual, norm))
     y[1, 3] = math.nan
-    normed, codes, scale = reference.add_layer_norm_quantize(y, residual, gamma, beta, 1e-5)
+    normed, codes, scale = reference.add_norm(AddNorm(y, residual, norm))
     assert bool(normed[1].isnan().all())
     assert math.isnan(scale[1])
     assert not codes[1].any()
@@ -539,17 +525,32 @@ def test_norm_of_a_nan_row() -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("name", list(TIED_LINEAR_SCHEME))
-def test_embed_layer_norm_quantize(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", [*schemes_of("embedding"), FLOAT_TABLE])
+def test_embed_norm(name: str, dtype: torch.dtype) -> None:
     rows, k = 11, 128
-    layout = layouts_of(SCHEMES[name])[-1]
-    held, words = _random_weight(name, rows, k)
-    table = list(held.to_layout(layout).tensors.values())
+    if name == FLOAT_TABLE:
+        table: Tensor | Weight = random_activations(rows, k, seed=3, dtype=dtype)
+        words = _wide(table)  # type: ignore[arg-type]
+    else:
+        held, words = _random_weight(name, rows, k)
+        table = held.to_layout(layouts_of(SCHEMES[name])[-1])
     ids, position_ids, token_type_ids = (torch.tensor(each) for each in ([10, 0, 10, 4], [0, 1, 2, 0], [0, 1, 1, 0]))
     positions, types = random_activations(5, k, seed=1, dtype=dtype), random_activations(2, k, seed=2, dtype=dtype)
     gamma, beta = torch.linspace(0.5, 1.5, k).to(dtype), _bias(k, dtype)
-    result = reference.embed_layer_norm_quantize(
-        ids, position_ids, token_type_ids, table, name, layout.value, positions, types, gamma, beta, 1e-5
-    )  # fmt: skip
+    norm = Norm(gamma, beta, 1e-5)
+    result = reference.embed_norm(EmbedNorm(ids, position_ids, token_type_ids, table, positions, types, norm))
     total = words[ids.numpy()] + _wide(types)[token_type_ids.numpy()] + _wide(positions)[position_ids.numpy()]
     _check_norm(result, _numpy_layer_norm(total, gamma, beta, 1e-5), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", INTEGER_SCHEMES)
+def test_linear_add_norm_is_the_norm_of_the_stored_linear(name: str, dtype: torch.dtype) -> None:
+    """Between the two the sum is rounded to the residual's type."""
+    t, n, k = 5, 7, 128
+    weight, bias = _random_weight(name, n, k)[0], _bias(n, dtype)
+    q, s = _quantize(random_activations(t, k, seed=2))
+    residual, norm = random_activations(t, n, seed=1, dtype=dtype), Norm(torch.linspace(0.5, 1.5, n), _bias(n), 1e-5)
+    y = _linear(q, s, weight, bias, Activation.NONE, dtype)
+    result = reference.linear_add_norm(LinearAddNorm(q, s, weight, bias, residual, norm))
+    _check_norm(result, _numpy_layer_norm(_wide(y) + _wide(residual), norm.gamma, norm.beta, 1e-5), dtype)

@@ -17,18 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from qbert import dispatch, target
+from qbert import target
 from qbert.errors import QBertError
-from qbert.ops import cpu_torch
-from qbert.target import Target, cpu_target, cuda_target, target_of
-from qbert.testing import random_arguments
+from qbert.formats import SCHEMES
+from qbert.ops import call
+from qbert.target import ISAS, Target, cpu_target, cuda_target, target_of
+from qbert.testing import random_problem, schemes_of
 
-ISAS = {"amx_int8", "avx512_vnni", "avx_vnni", "avx2", "generic"}
-INTEGER_OPERATIONS = [
-    name
-    for name in dispatch.OPERATIONS
-    if name.startswith(("w8a8", "w4a8", "gobo_linear")) and name not in dispatch.COMPOSED
-]
+INTEGER_SCHEMES = [name for name in schemes_of("linear") if SCHEMES[name].activation is not None]
 
 
 def _int_mm_is_really_exact() -> bool:
@@ -46,10 +42,10 @@ def _int_mm_is_really_exact() -> bool:
 def _digests() -> dict[str, str]:
     """Of every integer operation's result on one problem of extreme magnitudes."""
     digests = {}
-    for operation in INTEGER_OPERATIONS:
-        arguments = random_arguments(operation, 17, 40, 1152, seed=11, bias=True)
-        result = getattr(torch.ops.qbert, operation)(*arguments)
-        digests[operation] = hashlib.sha256(result.contiguous().numpy().tobytes()).hexdigest()
+    for scheme in INTEGER_SCHEMES:
+        for int8_out in (False, True):
+            result = call(random_problem("linear", 17, 40, 1152, seed=11, scheme=scheme, bias=True, int8_out=int8_out))
+            digests[f"{scheme} {int8_out}"] = hashlib.sha256(result.contiguous().numpy().tobytes()).hexdigest()
     return digests
 
 
@@ -173,10 +169,6 @@ def test_kernels_that_do_not_exist_are_named(monkeypatch: pytest.MonkeyPatch) ->
     cuda_target.cache_clear()
     with pytest.raises(QBertError, match="QBERT_KERNEL is 'cudnn'; allowed: triton, cuda, or not set"):
         cuda_target(0)
-
-
-def test_operators_ask_the_same_target() -> None:
-    assert cpu_torch.cpu_target is cpu_target
 
 
 @pytest.mark.parametrize("prefer", ["", "cuda"])

@@ -12,10 +12,23 @@ import pytest
 
 from qbert import tiles
 from qbert.devices import GPUS
-from qbert.dispatch import COMPILED_LAYOUTS
 from qbert.errors import QBertError
+from qbert.formats import SCHEMES
+from qbert.ops.cuda import own_layout
 from qbert.target import Target
-from qbert.tiles import LAYOUT_BOUND, ROADS, TileConfig, forced, prefers_compiled, select_tile, table, tiles_of
+from qbert.testing import schemes_of
+from qbert.tiles import (
+    LAYOUT_BOUND,
+    ROADS,
+    TileConfig,
+    forced,
+    is_forced,
+    prefers_compiled,
+    select_tile,
+    table,
+    tile_key,
+    tiles_of,
+)
 
 H100 = Target(**GPUS["h100"].limits)
 A100 = Target(**GPUS["a100"].limits)
@@ -118,11 +131,13 @@ def test_a_weight_s_layout_cannot_depend_on_the_problem(
     _table(monkeypatch, tmp_path, [{**row, **where}], {operation: [row]})
     assert prefers_compiled(f"{operation}_requant", H100)
     assert prefers_compiled("w8a8_linear", H100)
-    assert not prefers_compiled("add_layer_norm_quantize", H100)
+    assert not prefers_compiled("add_norm", H100)
 
 
-def test_operations_whose_layout_decides_are_the_dispatcher_s() -> None:
-    assert {operation.removesuffix("_requant") for operation in COMPILED_LAYOUTS} == LAYOUT_BOUND
+def test_operations_whose_layout_decides_are_those_with_a_layout_of_the_compiled_kernels() -> None:
+    schemes = [SCHEMES[name] for name in schemes_of("linear")]
+    assert {tile_key(scheme) for scheme in schemes if own_layout(scheme) is not None} == LAYOUT_BOUND
+    assert {tile_key(scheme) for scheme in schemes} == set(OPERATIONS)
 
 
 def test_a_gpu_that_is_too_old_is_named() -> None:
@@ -137,11 +152,14 @@ def test_an_operation_without_a_table_is_a_mistake() -> None:
 
 def test_a_tile_can_be_forced_for_a_while() -> None:
     before = select_tile("w8a8_linear", 4096, 768, 768, H100)
+    assert not is_forced()
     odd = replace(TILE, block_t=32)
     with forced("w8a8_linear", TILE):
         with forced("w8a8_linear", odd):
             assert select_tile("w8a8_linear_requant", 4096, 768, 768, H100) == odd
         assert select_tile("w8a8_linear", 1, 1, 1, H100) == TILE
+        assert is_forced()
+    assert not is_forced()
     assert select_tile("w8a8_linear", 4096, 768, 768, H100) == before
 
 

@@ -12,7 +12,7 @@ from qbert.errors import CheckpointError
 from qbert.formats import SCHEMES
 from qbert.quantizers import quantize
 from qbert.testing import random_weight
-from qbert.validate import check_finite, check_plain_tensors, check_positive
+from qbert.weight.validate import check_finite, check_plain_tensors, check_positive
 
 PREFIX = "encoder.layer.3.output.dense."
 N, K = 9, 192

@@ -52,7 +52,7 @@ def gpu_coefficients(path: Path) -> tuple[float, ...]:
 def cpu_coefficients() -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Of P and Q, the constants first."""
     text = (ROOT / "csrc/cpu/simd.h").read_text()
-    above, below = (re.search(rf"kGelu{name}\[6\] = {{(.*?)}}", text).group(1) for name in ("Above", "Below"))
+    above, below = (re.findall(rf"kGelu{name}\[6\] = {{(.*?)}}", text)[0] for name in ("Above", "Below"))
     return _float32s(above), _float32s(below)
 
 
@@ -108,12 +108,13 @@ CPU = Form(
 )  # fmt: skip
 
 
-def minimax(form: Form, below: Sequence[float]) -> tuple[list[mp.mpf], list[mp.mpf], mp.mpf]:
-    """P, Q (of constant 1, near `below`) and the largest weighted error, by Remez's exchange."""
+def minimax(form: Form, start: Sequence[float]) -> tuple[list[mp.mpf], list[mp.mpf], mp.mpf]:
+    """P, Q (of constant 1, near `start`) and the largest weighted error, by Remez's exchange."""
     grid = form.grid()
     targets, weights = [form.target(x) for x in grid], [form.weight(x) for x in grid]
     count = form.above + form.below + 2
     chosen = [int((1 - mp.cos(mp.pi * (2 * i + 1) / (2 * count))) / 2 * len(grid)) for i in range(count)]
+    below = list(start)
     for _ in range(40):
         above, below = _through(form, [(form.variable(grid[i]), targets[i], weights[i]) for i in chosen], below)
         errors = form.errors(above, below, grid)

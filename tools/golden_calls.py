@@ -7,30 +7,42 @@ tokens, a `Weight` and what shall come out. Models need no adapter, they go thro
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qbert.dispatch import embedding_operation, linear_operation, select_layout
+from qbert.checkpoint import Record, digest
+from qbert.devices import GPUS
 from qbert.formats import SCHEMES, Role, scheme_names
-from qbert.layout import Layout
-from qbert.nn.stack import stacked
-from qbert.qtensor import QuantizedTensor
+from qbert.ops import Activation, call
+from qbert.ops.kernel import problem_of
+from qbert.ops.operations import (
+    FLOAT_TABLE,
+    AddNorm,
+    Attention,
+    Embedding,
+    EmbedNorm,
+    Linear,
+    LinearAddNorm,
+    Norm,
+    Out,
+    QuantizeRows,
+    Table,
+    operation_of,
+)
+from qbert.ops.table import select, select_layout
 from qbert.quantizers import quantize
 from qbert.target import Target, cpu_target
+from qbert.weight import Layout, Weight
+from qbert.weight.stack import stacked
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LINEAR_SCHEMES = tuple(scheme_names(Role.LINEAR))
 EMBEDDING_SCHEMES = tuple(scheme_names(Role.EMBEDDING))
-FLOAT_TABLE = "float"
-Weight = QuantizedTensor
-Out = torch.dtype | float  # the type of a float result, or the static scale of an int8 one
-
-_H100 = Target("cuda", sm=90, sm_count=132, shared_memory=232_448)
-# Operation -> its weight's tensors, where their order is not the file format's.
-_ORDER = {"w4a8_linear": ("qdata", "group_scale", "scale")}
+_H100 = Target(**GPUS["h100"].limits)
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -59,41 +71,54 @@ def linear_weight(scheme: str, parts: Sequence[Tensor], plain: bool = False) -> 
     return weight.to_layout(Layout.PLAIN if plain else select_layout(SCHEMES[scheme], Role.LINEAR, target))
 
 
+# ---- records --------------------------------------------------------------------------------------------------------
+
+
+def calibration_data(calibration: Any) -> dict[str, Any]:
+    """A calibration as version 1 of a record spelled it, without what says nothing."""
+    layers = calibration.to_version_1()["layers"]
+    return {"layers": {name: {k: v for k, v in layer.items() if v is not None} for name, layer in layers.items()}}
+
+
+def record_data(record: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A checkpoint's record as version 1 spelled it, with the digest that it has then."""
+    if record.get("calibration") is None:
+        return record
+    parsed = Record.parse({**record, "format_version": 1})
+    return parsed.model_copy(update={"digest": digest(tensors.items(), parsed)}).to_dict()
+
+
 # ---- operations -----------------------------------------------------------------------------------------------------
 
 
 def call_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and a scale a row."""
-    return _operation("quantize_per_token")(x)
+    return _run(QuantizeRows(x))
 
 
 def call_linear(
     scheme: str, tokens: tuple[Tensor, ...], weight: Weight, bias: Tensor | None, activation: str, out: Out
 ) -> Tensor:
     """`tokens`: (q, s) where activations are int8, else (x,), whose type is `out`."""
-    name = linear_operation(SCHEMES[scheme])
-    tensors = [weight.tensors[each] for each in _ORDER.get(name, tuple(weight.tensors))]
-    end = (bias, activation, out) if has_int8_activations(scheme) else (bias, activation)
-    return _operation(_requant(name, out))(*tokens, *tensors, *end, weight.layout.value)
+    x, s = tokens if has_int8_activations(scheme) else (tokens[0], None)
+    return _run(Linear(x, s, weight, bias, Activation.named(activation), out))
 
 
 def call_embedding(scheme: str, ids: Tensor, table: dict[str, Tensor], k: int, out: torch.dtype) -> Tensor:
     """Rows of a table as it lies in a file."""
-    name = embedding_operation(SCHEMES[scheme])
-    end = () if name == "w8_embedding" else (k, Layout.PLAIN.value)
-    return _operation(name)(ids, *table.values(), out, *end)
+    return _run(Embedding(ids, Weight.of(list(table.values()), SCHEMES[scheme], Layout.PLAIN, k), out))
 
 
 def call_attention(
     qkv: Tensor, scales: Tensor, cu_seqlens: Tensor, heads: int, softmax_scale: float, out: Out
 ) -> Tensor:
     """Of packed sequences."""
-    return _operation(_requant("attention_int8", out))(qkv, scales, cu_seqlens, heads, softmax_scale, out)
+    return _run(Attention(qkv, scales, cu_seqlens, heads, softmax_scale, out))
 
 
 def call_add_norm(y: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, ...]:
     """The norm of the sum, its codes and their scales."""
-    return _operation("add_layer_norm_quantize")(y, residual, gamma, beta, eps)
+    return _run(AddNorm(y, residual, Norm(gamma, beta, eps)))
 
 
 def call_embed_norm(
@@ -101,9 +126,11 @@ def call_embed_norm(
     gamma: Tensor, beta: Tensor, eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`ids`: of words, positions, token types; `table`: one tensor of any name where `scheme` is `FLOAT_TABLE`."""
-    words = list(table.values())
-    tables = (words, scheme, Layout.PLAIN.value, positions, token_types)
-    return _operation("embed_layer_norm_quantize")(*ids, *tables, gamma, beta, eps)
+    tensors = list(table.values())
+    words: Table = tensors[0]
+    if scheme != FLOAT_TABLE:
+        words = Weight.of(tensors, SCHEMES[scheme], Layout.PLAIN, positions.shape[1])
+    return _run(EmbedNorm(*ids, words, positions, token_types, Norm(gamma, beta, eps)))
 
 
 def call_linear_add_norm(
@@ -111,25 +138,15 @@ def call_linear_add_norm(
     eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Of a w8a8 weight; in the interpreter there is no kernel for it."""
-    tensors = weight.tensors.values()
-    end = (bias, residual, gamma, beta, eps, weight.layout.value)
-    return _operation("w8a8_linear_add_norm")(*tokens, *tensors, *end)
+    return _run(LinearAddNorm(*tokens, weight, bias, residual, Norm(gamma, beta, eps)))
 
 
-def _requant(name: str, out: Out) -> str:
-    return f"{name}_requant" if isinstance(out, float) else name
-
-
-def _operation(name: str) -> Callable[..., Any]:
-    """What runs an operation on CPU tensors: the registered one, or Triton's launcher in its interpreter."""
+def _run(a: Any) -> Any:
+    """What runs an operation on CPU tensors: the registered one, or Triton's kernel in its interpreter."""
     if not INTERPRETED:
-        return getattr(torch.ops.qbert, name)
-    from qbert.ops.triton import TRITON
-
-    def launched(*arguments: Any) -> Any:
-        result = TRITON[name](*arguments)
-        if result is NotImplemented:
-            raise ValueError(f"no Triton kernel takes this {name}")
-        return result
-
-    return launched
+        return call(a)
+    a.check()
+    row = select(operation_of(a).name, problem_of(a), replace(_H100, native=False))
+    if not row.name.startswith("triton"):
+        raise ValueError(f"no Triton kernel takes this {operation_of(a).name}: {row.name}")
+    return row.call(a)

@@ -16,8 +16,10 @@ from typing import Any
 
 import golden_calls as calls
 import torch
-from golden_calls import EMBEDDING_SCHEMES, FLOAT_TABLE, LINEAR_SCHEMES, Out
+from golden_calls import EMBEDDING_SCHEMES, LINEAR_SCHEMES
 from torch import Tensor
+
+from qbert.ops.operations import FLOAT_TABLE, Out
 
 Case = tuple[str, Callable[[], Any]]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -398,7 +400,7 @@ def _calibrated(family: str, start: str) -> Any:
     model = model_of(f"{family}Model")
     if start != "float":
         qbert.quantize_(model, start, fuse=True)
-    return qbert.calibrate(model, [batch(kind, 8, 17) for kind in ("right", "holes")]).to_dict()
+    return calls.calibration_data(qbert.calibrate(model, [batch(kind, 8, 17) for kind in ("right", "holes")]))
 
 
 # ---- what is saved --------------------------------------------------------------------------------------------------
@@ -443,9 +445,11 @@ def _saved(
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         qbert.save(model, folder)
-        for path, tensor in sorted(load_file(Path(folder) / "model.safetensors").items()):
+        tensors = load_file(Path(folder) / "model.safetensors")
+        for path, tensor in sorted(tensors.items()):
             found.setdefault(path.rpartition(".")[2], {})[path] = tensor
-        found["record"] = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
+        record = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
+        found["record"] = calls.record_data(record, tensors)
         if variant:
             found["loaded"] = last_hidden(qbert.load(folder), PADDED[0])
     return found

@@ -26,40 +26,6 @@ QBERT_INLINE void store_slice(float* to, SliceFloat v) { *reinterpret_cast<f32x1
 
 QBERT_INLINE SliceFloat broadcast_slice(float x) { return x - SliceFloat{}; }  // not +, which would make 0 of -0
 
-#if defined(__SSE2__) && !defined(__FMA__)
-
-typedef double double2 __attribute__((vector_size(16)));
-typedef int64_t bits2 __attribute__((vector_size(16)));
-
-// a * b + c such that rounding the result to float gives what one rounding of the exact value would have given: the product of
-// two floats is exact in double, and a sum that is not is taken to the neighbour whose last bit is odd.
-QBERT_INLINE double2 madd_to_odd(double2 a, double2 b, double2 c) {
-    const double2 product = a * b, sum = product + c, part = sum - product;
-    const double2 error = (product - (sum - part)) + (c - part);
-    const bits2 up = error > 0.0, inexact = up | (error < 0.0), outwards = up ^ (sum < 0.0);
-    const bits2 even = ((bits2)sum & 1) - 1;
-    return (double2)((bits2)sum + (inexact & even & (-1 - outwards - outwards)));
-}
-
-#endif
-
-// a * b + c, rounded once.
-QBERT_INLINE SliceFloat madd_slice(SliceFloat a, SliceFloat b, SliceFloat c) {
-#if defined(__AVX512F__)
-    return (SliceFloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-    return (SliceFloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__SSE2__)
-    const auto low = [](SliceFloat v) { return (double2)_mm_cvtps_pd((__m128)v); };
-    const auto high = [](SliceFloat v) { return (double2)_mm_cvtps_pd(_mm_movehl_ps((__m128)v, (__m128)v)); };
-    const __m128 first = _mm_cvtpd_ps((__m128d)madd_to_odd(low(a), low(b), low(c)));
-    return (SliceFloat)_mm_movelh_ps(first, _mm_cvtpd_ps((__m128d)madd_to_odd(high(a), high(b), high(c))));
-#else
-    for (int i = 0; i < kSliceLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    return c;
-#endif
-}
-
 QBERT_INLINE SliceFloat to_float_slice(SliceInt v) { return __builtin_convertvector(v, SliceFloat); }
 
 // ---- look-ups in a table of 16 floats ----
@@ -115,7 +81,7 @@ struct DecodeInt8 {
         SliceWords words[2];
     };
 
-    static DecodeInt8 of(const WeightOnlyArgs&) { return {}; }
+    static DecodeInt8 of(const Weight&) { return {}; }
     QBERT_INLINE Row load_row(const uint8_t* row, int /*part*/) { return {{load_words(row), load_words(row + 64)}}; }
     QBERT_INLINE SliceFloat step(const DecodeInt8&, const Row& row, int s) {
         return to_float_slice((SliceInt)row.words[s / 4] << (24 - s % 4 * 8) >> 24);
@@ -134,7 +100,7 @@ struct DecodeDict4 {
     static constexpr int kRowBytes = 64, kParts = 1;
     Table16 table;
 
-    static DecodeDict4 of(const WeightOnlyArgs& args) { return {table16_of(args.codebook)}; }
+    static DecodeDict4 of(const Weight& w) { return {table16_of(static_cast<const float*>(w.codebook))}; }
     QBERT_INLINE NibbleRow load_row(const uint8_t* row, int /*part*/) { return {load_words(row)}; }
     QBERT_INLINE SliceFloat step(const DecodeDict4& d, const NibbleRow& row, int s) {
         return look_up(d.table, row.words >> nibble_shift(s));
@@ -147,7 +113,7 @@ struct DecodeInt4 {
 #if defined(__AVX512F__)
     Table16 table;
 
-    static DecodeInt4 of(const WeightOnlyArgs&) {
+    static DecodeInt4 of(const Weight&) {
         static const float kValues[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
         return {table16_of(kValues)};
     }
@@ -155,7 +121,7 @@ struct DecodeInt4 {
         return look_up(d.table, row.words >> nibble_shift(s));
     }
 #else
-    static DecodeInt4 of(const WeightOnlyArgs&) { return {}; }
+    static DecodeInt4 of(const Weight&) { return {}; }
     QBERT_INLINE SliceFloat step(const DecodeInt4&, const NibbleRow& row, int s) {
         return to_float_slice((SliceInt)row.words << (28 - nibble_shift(s)) >> 28);
     }
@@ -181,11 +147,12 @@ struct DecodeDict3 {
     // of odd steps have them at 2 and 3 and at 1: with a table for each, neighbouring steps share their shifts.
     Table16 even, odd;
 
-    static DecodeDict3 of(const WeightOnlyArgs& args) {
+    static DecodeDict3 of(const Weight& w) {
+        const float* codebook = static_cast<const float*>(w.codebook);
         float even_values[16], odd_values[16];
         for (int i = 0; i < 16; ++i) {
-            even_values[i] = args.codebook[i & 7];
-            odd_values[i] = args.codebook[(i >> 2) | ((i & 2) << 1)];
+            even_values[i] = codebook[i & 7];
+            odd_values[i] = codebook[(i >> 2) | ((i & 2) << 1)];
         }
         return {table16_of(even_values), table16_of(odd_values)};
     }
@@ -200,9 +167,10 @@ struct DecodeDict3 {
 #else
     Table16 table;
 
-    static DecodeDict3 of(const WeightOnlyArgs& args) {
+    static DecodeDict3 of(const Weight& w) {
+        const float* codebook = static_cast<const float*>(w.codebook);
         float twice[16];
-        for (int i = 0; i < 16; ++i) twice[i] = args.codebook[i & 7];
+        for (int i = 0; i < 16; ++i) twice[i] = codebook[i & 7];
         return {table16_of(twice)};
     }
     QBERT_INLINE SliceFloat step(const DecodeDict3& d, const Row& row, int s) {

@@ -48,7 +48,7 @@ QBERT_INLINE void pack_bytes(const uint8_t* p, int64_t rows, int64_t k, int64_t 
 }
 
 // The codes of input channel c for the 16 tokens of a strip from pack_codes, as floats.
-QBERT_INLINE f32x16 column_of(const void* strip, uint64_t c) {
+QBERT_INLINE f32x16 codes_of_column(const void* strip, uint64_t c) {
     const int8_t* from = static_cast<const int8_t*>(strip) + c / 64 * 1024 + c % 64 / 4 * 4;
     int32_t column[16];
     for (int i = 0; i < 16; ++i) memcpy(&column[i], from + 64 * i, 4);

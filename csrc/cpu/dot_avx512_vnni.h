@@ -39,7 +39,7 @@ alignas(64) static const uint8_t kByteOfWord[4][4][16] = {QBERT_WITHIN4(0), QBER
 
 // The codes of input channel c for the 16 tokens of a strip from pack_codes, as floats: a shuffle puts the byte u into the
 // mantissa of 2^23, whose bits then mean 2^23 + u, and u is the code plus 128.
-QBERT_INLINE f32x16 column_of(const void* strip, uint64_t c) {
+QBERT_INLINE f32x16 codes_of_column(const void* strip, uint64_t c) {
     const __m512i words = _mm512_loadu_si512(static_cast<const uint8_t*>(strip) + c / 4 * 64);
     const __m512i byte = _mm512_load_si512(kByteOfWord[c % 4]);
     const __m512i bits = _mm512_mask_shuffle_epi8(_mm512_set1_epi32(0x4b000000), 0x1111111111111111ull, words, byte);

@@ -29,7 +29,7 @@ QBERT_INLINE void pack_bytes(const uint8_t* p, int64_t rows, int64_t k, int64_t 
 }
 
 // The codes of input channel c for the 16 tokens of a strip from pack_codes, as floats.
-QBERT_INLINE f32x16 column_of(const void* strip, uint64_t c) {
+QBERT_INLINE f32x16 codes_of_column(const void* strip, uint64_t c) {
     const u32x16 words = load_as<u32x16>(static_cast<const uint8_t*>(strip) + (c / 4) * 64);
     return to_float((i32x16)((words >> static_cast<int>(8 * (c % 4))) & 0xff) - 128);
 }

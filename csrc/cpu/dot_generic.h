@@ -36,7 +36,7 @@ QBERT_INLINE void pack_bytes(const uint8_t* p, int64_t rows, int64_t k, int64_t 
 }
 
 // The codes of input channel c for the 16 tokens of a strip from pack_codes, as floats.
-QBERT_INLINE f32x16 column_of(const void* strip, uint64_t c) {
+QBERT_INLINE f32x16 codes_of_column(const void* strip, uint64_t c) {
     const int16_t* from = static_cast<const int16_t*>(strip) + c / 4 * 64 + c % 4;
     i32x16 column;
     for (int i = 0; i < 16; ++i) column[i] = from[4 * i];

@@ -121,36 +121,38 @@ static void expand_stacked_lane(const uint8_t* from, const int8_t* codebook, boo
     }
 }
 
-static void expand_dictionary(const LinearArgs& args, int64_t panel, int64_t quads, int8_t* to) {
-    const bool three_bits = args.format == WeightFormat::dict3_panels;
+static void expand_dictionary(const Weight& w, int64_t panel, int64_t quads, int8_t* to) {
+    const bool three_bits = w.format == WeightFormat::dict3_panels;
     const int entries = three_bits ? 8 : 16;
-    const int64_t first = panel * kPanelLanes, last = first + kPanelLanes < args.n ? first + kPanelLanes - 1 : args.n - 1;
-    const int64_t first_matrix = first * args.matrices / args.n, last_matrix = last * args.matrices / args.n;
-    const uint8_t* from = static_cast<const uint8_t*>(args.weight) + panel * (three_bits ? quads / 8 * 192 : quads / 2 * 64);
-    const Table table = table_of(args.codebook + first_matrix * entries, entries);
+    const int64_t first = panel * kPanelLanes, last = first + kPanelLanes < w.n ? first + kPanelLanes - 1 : w.n - 1;
+    const int64_t first_matrix = first * w.matrices / w.n, last_matrix = last * w.matrices / w.n;
+    const uint8_t* from = static_cast<const uint8_t*>(w.codes) + panel * (three_bits ? quads / 8 * 192 : quads / 2 * 64);
+    const int8_t* codebook = static_cast<const int8_t*>(w.codebook);
+    const Table table = table_of(codebook + first_matrix * entries, entries);
     if (three_bits) {
         expand_dict3(from, table, quads, to);
     } else {
         expand_dict4(from, table, quads, to);
     }
     for (int64_t lane = 0; first_matrix != last_matrix && lane <= last - first; ++lane) {
-        const int64_t matrix = (first + lane) * args.matrices / args.n;
-        expand_stacked_lane(from, args.codebook + matrix * entries, three_bits, quads, lane, to);
+        const int64_t matrix = (first + lane) * w.matrices / w.n;
+        expand_stacked_lane(from, codebook + matrix * entries, three_bits, quads, lane, to);
     }
 }
 
 // Panels first ... first + count - 1 of a weight in any format but int8 panels, with their sums rows, to `to`.
-static void expand_panels(const LinearArgs& args, int64_t first, int64_t count, int64_t quads, int8_t* to) {
+static void expand_panels(const Weight& w, int64_t first, int64_t count, int64_t quads, int8_t* to) {
     for (int64_t panel = first; panel < first + count; ++panel, to += (quads + 1) * 64) {
         const int64_t channel = panel * kPanelLanes;
-        const int64_t lanes = args.n - channel < kPanelLanes ? args.n - channel : kPanelLanes;
-        if (args.format == WeightFormat::int8_rows) {
-            expand_rows(static_cast<const int8_t*>(args.weight) + channel * args.k, lanes, args.k, quads, to);
-        } else if (args.format == WeightFormat::int4_panels) {
-            const uint8_t* from = static_cast<const uint8_t*>(args.weight) + panel * (quads / 2) * 64;
-            expand_int4(from, args.group_scale + channel * args.groups, lanes, args.groups, args.k, quads, to);
+        const int64_t lanes = w.n - channel < kPanelLanes ? w.n - channel : kPanelLanes;
+        if (w.format == WeightFormat::int8_rows) {
+            expand_rows(static_cast<const int8_t*>(w.codes) + channel * w.k, lanes, w.k, quads, to);
+        } else if (w.format == WeightFormat::int4_panels) {
+            const uint8_t* from = static_cast<const uint8_t*>(w.codes) + panel * (quads / 2) * 64;
+            const uint8_t* group_scale = static_cast<const uint8_t*>(w.group_scale) + channel * w.groups;
+            expand_int4(from, group_scale, lanes, w.groups, w.k, quads, to);
         } else {
-            expand_dictionary(args, panel, quads, to);
+            expand_dictionary(w, panel, quads, to);
         }
         sum_lanes_of_panel(to, quads);
     }

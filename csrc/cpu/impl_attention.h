@@ -1,5 +1,5 @@
 // Attention of one head of one sequence: scores and the product with the values are integer products, the softmax between them
-// is float32. See attention_int8 in qbert/reference.py for the formula.
+// is float32. See attention in qbert/ops/reference.py for the formula.
 //
 // Keys become panels whose lanes are keys, values panels whose lanes are channels, both once. Then 16 queries at a time (or as
 // many as one `dot` takes): all their scores, their softmax to 8-bit probabilities, the product of those with the values. Which

@@ -1,7 +1,7 @@
 // Integer linears: codes of 16 tokens at a time against a block of 64 output channels, which stays in the cache.
 //
 // A weight that is not int8 panels already is expanded into them once per task; the epilogue is float32 in the order of
-// qbert/reference.py and written once for all instruction sets.
+// qbert/ops/reference.py and written once for all instruction sets.
 #pragma once
 
 #include "cpu/expand.h"
@@ -30,42 +30,41 @@ static int64_t strip_bytes(int64_t k) { return strip_bytes_of(padded_quads(k)); 
 static void pack_strip(const int8_t* q, int64_t rows, int64_t k, void* strip) { pack_codes(q, rows, k, k, padded_quads(k), strip); }
 
 static int64_t linear_scratch_bytes(const LinearArgs& args) {
-    const int64_t panels = args.format == WeightFormat::int8_panels ? 0 : kBlockPanels * (padded_quads(args.k) + 1) * 64;
-    const int64_t corrections = args.outlier_rowptr == nullptr ? 0 : kDotTokens * kBlockChannels * static_cast<int64_t>(sizeof(float));
+    const Weight& w = args.weight;
+    const int64_t panels = w.format == WeightFormat::int8_panels ? 0 : kBlockPanels * (padded_quads(w.k) + 1) * 64;
+    const int64_t corrections = w.outliers.rowptr == nullptr ? 0 : kDotTokens * kBlockChannels * static_cast<int64_t>(sizeof(float));
     return panels + corrections;
 }
 
 static BlockChannels channels_of(const LinearArgs& args, int64_t block) {
+    const Weight& w = args.weight;
+    const int32_t* rowptr = w.outliers.rowptr;
     BlockChannels c;
     c.first = block * kBlockChannels;
-    c.count = args.n - c.first < kBlockChannels ? args.n - c.first : kBlockChannels;
-    const bool per_matrix = args.format == WeightFormat::dict4_panels || args.format == WeightFormat::dict3_panels;
+    c.count = w.n - c.first < kBlockChannels ? w.n - c.first : kBlockChannels;
+    const bool per_matrix = w.format == WeightFormat::dict4_panels || w.format == WeightFormat::dict3_panels;
     for (int64_t i = 0; i < kBlockChannels; ++i) {
         const int64_t channel = c.first + i;
         const bool inside = i < c.count;
-        c.scale[i] = !inside ? 0.0f : args.scale[per_matrix ? channel * args.matrices / args.n : channel];
+        c.scale[i] = !inside ? 0.0f : w.scale[per_matrix ? channel * w.matrices / w.n : channel];
         c.bias[i] = inside && args.bias != nullptr ? args.bias[channel] : 0.0f;
     }
-    c.outliers = args.outlier_rowptr != nullptr && args.outlier_rowptr[c.first] != args.outlier_rowptr[c.first + c.count];
+    c.outliers = rowptr != nullptr && rowptr[c.first] != rowptr[c.first + c.count];
     return c;
 }
 
-QBERT_INLINE uint64_t outlier_column(const LinearArgs& args, int64_t entry) {
-    return args.outlier_col_wide ? static_cast<const uint32_t*>(args.outlier_col)[entry]
-                                 : static_cast<const uint16_t*>(args.outlier_col)[entry];
-}
-
 // corrections[token * 64 + channel]: sum of code times outlier delta, float32, in the order of the columns.
-static void correct_strip(const LinearArgs& args, const BlockChannels& c, const void* strip, float* corrections) {
+static void correct_strip(const Outliers& outliers, const BlockChannels& c, const void* strip, float* corrections) {
     for (int64_t panel = 0; panel < kBlockPanels; ++panel) {
         f32x16 row[16];
         for (int64_t lane = 0; lane < kPanelLanes; ++lane) {
             f32x16 sum{};
             const int64_t i = panel * kPanelLanes + lane;
             if (i < c.count) {
-                const int64_t end = args.outlier_rowptr[c.first + i + 1];
-                for (int64_t entry = args.outlier_rowptr[c.first + i]; entry < end; ++entry) {
-                    sum = madd(column_of(strip, outlier_column(args, entry)), broadcast(args.outlier_delta[entry]), sum);
+                const int64_t end = outliers.rowptr[c.first + i + 1];
+                for (int64_t entry = outliers.rowptr[c.first + i]; entry < end; ++entry) {
+                    const auto column = static_cast<uint64_t>(column_of(outliers, entry));
+                    sum = madd(codes_of_column(strip, column), broadcast(outliers.delta[entry]), sum);
                 }
             }
             row[lane] = sum;
@@ -84,7 +83,7 @@ static void finish_token(const LinearArgs& args, const BlockChannels& c, int64_t
         y *= s;
         if (args.bias != nullptr) y += load(c.bias + at);
         if (args.activation == Activation::gelu) y = gelu(y);
-        const int64_t index = token * args.n + c.first + at, count = c.count - at;
+        const int64_t index = token * args.weight.n + c.first + at, count = c.count - at;
         if (args.requantize) {
             store_static_codes(static_cast<int8_t*>(args.out) + index, count, y * args.inverse_out_scale);
         } else {
@@ -95,19 +94,20 @@ static void finish_token(const LinearArgs& args, const BlockChannels& c, int64_t
 
 static void linear_block(const LinearArgs& args, int64_t block, const void* strips, int64_t strip_begin, int64_t strip_end,
                          void* scratch) {
+    const Weight& w = args.weight;
     const BlockChannels c = channels_of(args, block);
-    const int64_t quads = padded_quads(args.k), panel_stride = (quads + 1) * 64, strip_size = strip_bytes_of(quads);
+    const int64_t quads = padded_quads(w.k), panel_stride = (quads + 1) * 64, strip_size = strip_bytes_of(quads);
     const int64_t panels = (c.count + kPanelLanes - 1) / kPanelLanes;
     int8_t* free_scratch = static_cast<int8_t*>(scratch);
-    const int8_t* weight = static_cast<const int8_t*>(args.weight) + block * kBlockPanels * panel_stride;
-    if (args.format != WeightFormat::int8_panels) {
-        expand_panels(args, block * kBlockPanels, panels, quads, free_scratch);
+    const int8_t* weight = static_cast<const int8_t*>(w.codes) + block * kBlockPanels * panel_stride;
+    if (w.format != WeightFormat::int8_panels) {
+        expand_panels(w, block * kBlockPanels, panels, quads, free_scratch);
         weight = free_scratch;
         free_scratch += kBlockPanels * panel_stride;
     }
     // The next block that this worker is likely to get.
     const int64_t next = block + args.blocks_ahead;
-    const bool known = args.blocks_ahead > 0 && args.format == WeightFormat::int8_panels && (next + 1) * kBlockChannels <= args.n;
+    const bool known = args.blocks_ahead > 0 && w.format == WeightFormat::int8_panels && (next + 1) * kBlockChannels <= w.n;
     const int8_t* ahead = known ? weight + args.blocks_ahead * kBlockPanels * panel_stride : nullptr;
     float* corrections = reinterpret_cast<float*>(free_scratch);
     const DotSession session;
@@ -118,7 +118,7 @@ static void linear_block(const LinearArgs& args, int64_t block, const void* stri
         const int64_t rows = stop - first < kDotTokens ? stop - first : kDotTokens;
         dot<false>(packed, rows, weight, panel_stride, panels, quads, quads, acc, strip == strip_begin ? ahead : nullptr);
         for (int64_t i = 0; c.outliers && i < rows; i += kStripTokens) {
-            correct_strip(args, c, packed + i / kStripTokens * strip_size, corrections + i * kBlockChannels);
+            correct_strip(w.outliers, c, packed + i / kStripTokens * strip_size, corrections + i * kBlockChannels);
         }
         for (int64_t i = 0; i < rows; ++i) {
             const int32_t* sums = acc + i * kBlockChannels;

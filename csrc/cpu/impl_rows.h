@@ -11,7 +11,7 @@ namespace qbert {
 namespace QBERT_ISA {
 
 constexpr float kCodeMax = 127.0f;
-constexpr float kMinAbsmax = 0x1p-100f;  // MIN_ABSMAX of qbert/reference.py
+constexpr float kMinAbsmax = 0x1p-100f;  // MIN_ABSMAX of qbert/weight/codec.py
 constexpr int32_t kInfinityBits = 0x7f800000;
 
 alignas(64) constexpr int32_t kLaneNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -90,7 +90,7 @@ struct RowMax {
 
 // ---- quantization ----
 
-// Codes and scale of a row whose largest magnitude has these bits: see quantize_per_token in qbert/reference.py.
+// Codes and scale of a row whose largest magnitude has these bits: see codes_and_scales in qbert/ops/reference.py.
 static void quantize_row(const float* x, int64_t k, int32_t absmax_bits, int8_t* codes, float* scale) {
     if (absmax_bits >= kInfinityBits) {
         memset(codes, 0, static_cast<size_t>(k));
@@ -226,30 +226,25 @@ QBERT_INLINE float bf16_to_float(uint16_t half) {
     return value;
 }
 
-static void load_int4_row(const TableArgs& table, int64_t id, float* row) {
+static void load_int4_row(const Weight& table, int64_t id, float* row) {
     const int64_t width = (table.k + 1) / 2, size = table.k / table.groups;
-    const uint8_t* stream = static_cast<const uint8_t*>(table.data) + id * width;
+    const uint8_t* stream = static_cast<const uint8_t*>(table.codes) + id * width;
     for_codes<4>(stream, table.k, [&](int64_t at, i32x16 code) __attribute__((always_inline)) {
         store(row + at, to_float((code ^ 8) - 8));
     });
-    const uint16_t* scale = static_cast<const uint16_t*>(table.scale) + id * table.groups;
+    const uint16_t* scale = static_cast<const uint16_t*>(table.group_scale) + id * table.groups;
     for (int64_t group = 0; group < table.groups; ++group) {
         const float factor = bf16_to_float(scale[group]);
         for (int64_t i = group * size; i < (group + 1) * size; ++i) row[i] *= factor;
     }
 }
 
-QBERT_INLINE int64_t column_of_outlier(const TableArgs& table, int64_t entry) {
-    return table.outlier_col_wide ? static_cast<const int32_t*>(table.outlier_col)[entry]
-                                  : static_cast<const int16_t*>(table.outlier_col)[entry];
-}
-
 template <int kBits>
-static void load_dictionary_row(const TableArgs& table, int64_t id, float* row) {
+static void load_dictionary_row(const Weight& table, int64_t id, float* row) {
     float codebook[kLanes] = {};
     memcpy(codebook, table.codebook, sizeof(float) << kBits);
     const int64_t width = (table.k * kBits + 7) / 8;
-    const uint8_t* stream = static_cast<const uint8_t*>(table.data) + id * width;
+    const uint8_t* stream = static_cast<const uint8_t*>(table.codes) + id * width;
     for_codes<kBits>(stream, table.k, [&](int64_t at, i32x16 code) __attribute__((always_inline)) {
 #if defined(__AVX512F__)
         _mm512_storeu_ps(row + at, _mm512_maskz_permutexvar_ps(0xffff, (__m512i)code, _mm512_loadu_ps(codebook)));
@@ -259,28 +254,28 @@ static void load_dictionary_row(const TableArgs& table, int64_t id, float* row) 
         for (int i = 0; i < kLanes; ++i) row[at + i] = codebook[index[i]];
 #endif
     });
-    for (int64_t entry = table.outlier_rowptr[id]; entry < table.outlier_rowptr[id + 1]; ++entry) {
-        const int64_t column = column_of_outlier(table, entry);
-        row[column] += table.outlier_delta[entry];
+    const Outliers& outliers = table.outliers;
+    for (int64_t entry = outliers.rowptr[id]; entry < outliers.rowptr[id + 1]; ++entry) {
+        row[column_of(outliers, entry)] += outliers.delta[entry];
     }
 }
 
-static void load_int8_row(const TableArgs& table, int64_t id, float* row) {
-    const int8_t* codes = static_cast<const int8_t*>(table.data) + id * table.k;
-    const float scale = static_cast<const float*>(table.scale)[id];
+static void load_int8_row(const Weight& table, int64_t id, float* row) {
+    const int8_t* codes = static_cast<const int8_t*>(table.codes) + id * table.k;
+    const float scale = table.scale[id];
     int64_t at = 0;
     for (; at + kLanes <= table.k; at += kLanes) store(row + at, to_float(load_codes(codes + at)) * scale);
     for (; at < table.k; ++at) row[at] = static_cast<float>(codes[at]) * scale;
 }
 
-// Row `id` as floats, exactly as qbert/reference.py dequantizes it: in `space`, or where it is.
-static const float* table_row(const TableArgs& table, int64_t id, float* space) {
+// Row `id` as floats, exactly as table_rows of qbert/ops/reference.py gives it: in `space`, or where it is.
+static const float* table_row(const Weight& table, int64_t id, float* space) {
     switch (table.format) {
-        case TableFormat::floats: return float_row(table.data, table.float_type, id * table.k, table.k, space);
-        case TableFormat::int8_rows: load_int8_row(table, id, space); break;
-        case TableFormat::int4_rows: load_int4_row(table, id, space); break;
-        case TableFormat::dict4_rows: load_dictionary_row<4>(table, id, space); break;
-        case TableFormat::dict3_rows: load_dictionary_row<3>(table, id, space); break;
+        case WeightFormat::float_rows: return float_row(table.codes, table.float_type, id * table.k, table.k, space);
+        case WeightFormat::int8_rows: load_int8_row(table, id, space); break;
+        case WeightFormat::int4_rows: load_int4_row(table, id, space); break;
+        case WeightFormat::dict4_rows: load_dictionary_row<4>(table, id, space); break;
+        default: load_dictionary_row<3>(table, id, space); break;
     }
     return space;
 }
@@ -294,12 +289,13 @@ static void look_up_rows(const LookUpArgs& args, int64_t begin, int64_t end, flo
 
 static void embed_norm_rows(const EmbedNormArgs& args, int64_t begin, int64_t end, float* scratch) {
     const int64_t k = args.words.k;
-    const NormArgs norm{k, args.gamma, args.beta, args.eps, args.out, args.positions_type, args.codes, args.scale};
+    const NormArgs norm{k, args.gamma, args.beta, args.eps, args.out, args.positions.float_type, args.codes, args.scale};
+    const Weight &types = args.token_types, &positions = args.positions;
     float *row = scratch, *type_space = row + scratch_row_floats(k), *position_space = type_space + scratch_row_floats(k);
     for (int64_t t = begin; t < end; ++t) {
         const float* word = table_row(args.words, args.ids[t], row);
-        const float* type = float_row(args.token_types, args.token_types_type, args.token_type_ids[t] * k, k, type_space);
-        const float* position = float_row(args.positions, args.positions_type, args.position_ids[t] * k, k, position_space);
+        const float* type = float_row(types.codes, types.float_type, args.token_type_ids[t] * k, k, type_space);
+        const float* position = float_row(positions.codes, positions.float_type, args.position_ids[t] * k, k, position_space);
         RowSum sum;
         for_vectors(k, [&](int64_t at, int64_t count, int part) __attribute__((always_inline)) {
             const f32x16 total = (load_part(word + at, count) + load_part(type + at, count)) + load_part(position + at, count);

@@ -47,15 +47,15 @@ struct PanelGroup {
 QBERT_INLINE int64_t weight_only_padded(int64_t k) { return (k + kPanelInputs - 1) / kPanelInputs * kPanelInputs; }
 
 static int64_t weight_only_scratch_bytes(const WeightOnlyArgs& args) {
-    const int64_t vectors = (kWeightOnlyTokens + kPendingTokens + kPanelInputs + args.groups) * kMaxPanels;
+    const int64_t vectors = (kWeightOnlyTokens + kPendingTokens + kPanelInputs + args.weight.groups) * kMaxPanels;
     return vectors * kLanes * static_cast<int64_t>(sizeof(float));
 }
 
 static void weight_only_widen(const WeightOnlyArgs& args, int64_t begin, int64_t end, float* wide) {
-    const int64_t padded = weight_only_padded(args.k);
+    const int64_t k = args.weight.k, padded = weight_only_padded(k);
     for (int64_t row = begin; row < end; ++row) {
         for (int64_t at = 0; at < padded; at += kLanes) {
-            const int64_t count = args.k - at < 0 ? 0 : args.k - at;
+            const int64_t count = k - at < 0 ? 0 : k - at;
             store(wide + row * padded + at, load_floats(args.x, args.float_type, row * args.x_stride + at, count));
         }
     }
@@ -85,7 +85,7 @@ QBERT_INLINE void add_span(const PanelGroup& g, int64_t span, const Sums<kTokens
             const int64_t at = t * kPanels * kLanes + c * kSliceLanes;
             SliceFloat block = first ? SliceFloat{} : load_slice(g.pending + at);
             const SliceFloat sum = sums.of[t][c];
-            block = scale == nullptr ? block + sum : madd_slice(sum, load_slice(scale + c * kSliceLanes), block);
+            block = scale == nullptr ? block + sum : madd(sum, load_slice(scale + c * kSliceLanes), block);
             if (waits) {
                 store_slice(g.pending + at, block);
             } else {
@@ -112,7 +112,7 @@ QBERT_INLINE void multiply_part(const Decoder& d, const uint8_t* row, int64_t st
         for (int c = 0; c < kColumns; ++c) {
             const SliceFloat w = Decoder::step(d, rows[c], s);
 #pragma GCC unroll 8
-            for (int t = 0; t < kTokens; ++t) sums.of[t][c] = madd_slice(w, value[t], sums.of[t][c]);
+            for (int t = 0; t < kTokens; ++t) sums.of[t][c] = madd(w, value[t], sums.of[t][c]);
         }
     }
 }
@@ -198,7 +198,7 @@ QBERT_NOINLINE void multiply_decoded(const PanelGroup& g, int64_t first_span, in
                         const SliceFloat value = broadcast_slice(x[t * x_stride + part + kParts * s]);
 #pragma GCC unroll 4
                         for (int c = 0; c < kPanels * kSlices; ++c) {
-                            sums.of[t][c] = madd_slice(load_slice(w + c * kSliceLanes), value, sums.of[t][c]);
+                            sums.of[t][c] = madd(load_slice(w + c * kSliceLanes), value, sums.of[t][c]);
                         }
                     }
                     w += kPanels * kLanes;
@@ -259,31 +259,32 @@ QBERT_INLINE half8 load_eight(const uint16_t* from, int64_t at, int64_t count) {
 }
 
 // Scales of 16 output channels as a vector for each group, `stride` floats apart; those of channels beyond n are unspecified.
-static void gather_scales(const WeightOnlyArgs& args, int64_t channel, int64_t stride, float* out) {
+static void gather_scales(const Weight& w, int64_t channel, int64_t stride, float* out) {
     constexpr int64_t kBlock = 8;
-    for (int64_t first = 0; first < args.groups; first += kBlock) {
+    const uint16_t* scale = static_cast<const uint16_t*>(w.group_scale);
+    for (int64_t first = 0; first < w.groups; first += kBlock) {
         alignas(64) uint16_t columns[kBlock][kLanes];
         for (int64_t lane = 0; lane < kLanes; lane += kBlock) {
             half8 row[kBlock];
 #pragma GCC unroll 8
             for (int64_t i = 0; i < kBlock; ++i) {
-                const int64_t at = (channel + lane + i) * args.groups + first, all = args.n * args.groups;
-                row[i] = load_eight(args.group_scale, at < all ? at : 0, all - at);
+                const int64_t at = (channel + lane + i) * w.groups + first, all = w.n * w.groups;
+                row[i] = load_eight(scale, at < all ? at : 0, all - at);
             }
             transpose_halves(row);
             for (int64_t i = 0; i < kBlock; ++i) store16(&columns[i][lane], (byte16)row[i]);
         }
-        for (int64_t i = 0; i < kBlock && first + i < args.groups; ++i) {
+        for (int64_t i = 0; i < kBlock && first + i < w.groups; ++i) {
             store(out + (first + i) * stride, from_bf16(load_halves(columns[i])));
         }
     }
 }
 
 // First entries of the rows of 16 output channels; beyond n, the end of the last row.
-QBERT_INLINE i32x16 outlier_bounds(const WeightOnlyArgs& args, int64_t channel) {
+QBERT_INLINE i32x16 outlier_bounds(const Weight& w, int64_t channel) {
     int32_t bound[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-        bound[lane] = args.outlier_rowptr[channel + lane < args.n ? channel + lane : args.n];
+        bound[lane] = w.outliers.rowptr[channel + lane < w.n ? channel + lane : w.n];
     }
     return load(bound);
 }
@@ -292,18 +293,19 @@ QBERT_INLINE i32x16 outlier_bounds(const WeightOnlyArgs& args, int64_t channel) 
 // Some are summed up on their own first: of very many in a row, one sum would lose too much.
 template <int kTokens>
 QBERT_INLINE void correct(const WeightOnlyArgs& args, int64_t channel, const float* x, f32x16* y) {
-    const int64_t last = channel + kLanes < args.n ? channel + kLanes : args.n;
-    const int32_t stop = args.outlier_rowptr[last];
-    if (args.outlier_rowptr[channel] == stop) return;
-    const i32x16 begin = outlier_bounds(args, channel), end = outlier_bounds(args, channel + 1);
-    for (int32_t entry = args.outlier_rowptr[channel]; entry < stop;) {
+    const Weight& w = args.weight;
+    const Outliers& outliers = w.outliers;
+    const int64_t last = channel + kLanes < w.n ? channel + kLanes : w.n;
+    const int32_t stop = outliers.rowptr[last];
+    if (outliers.rowptr[channel] == stop) return;
+    const i32x16 begin = outlier_bounds(w, channel), end = outlier_bounds(w, channel + 1);
+    for (int32_t entry = outliers.rowptr[channel]; entry < stop;) {
         const int32_t pause = stop - entry < kOutliersTogether ? stop : entry + kOutliersTogether;
         f32x16 sum[kTokens] = {};
         for (; entry < pause; ++entry) {
-            const int64_t column = args.outlier_col_wide ? static_cast<const int32_t*>(args.outlier_col)[entry]
-                                                         : static_cast<const int16_t*>(args.outlier_col)[entry];
+            const int64_t column = column_of(outliers, entry);
             const auto lane = (begin <= entry) & (end > entry);
-            const f32x16 delta = broadcast(args.outlier_delta[entry]);
+            const f32x16 delta = broadcast(outliers.delta[entry]);
             for (int t = 0; t < kTokens; ++t) {
                 sum[t] = select(lane, madd(delta, broadcast(x[t * args.wide_stride + column]), sum[t]), sum[t]);
             }
@@ -315,20 +317,21 @@ QBERT_INLINE void correct(const WeightOnlyArgs& args, int64_t channel, const flo
 template <int kTokens>
 QBERT_NOINLINE void finish_tokens(const WeightOnlyArgs& args, int64_t panel, int64_t token, const float* total,
                                   int64_t panels) {
-    const int64_t channel = panel * kLanes, count = args.n - channel;
+    const Weight& w = args.weight;
+    const int64_t channel = panel * kLanes, count = w.n - channel;
     f32x16 y[kTokens];
     for (int t = 0; t < kTokens; ++t) y[t] = load(total + t * panels * kLanes);
-    if (args.scale != nullptr) {
-        const f32x16 scale = load_floats(args.scale, FloatType::f32, channel, count);
+    if (w.scale != nullptr) {
+        const f32x16 scale = load_floats(w.scale, FloatType::f32, channel, count);
         for (int t = 0; t < kTokens; ++t) y[t] *= scale;
     }
-    if (args.outlier_rowptr != nullptr) correct<kTokens>(args, channel, args.wide_x + token * args.wide_stride, y);
+    if (w.outliers.rowptr != nullptr) correct<kTokens>(args, channel, args.wide_x + token * args.wide_stride, y);
     f32x16 bias{};
     if (args.bias != nullptr) bias = load_floats(args.bias, args.bias_type, channel, count);
     for (int t = 0; t < kTokens; ++t) {
         if (args.bias != nullptr) y[t] += bias;
         if (args.activation == Activation::gelu) y[t] = gelu(y[t]);
-        store_floats(args.out, args.float_type, (token + t) * args.n + channel, count, y[t]);
+        store_floats(args.out, args.float_type, (token + t) * w.n + channel, count, y[t]);
     }
 }
 
@@ -340,9 +343,9 @@ static void few_panels(const WeightOnlyArgs& args, const Decoder& d, PanelGroup 
     const float* x = args.wide_x + begin * args.wide_stride;
     const int64_t tokens = end - begin, stride = kPanels * kLanes;
     memset(g.total, 0, static_cast<size_t>(tokens * stride) * sizeof(float));
-    if (args.format == WeightFormat::int4_panels) {
+    if (args.weight.format == WeightFormat::int4_panels) {
         float* scale = g.decoded + kPanelInputs * stride;
-        for (int p = 0; p < kPanels; ++p) gather_scales(args, (panel + p) * kLanes, stride, scale + p * kLanes);
+        for (int p = 0; p < kPanels; ++p) gather_scales(args.weight, (panel + p) * kLanes, stride, scale + p * kLanes);
         g.scale = scale;
     }
     if (!multiply_directly<Decoder, kDirectTokens, kPanels>(g, d, x, args.wide_stride, tokens)) {
@@ -360,15 +363,16 @@ static void few_panels(const WeightOnlyArgs& args, const Decoder& d, PanelGroup 
 
 template <class Decoder>
 static void panels_of(const WeightOnlyArgs& args, int64_t panel, int64_t panel_end, int64_t begin, int64_t end, void* scratch) {
-    const Decoder d = Decoder::of(args);
-    const int64_t padded = weight_only_padded(args.k);
+    const Weight& w = args.weight;
+    const Decoder d = Decoder::of(w);
+    const int64_t padded = weight_only_padded(w.k);
     PanelGroup g{};
     g.stride = padded / (kPartSteps * Decoder::kParts) * Decoder::kRowBytes;
-    if (args.format == WeightFormat::int8_panels) g.stride += 64;  // the row of sums
+    if (w.format == WeightFormat::int8_panels) g.stride += 64;  // the row of sums
     g.spans = padded / kSpan;
-    if (args.groups > 0) {
-        g.spans = args.k / kSpan;  // there are no scales for more
-        g.spans_per_scale = g.spans / args.groups;
+    if (w.groups > 0) {
+        g.spans = w.k / kSpan;  // there are no scales for more
+        g.spans_per_scale = g.spans / w.groups;
     }
     g.total = static_cast<float*>(scratch);
     g.pending = g.total + kWeightOnlyTokens * kMaxPanels * kLanes;
@@ -376,7 +380,7 @@ static void panels_of(const WeightOnlyArgs& args, int64_t panel, int64_t panel_e
     const int64_t together = panels_together(end - begin);
     while (panel < panel_end) {
         const int64_t now = panel_end - panel < together ? 1 : together;
-        g.weight = static_cast<const uint8_t*>(args.weight) + panel * g.stride;
+        g.weight = static_cast<const uint8_t*>(w.codes) + panel * g.stride;
         if (now > 1) {
             few_panels<Decoder, kMaxPanels>(args, d, g, panel, begin, end);
         } else {
@@ -389,7 +393,7 @@ static void panels_of(const WeightOnlyArgs& args, int64_t panel, int64_t panel_e
 static void weight_only_panels(const WeightOnlyArgs& args, int64_t panel_begin, int64_t panel_end, int64_t token_begin,
                                int64_t token_end, void* scratch) {
     const auto run = [&](auto of_decoder) { of_decoder(args, panel_begin, panel_end, token_begin, token_end, scratch); };
-    switch (args.format) {
+    switch (args.weight.format) {
         case WeightFormat::int8_panels: return run(panels_of<DecodeInt8>);
         case WeightFormat::int4_panels: return run(panels_of<DecodeInt4>);
         case WeightFormat::dict4_panels: return run(panels_of<DecodeDict4>);

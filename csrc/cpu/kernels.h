@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include "enums.h"
+
 namespace qbert {
 
 enum class Isa : int;  // cpu/isa.h, which the kernels may not include: it brings the standard library along
@@ -16,30 +18,42 @@ constexpr int kBlockChannels = kPanelLanes * kBlockPanels;
 constexpr int kPanelInputs = 64;  // input channels of a packed weight are padded to a multiple of this
 constexpr int kWeightOnlyTokens = 64;  // tokens that a task of a weight-only product takes at most
 
-enum class FloatType : int { f32 = 0, bf16 = 1, f16 = 2 };
-enum class Activation : int { none = 0, gelu = 1 };
+// What is added to a weight's codes, row by row.
+struct Outliers {
+    const int32_t* rowptr;  // (n + 1,), or null if there are none
+    const void* col;        // (count,) int16, or int32 if wide
+    bool wide;
+    const float* delta;     // (count,)
+    int64_t count;
+};
 
-// How the weight of an integer product is stored (qbert/layout.py). All but the first two are expanded to int8 panels, a block
-// of channels at a time, into the worker's scratch, where they stay in the cache while all tokens pass.
-enum class WeightFormat : int { int8_panels = 0, int8_rows = 1, int4_panels = 2, dict4_panels = 3, dict3_panels = 4 };
+static inline int64_t column_of(const Outliers& outliers, int64_t entry) {
+    return outliers.wide ? static_cast<const int32_t*>(outliers.col)[entry] : static_cast<const int16_t*>(outliers.col)[entry];
+}
+
+// The weight (n, k) of a product, or a table of n rows of embeddings. What a format has no use for is null or 0.
+struct Weight {
+    WeightFormat format;
+    int64_t n, k;
+    const void* codes;        // in `format`
+    const void* codebook;     // (matrices, 16 or 8) of dictionary formats: int8 for integer products, else float32
+    int64_t matrices;         // stacked, of n / matrices rows each; each has its own codebook and scale in dictionary formats
+    const void* group_scale;  // (n, groups) of int4: uint8 for integer products, else bfloat16
+    int64_t groups;
+    const float* scale;       // (n,), or (matrices,) of dictionary formats
+    Outliers outliers;        // of dictionary formats
+    FloatType float_type;     // of float_rows
+};
 
 // y = activation(s (scale * (q . w) + outliers) + bias); all pointers row-major and dense unless a stride is given.
+//
+// The weight is in panels or int8 rows. All formats but int8 panels are expanded to these, a block of channels at a time, into the
+// worker's scratch, where they stay in the cache while all tokens pass.
 struct LinearArgs {
-    int64_t t, n, k;        // tokens, output channels, input channels
+    Weight weight;
+    int64_t t;              // tokens
     const int8_t* q;        // (t, k) codes
     const float* s;         // (t,) scale of each token
-    WeightFormat format;
-    const void* weight;     // codes in `format`
-    const int8_t* codebook; // (matrices, 16 or 8) of dictionary formats
-    int64_t matrices;       // stacked matrices of n / matrices rows each, each with its own codebook and scale
-    const uint8_t* group_scale;  // (n, groups) of int4
-    int64_t groups;
-    const float* scale;     // (n,), or (matrices,) of dictionary formats
-    const int32_t* outlier_rowptr;  // (n + 1,) or null
-    const void* outlier_col;        // int16 or int32
-    bool outlier_col_wide;
-    const float* outlier_delta;
-    int64_t outliers;
     const float* bias;      // (n,) float32 or null
     Activation activation;
     void* out;              // (t, n)
@@ -51,23 +65,13 @@ struct LinearArgs {
 
 // Weight-only product of few tokens: y = activation(x . dequantized(w) + bias).
 struct WeightOnlyArgs {
-    int64_t t, n, k;
+    Weight weight;           // panels; a group of int4 is a multiple of 32 channels
+    int64_t t;
     const void* x;           // (t, k) with row stride x_stride elements
     int64_t x_stride;
     FloatType float_type;    // of x and out
     const float* wide_x;     // the same as (t, k_padded) float32, zeros beyond k; k_padded a multiple of kPanelInputs
     int64_t wide_stride;
-    WeightFormat format;     // int8_panels, int4_panels, dict4_panels or dict3_panels
-    const void* weight;
-    const float* codebook;   // (16 or 8,) of dictionary formats
-    const uint16_t* group_scale;  // bfloat16 (n, groups) of int4_panels; a group is a multiple of 32 channels
-    int64_t groups;          // 0 of other formats
-    const float* scale;      // (n,) of int8_panels, else null
-    const int32_t* outlier_rowptr;  // (n + 1,) of dictionary formats that have outliers, else null
-    const void* outlier_col;        // int16 or int32
-    bool outlier_col_wide;
-    const float* outlier_delta;
-    int64_t outliers;
     const void* bias;        // (n,) or null
     FloatType bias_type;
     Activation activation;
@@ -113,39 +117,20 @@ struct AddNormArgs {
     float* scale;
 };
 
-// A table of rows to look up (embeddings).
-enum class TableFormat : int { floats = 0, int8_rows = 1, int4_rows = 2, dict4_rows = 3, dict3_rows = 4 };
-
-struct TableArgs {
-    int64_t rows, k;
-    TableFormat format;         // low-bit rows are PLAIN bit streams that start on a byte
-    const void* data;
-    FloatType float_type;       // of `floats`
-    const void* scale;          // float32 (rows,) of int8_rows; bfloat16 (rows, groups) of int4_rows
-    int64_t groups;
-    const float* codebook;
-    const int32_t* outlier_rowptr;
-    const void* outlier_col;
-    bool outlier_col_wide;
-    const float* outlier_delta;
-};
-
 struct LookUpArgs {
-    TableArgs table;
+    Weight table;               // rows
     const int64_t* ids;         // (t,), checked by the caller
     void* out;                  // (t, k)
     FloatType out_type;
 };
 
 struct EmbedNormArgs {
-    TableArgs words;
+    Weight words;                   // rows
+    Weight positions;               // float_rows, whose type `out` has too
+    Weight token_types;             // float_rows
     const int64_t* ids;             // (t,)
     const int64_t* position_ids;    // (t,)
     const int64_t* token_type_ids;  // (t,)
-    const void* positions;          // (p, k)
-    const void* token_types;        // (types, k)
-    FloatType positions_type;       // and of `out`
-    FloatType token_types_type;
     const float* gamma;
     const float* beta;
     float eps;

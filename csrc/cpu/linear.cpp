@@ -22,13 +22,13 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 thread_local Scratch packed_activations;
 thread_local Scratch worker_scratch;
 
-void pack(const Kernels& k, const LinearArgs& args, int threads, uint8_t* strips) {
-    const int64_t count = ceil_div(args.t, kStripTokens), bytes = k.strip_bytes(args.k);
+void pack(const Kernels& kernels, const LinearArgs& args, int threads, uint8_t* strips) {
+    const int64_t k = args.weight.k, count = ceil_div(args.t, kStripTokens), bytes = kernels.strip_bytes(k);
     const int64_t per_task = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(bytes, 1));
     parallel_for(ceil_div(count, per_task), threads, [&](int64_t task, int) {
         for (int64_t i = task * per_task; i < std::min(count, (task + 1) * per_task); ++i) {
             const int64_t first = i * kStripTokens, rows = std::min<int64_t>(kStripTokens, args.t - first);
-            k.pack_strip(args.q + first * args.k, rows, args.k, strips + i * bytes);
+            kernels.pack_strip(args.q + first * k, rows, k, strips + i * bytes);
         }
     });
 }
@@ -37,22 +37,23 @@ void pack(const Kernels& k, const LinearArgs& args, int threads, uint8_t* strips
 
 void linear(const LinearArgs& wanted_args, int threads) {
     LinearArgs args = wanted_args;
-    if (args.t == 0 || args.n == 0) return;
-    check_outliers(args);
-    const Kernels& k = kernels();
-    if (args.t * args.n * args.k <= kInlineProducts) threads = 1;
-    args.blocks_ahead = args.t <= kTokensBoundByMemory ? threads : 0;
-    const int64_t strips = ceil_div(args.t, kStripTokens), blocks = ceil_div(args.n, kBlockChannels);
-    uint8_t* packed = static_cast<uint8_t*>(packed_activations.get(strips * k.strip_bytes(args.k)));
-    pack(k, args, threads, packed);
+    const int64_t t = args.t, n = args.weight.n, k = args.weight.k;
+    if (t == 0 || n == 0) return;
+    check_outliers(args.weight);
+    const Kernels& of_isa = kernels();
+    if (t * n * k <= kInlineProducts) threads = 1;
+    args.blocks_ahead = t <= kTokensBoundByMemory ? threads : 0;
+    const int64_t strips = ceil_div(t, kStripTokens), blocks = ceil_div(n, kBlockChannels);
+    uint8_t* packed = static_cast<uint8_t*>(packed_activations.get(strips * of_isa.strip_bytes(k)));
+    pack(of_isa, args, threads, packed);
 
     const int64_t wanted = threads > 1 ? ceil_div(kTasksPerThread * threads, blocks) : 1;
     int64_t per_task = std::max(kMinStripsPerTask, ceil_div(strips, wanted));
     per_task += per_task % 2;  // some instruction sets take strips in pairs
-    const int64_t splits = ceil_div(strips, per_task), scratch = k.linear_scratch_bytes(args);
+    const int64_t splits = ceil_div(strips, per_task), scratch = of_isa.linear_scratch_bytes(args);
     parallel_for(blocks * splits, threads, [&](int64_t task, int) {
         const int64_t block = task / splits, first = task % splits * per_task;
-        k.linear_block(args, block, packed, first, std::min(strips, first + per_task), worker_scratch.get(scratch));
+        of_isa.linear_block(args, block, packed, first, std::min(strips, first + per_task), worker_scratch.get(scratch));
     });
 }
 

@@ -1,18 +1,12 @@
-// qbert._cpu: the native CPU side. Functions take pointers and sizes, never torch objects, so one build serves every torch.
-#include <pybind11/pybind11.h>
+// qbert._cpu: the native CPU side.
 #include <pybind11/stl.h>
 
 #include <vector>
 
+#include "cpu/bind.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "cpu/threads.h"
-
-namespace qbert {
-void bind_linear(pybind11::module_& module);
-void bind_rows(pybind11::module_& module);
-void bind_weight_only(pybind11::module_& module);
-}  // namespace qbert
 
 namespace {
 
@@ -45,6 +39,7 @@ PYBIND11_MODULE(_cpu, module) {
                "What parallel regions run on: 'own pool', or 'OpenMP (<file of the runtime>)'. QBERT_THREADS=own|openmp forces one.");
     module.def("_parallel_sum", &parallel_sum, pybind11::call_guard<pybind11::gil_scoped_release>(),
                "The sum of 0 ... tasks - 1, one task a number (for tests).");
+    qbert::bind_weight(module);
     qbert::bind_linear(module);
     qbert::bind_rows(module);
     qbert::bind_weight_only(module);

@@ -28,11 +28,6 @@ void run(void (*kernel)(const Args&, int64_t, int64_t, float*), const Args& args
     });
 }
 
-int64_t column_of(const TableArgs& table, int64_t entry) {
-    return table.outlier_col_wide ? static_cast<const int32_t*>(table.outlier_col)[entry]
-                                  : static_cast<const int16_t*>(table.outlier_col)[entry];
-}
-
 }  // namespace
 
 void quantize_rows(const QuantizeRowsArgs& args, int64_t t, int threads) {
@@ -51,19 +46,6 @@ void embed_norm_rows(const EmbedNormArgs& args, int64_t t, int threads) {
 
 bool ids_are_inside(const int64_t* ids, int64_t t, int64_t rows) {
     return std::all_of(ids, ids + t, [rows](int64_t id) { return id >= 0 && id < rows; });
-}
-
-bool outliers_are_inside(const TableArgs& table, const int64_t* ids, int64_t t, int64_t outliers) {
-    if (table.outlier_rowptr == nullptr) return true;
-    for (int64_t i = 0; i < t; ++i) {
-        const int64_t begin = table.outlier_rowptr[ids[i]], end = table.outlier_rowptr[ids[i] + 1];
-        if (begin < 0 || end < begin || end > outliers) return false;
-        for (int64_t entry = begin; entry < end; ++entry) {
-            const int64_t column = column_of(table, entry);
-            if (column < 0 || column >= table.k) return false;
-        }
-    }
-    return true;
 }
 
 }  // namespace qbert

@@ -15,8 +15,4 @@ void embed_norm_rows(const EmbedNormArgs& args, int64_t t, int threads);
 // Whether all ids lie in 0 ... rows - 1.
 bool ids_are_inside(const int64_t* ids, int64_t t, int64_t rows);
 
-// Whether the outliers of the rows that are looked up lie in the arrays, of `outliers` values, and in the row. The ids must be
-// inside. True for a table without outliers.
-bool outliers_are_inside(const TableArgs& table, const int64_t* ids, int64_t t, int64_t outliers);
-
 }  // namespace qbert

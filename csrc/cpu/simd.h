@@ -229,24 +229,44 @@ QBERT_INLINE void store_floats(void* to, FloatType type, int64_t index, int64_t 
 
 // ---- lanes ----
 
-// a * b + c, rounded once. On a CPU without the instruction the C library computes it, exactly and slowly.
-QBERT_INLINE f32x16 madd(f32x16 a, f32x16 b, f32x16 c) {
-#if defined(__AVX512F__)
-    c.part[0] = (f32x16::Register)_mm512_fmadd_ps((__m512)a.part[0], (__m512)b.part[0], (__m512)c.part[0]);
-    return c;
-#elif defined(__FMA__)
-    for (int i = 0; i < 2; ++i) {
-        c.part[i] = (f32x16::Register)_mm256_fmadd_ps((__m256)a.part[i], (__m256)b.part[i], (__m256)c.part[i]);
-    }
-    return c;
-#else
-    float x[kLanes], y[kLanes], z[kLanes];
-    store(x, a);
-    store(y, b);
-    store(z, c);
-    for (int i = 0; i < kLanes; ++i) z[i] = __builtin_fmaf(x[i], y[i], z[i]);
-    return load(z);
+#if defined(__SSE2__) && !defined(__FMA__)
+
+typedef double double2 __attribute__((vector_size(16)));
+typedef int64_t bits2 __attribute__((vector_size(16)));
+
+// a * b + c such that rounding the result to float gives what one rounding of the exact value would have given: the product of
+// two floats is exact in double, and a sum that is not is taken to the neighbour whose last bit is odd.
+QBERT_INLINE double2 madd_to_odd(double2 a, double2 b, double2 c) {
+    const double2 product = a * b, sum = product + c, part = sum - product;
+    const double2 error = (product - (sum - part)) + (c - part);
+    const bits2 up = error > 0.0, inexact = up | (error < 0.0), outwards = up ^ (sum < 0.0);
+    const bits2 even = ((bits2)sum & 1) - 1;
+    return (double2)((bits2)sum + (inexact & even & (-1 - outwards - outwards)));
+}
+
 #endif
+
+// a * b + c, rounded once.
+QBERT_INLINE f32x16::Register madd(f32x16::Register a, f32x16::Register b, f32x16::Register c) {
+    typedef f32x16::Register Register;
+#if defined(__AVX512F__)
+    return (Register)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Register)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__SSE2__)
+    const auto low = [](Register v) { return (double2)_mm_cvtps_pd((__m128)v); };
+    const auto high = [](Register v) { return (double2)_mm_cvtps_pd(_mm_movehl_ps((__m128)v, (__m128)v)); };
+    const __m128 first = _mm_cvtpd_ps((__m128d)madd_to_odd(low(a), low(b), low(c)));
+    return (Register)_mm_movelh_ps(first, _mm_cvtpd_ps((__m128d)madd_to_odd(high(a), high(b), high(c))));
+#else
+    for (int i = 0; i < kLanes / kRegisters; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#endif
+}
+
+QBERT_INLINE f32x16 madd(f32x16 a, f32x16 b, f32x16 c) {
+    for (int i = 0; i < kRegisters; ++i) c.part[i] = madd(a.part[i], b.part[i], c.part[i]);
+    return c;
 }
 
 // c[0] + c[1] x + c[2] x^2 + ...
@@ -300,7 +320,6 @@ QBERT_INLINE i32x16 max(i32x16 a, i32x16 b) {
     }
     return a;
 }
-QBERT_INLINE f32x16 abs(f32x16 v) { return (f32x16)((i32x16)v & 0x7fffffff); }
 
 // Sixteen lanes to one, by a tree that adds, or takes the larger, of lanes i and i + 8, then i + 4, i + 2, i + 1.
 typedef float f32x4 __attribute__((vector_size(16)));

@@ -6,7 +6,9 @@
 // runtime, and in a child after fork, which no team of libgomp survives.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <exception>
 #include <string>
 
 namespace qbert {
@@ -22,12 +24,23 @@ using TaskBody = void (*)(void* context, int64_t task, int worker) noexcept;
 // Throws std::invalid_argument, before any task, if QBERT_THREADS (see thread_backend) is not one of the allowed values.
 void run_tasks(int64_t tasks, int threads, TaskBody body, void* context);
 
-// The same for a callable body(int64_t task, int worker). It must not throw: an exception ends the process.
+// The same for a callable body(int64_t task, int worker). What it throws first is thrown here when the region is over; of the tasks
+// that begin later none is run.
 template <typename Body>
 void parallel_for(int64_t tasks, int threads, Body&& body) {
-    auto call = [&body](int64_t task, int worker) noexcept { body(task, worker); };
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;
+    auto call = [&](int64_t task, int worker) noexcept {
+        if (failed.load(std::memory_order_relaxed)) return;
+        try {
+            body(task, worker);
+        } catch (...) {
+            if (!failed.exchange(true)) error = std::current_exception();
+        }
+    };
     using Call = decltype(call);
     run_tasks(tasks, threads, [](void* f, int64_t task, int worker) noexcept { (*static_cast<Call*>(f))(task, worker); }, &call);
+    if (error != nullptr) std::rethrow_exception(error);
 }
 
 // What regions of this process run on now: "own pool", or "OpenMP (libgomp.so.1)" with the file name of the runtime.

@@ -19,9 +19,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 thread_local Scratch widened_activations;
 thread_local Scratch worker_scratch;
 
-void widen(const Kernels& k, WeightOnlyArgs& args, int threads) {
-    const int64_t padded = ceil_div(args.k, kPanelInputs) * kPanelInputs;
-    if (args.float_type == FloatType::f32 && padded == args.k) {
+void widen(const Kernels& kernels, WeightOnlyArgs& args, int threads) {
+    const int64_t k = args.weight.k, padded = ceil_div(k, kPanelInputs) * kPanelInputs;
+    if (args.float_type == FloatType::f32 && padded == k) {
         args.wide_x = static_cast<const float*>(args.x);
         args.wide_stride = args.x_stride;
         return;
@@ -29,7 +29,7 @@ void widen(const Kernels& k, WeightOnlyArgs& args, int threads) {
     float* wide = static_cast<float*>(widened_activations.get(args.t * padded * static_cast<int64_t>(sizeof(float))));
     const int64_t rows = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(padded, 1));
     parallel_for(ceil_div(args.t, rows), threads, [&](int64_t task, int) {
-        k.weight_only_widen(args, task * rows, std::min(args.t, (task + 1) * rows), wide);
+        kernels.weight_only_widen(args, task * rows, std::min(args.t, (task + 1) * rows), wide);
     });
     args.wide_x = wide;
     args.wide_stride = padded;
@@ -38,21 +38,22 @@ void widen(const Kernels& k, WeightOnlyArgs& args, int threads) {
 }  // namespace
 
 void weight_only(WeightOnlyArgs args, int threads) {
-    if (args.t == 0 || args.n == 0) return;
-    check_outliers(args);
-    const Kernels& k = kernels();
-    if (args.n * args.k * (args.t + 1) <= kInlineWork) threads = 1;
-    widen(k, args, threads);
+    const int64_t t = args.t, n = args.weight.n, k = args.weight.k;
+    if (t == 0 || n == 0) return;
+    check_outliers(args.weight);
+    const Kernels& of_isa = kernels();
+    if (n * k * (t + 1) <= kInlineWork) threads = 1;
+    widen(of_isa, args, threads);
 
-    const int64_t panels = ceil_div(args.n, kPanelLanes), token_blocks = ceil_div(args.t, kWeightOnlyTokens);
-    const int64_t tokens = ceil_div(args.t, token_blocks);  // blocks of equal size
+    const int64_t panels = ceil_div(n, kPanelLanes), token_blocks = ceil_div(t, kWeightOnlyTokens);
+    const int64_t tokens = ceil_div(t, token_blocks);  // blocks of equal size
     const int64_t wanted = ceil_div(kTasksPerThread * threads, token_blocks);
     const int64_t per_task = ceil_div(panels, wanted * kTaskPanels) * kTaskPanels;
-    const int64_t ranges = ceil_div(panels, per_task), scratch = k.weight_only_scratch_bytes(args);
+    const int64_t ranges = ceil_div(panels, per_task), scratch = of_isa.weight_only_scratch_bytes(args);
     parallel_for(token_blocks * ranges, threads, [&](int64_t task, int) {
         const int64_t panel = task % ranges * per_task, token = task / ranges * tokens;
-        k.weight_only_panels(args, panel, std::min(panels, panel + per_task), token, std::min(args.t, token + tokens),
-                             worker_scratch.get(scratch));
+        of_isa.weight_only_panels(args, panel, std::min(panels, panel + per_task), token, std::min(t, token + tokens),
+                                  worker_scratch.get(scratch));
     });
 }
 

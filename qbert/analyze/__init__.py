@@ -1,4 +1,4 @@
-"""L9. The BERT breakdown: where an encoder's parameters, FLOPs, bytes, run-time memory and latency are."""
+"""The BERT breakdown: where an encoder's parameters, FLOPs, bytes, run-time memory and latency are."""
 
 from qbert.analyze.components import Component
 from qbert.analyze.report import plot, to_table

@@ -1,4 +1,4 @@
-"""Which component of the "BERT Breakdown" every module of a BERT-type encoder belongs to, as data.
+"""Which component of the "BERT Breakdown" every module of a BERT-type encoder, or step of a fused one, belongs to, as data.
 
 The components are those of Ganesh et al., "Compressing Large-Scale Transformer-Based Models: A Case Study on BERT"
 (TACL 2021), figure 3. A name that no pattern knows is `Component.OTHER`: shown, never dropped.
@@ -10,7 +10,7 @@ import enum
 import functools
 import re
 
-from qbert.bert import TASK_HEADS
+from qbert.families import TASK_HEADS
 
 
 class Component(enum.StrEnum):
@@ -80,3 +80,25 @@ def component_of(name: str) -> Component:
         if pattern.search(name):
             return component
     return Component.OTHER
+
+
+# Parts of a fused encoder's program; and the steps that are another component than their part: codes are of what reads them.
+_OF_PARTS: dict[str, Component] = {
+    "embedding": Component.EMBEDDINGS,
+    "attention linear": Component.QKV_LINEARS,
+    "attention": Component.ATTENTION_SCORES,
+    "ffn": Component.FFN,
+    "norm": Component.NORMS,
+}
+_OF_STEPS: dict[str, Component] = {
+    "projection codes": Component.EMBEDDINGS,
+    "query, key, value codes": Component.ATTENTION_SCORES,
+    "attention codes": Component.ATTENTION_OUTPUT,
+    "attention output": Component.ATTENTION_OUTPUT,
+    "feed-forward in codes": Component.FFN,
+}
+
+
+def component_of_step(name: str, part: str) -> Component:
+    """Component of a fused encoder's step (`qbert.encoder.Step`) with this name and part; OTHER where neither is known."""
+    return _OF_STEPS.get(name) or _OF_PARTS.get(part, Component.OTHER)

@@ -6,14 +6,17 @@ What is counted:
 - bytes: every operation reads each of its inputs once and writes its outputs once; views move nothing; a look-up
   reads the rows that it takes, not the table. Caches that carry data from one operation to the next are not modelled.
 
+A fused encoder counts by its program: each step that runs is one operation of the cost that it says itself. Activations and
+roundings in the end of a product are no operations there, so they have no `vector_flops`.
+
 It works on the meta device as well, where torch runs scaled_dot_product_attention in its unfused form.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,9 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from qbert.analyze.components import Component, component_of
+from qbert.analyze.components import Component, component_of, component_of_step
+from qbert.analyze.program import called_modules, lengths_in
 from qbert.analyze.tracker import ComponentTracker
 from qbert.analyze.weights import QuantizedWeight, quantized_weight
+from qbert.encoder import Step
+from qbert.encoder.program import Slots
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class OpCount:
 
     Attributes:
         component: which part of the model ran it.
-        name: ``aten::addmm``, or the class of a quantized module, which is counted as one operation.
+        name: ``aten::addmm``, or the class of a quantized module or the operation of a fused encoder's step, which count as
+            one operation.
         math: precision of its matrix product: ``"float"`` (the model's own), ``"int8"`` or ``"fp8"``.
         matmul_flops, vector_flops: see the module.
         model_dtype_bytes: bytes moved in the model's own float dtype; they shrink with it.
@@ -161,10 +168,10 @@ def _is_view(func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor])
 class _Recorder(TorchDispatchMode):
     """Turns every operation that torch dispatches into an `OpCount`."""
 
-    def __init__(self, tracker: ComponentTracker, model_dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, model_dtype: torch.dtype) -> None:
         super().__init__()
         self.counts = OpCounts()
-        self._tracker = tracker
+        self.tracker = ComponentTracker(model, on_step=self._step)
         self._model_dtype = model_dtype
         self._opaque_depth = 0
 
@@ -173,9 +180,13 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not self._opaque_depth:
+        running = self.tracker.running
+        if not self._opaque_depth and (running is None or running.step is None):
             self._record(func, args, kwargs, out)
         return out
+
+    def _step(self, step: Step, slots: Slots) -> None:
+        self.counts.ops.append(step_op(step, lengths_in(slots, step), self._model_dtype))
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         name = func._schema.name
@@ -195,7 +206,7 @@ class _Recorder(TorchDispatchMode):
         if vector is None:
             self.counts.uncounted[name] += 1
         own, fixed = self._bytes(name, inputs, outputs)
-        component = self._tracker.current or Component.OTHER
+        component = self.tracker.current or Component.OTHER
         math = _math_of_dtype(inputs[0].dtype) if matmul and inputs else "float"
         self.counts.ops.append(OpCount(component, name, math, matmul or 0, vector or 0, own, fixed))
 
@@ -254,6 +265,38 @@ def _quantized_op(
     )
 
 
+def step_op(step: Step, lengths: Sequence[int], model_dtype: torch.dtype) -> OpCount:
+    """A fused encoder's step on sequences of that many tokens. Floats as wide as the model's own count as its."""
+    cost = step.cost(lengths)
+    floats = 0
+    if step.float_bytes == model_dtype.itemsize:
+        floats = cost.activation_bytes - replace(step, float_bytes=0).cost(lengths).activation_bytes
+    return OpCount(
+        component_of_step(step.name, step.part),
+        step.operation,
+        "int8",
+        matmul_flops=2 * cost.macs,
+        vector_flops=_step_vector_flops(step, lengths),
+        model_dtype_bytes=floats,
+        fixed_bytes=cost.weight_bytes + cost.activation_bytes - floats,
+    )
+
+
+def _step_vector_flops(step: Step, lengths: Sequence[int]) -> int:
+    """Of softmax, norms and sums; see the module."""
+    n, k = step.shape
+    if step.operation == "attention":
+        return n * sum(length * length for length in lengths) * (SOFTMAX_FLOPS + 1)
+    adds = _STEP_ADDS.get(step.operation)
+    if adds is None:
+        return 0
+    norm = 0 if step.operation == "add" else VECTOR_FLOPS["aten::native_layer_norm"]
+    return sum(lengths) * (n or k) * (norm + adds)
+
+
+_STEP_ADDS = {"add": 1, "add_norm": 1, "linear_add_norm": 1, "embed_norm": 2}  # of rows, before the norm
+
+
 def count_ops(model: nn.Module, inputs: Mapping[str, torch.Tensor], model_dtype: torch.dtype) -> OpCounts:
     """Run `model(**inputs)` once and count its operations.
 
@@ -262,10 +305,9 @@ def count_ops(model: nn.Module, inputs: Mapping[str, torch.Tensor], model_dtype:
         inputs: its keyword arguments.
         model_dtype: the model's own float dtype; bytes in it are kept apart (see `OpCount`).
     """
-    tracker = ComponentTracker(model)
-    recorder = _Recorder(tracker, model_dtype)
+    recorder = _Recorder(model, model_dtype)
     handles = []
-    for name, module in model.named_modules():
+    for name, module in called_modules(model):
         weight = quantized_weight(module)
         if weight is not None:
             handles.append(module.register_forward_pre_hook(recorder.enter_quantized))
@@ -273,7 +315,7 @@ def count_ops(model: nn.Module, inputs: Mapping[str, torch.Tensor], model_dtype:
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
     try:
         # Not inference_mode: there, composite operations reach the mode before they are taken apart.
-        with torch.no_grad(), tracker, recorder:
+        with torch.no_grad(), recorder.tracker, recorder:
             model(**inputs)
     finally:
         for handle in handles:

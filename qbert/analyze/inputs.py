@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qbert.errors import QBertError
-from qbert.positions import longest
+from qbert.families.positions import longest
 
 _SEED = 0
 

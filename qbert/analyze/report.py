@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qbert.analyze.components import LABELS, Component
-from qbert.analyze.result import META_DEVICE, AnalyzeResult, ComponentResult
+from qbert.analyze.result import META_DEVICE, AnalyzeResult, ComponentResult, ProgramResult, StepResult
 from qbert.errors import MissingDependency
 
 if TYPE_CHECKING:
@@ -70,8 +70,64 @@ def to_table(result: AnalyzeResult) -> Group:
         empty = [""] * (len(_TIME_COLUMNS) - 3)
         times.add_row("remainder", "", "", _ms(result.measurement.remainder_ms), *empty, style="dim")
     _total_row(times, result, _TIME_COLUMNS)
-    parts: list[RenderableType] = [work, times, *(Text(note, style="dim") for note in _notes(result))]
+    programs = [_program_table(heading, result, program) for program in result.programs]
+    parts: list[RenderableType] = [work, times, *programs, *(Text(note, style="dim") for note in _notes(result))]
     return Group(*parts)
+
+
+_STEP_HEADERS, _STEP_FIGURES = ("part", "step", "kernel"), ("GMAC", "weights\nMiB", "values\nMiB", "measured\nms", "%")
+
+
+def _program_table(heading: str, result: AnalyzeResult, program: ProgramResult) -> Table:
+    """Steps that are alike in all layers together, part by part."""
+    table = Table(
+        title=f"{heading}: steps of the fused {program.encoder} ({program.family}, {program.scales} scales)",
+        title_justify="left",
+    )
+    for header in _STEP_HEADERS:
+        table.add_column(header, no_wrap=header == "part")
+    for header in ("n x k", "times", *_STEP_FIGURES):
+        table.add_column(header, justify="right")
+    total_ms = result.total.measured_ms
+    for part in program.parts:
+        for alike in _alike([step for step in program.steps if step.part == part.part]):
+            first = alike[0]
+            table.add_row(
+                "", first.step, first.kernel, f"{first.n} x {first.k}" if first.n else str(first.k), str(len(alike)),
+                *_step_cells(alike, total_ms),
+            )  # fmt: skip
+        own = [step for step in program.steps if step.part == part.part]
+        table.add_row(part.part, "", "", "", str(len(own)), *_step_cells(own, total_ms), style="bold")
+        table.add_section()
+    table.add_row("all steps", "", "", "", str(len(program.steps)), *_step_cells(program.steps, total_ms), style="bold")
+    if program.rest_ms is not None:
+        table.add_row("the rest", *[""] * 7, _ms(program.rest_ms), _of_total(program.rest_ms, total_ms), style="dim")
+        table.add_row("forward", *[""] * 7, _ms(total_ms), "", style="bold")
+    return table
+
+
+def _alike(steps: list[StepResult]) -> list[list[StepResult]]:
+    """Steps that differ in their layer only."""
+    kinds: dict[tuple[object, ...], list[StepResult]] = {}
+    for step in steps:
+        kinds.setdefault((step.step, step.operation, step.scheme, step.kernel, step.n, step.k), []).append(step)
+    return list(kinds.values())
+
+
+def _step_cells(steps: list[StepResult], total_ms: float | None) -> list[str]:
+    times = [step.measured_ms for step in steps if step.measured_ms is not None]
+    milliseconds = sum(times) if times else None
+    return [
+        f"{sum(step.macs for step in steps) / _GIGA:.3f}",
+        f"{sum(step.weight_bytes for step in steps) / _MIB:.2f}",
+        f"{sum(step.activation_bytes for step in steps) / _MIB:.1f}",
+        _ms(milliseconds),
+        _of_total(milliseconds, total_ms),
+    ]
+
+
+def _of_total(milliseconds: float | None, total_ms: float | None) -> str:
+    return _percent(None if milliseconds is None or not total_ms else 100 * milliseconds / total_ms)
 
 
 def _where(result: AnalyzeResult) -> str:
@@ -115,6 +171,12 @@ def _notes(result: AnalyzeResult) -> list[str]:
             f"torch {result.environment.torch_version}, {result.environment.threads} threads; "
             f"the hooks cost {measured.hook_cost_ms:.2f} ms a pass; "
             "remainder: total less the components."
+        )
+    if result.programs:
+        notes.append(
+            "Steps: what a fused encoder runs in place of its modules; steps that are alike in all layers stand together. "
+            "Measured where they run, in the forward with stamps; the rest of the plain forward is Python between the steps, "
+            "padding taken off and put back, pooler and heads."
         )
     if result.environment.device == META_DEVICE and result.attention_implementation == "sdpa":
         notes.append(

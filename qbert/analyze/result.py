@@ -65,6 +65,46 @@ class Measurement(_Data):
     remainder_ms: float = Field(description="total_ms less the sum of the components; about -hook_cost_ms")
 
 
+class StepResult(_Data):
+    """One step of a fused encoder."""
+
+    layer: str
+    step: str
+    part: str
+    operation: str
+    scheme: str | None
+    kernel: str
+    n: int = Field(description="output channels; heads of attention; 0 where rows go in and out")
+    k: int = Field(description="input channels; head size of attention")
+    macs: int = Field(description="multiply-adds of matrix products")
+    weight_bytes: int
+    activation_bytes: int = Field(description="read and written")
+    measured_ms: float | None
+
+
+class PartResult(_Data):
+    """The steps of one part of a fused encoder, as the survey breaks BERT down."""
+
+    part: str
+    macs: int
+    weight_bytes: int
+    activation_bytes: int
+    measured_ms: float | None
+
+
+class ProgramResult(_Data):
+    """What a fused encoder ran, step by step."""
+
+    encoder: str
+    family: str
+    scales: Literal["static", "dynamic"]
+    extra_bytes: int = Field(description="memory held beside the modules' own")
+    steps: list[StepResult]
+    parts: list[PartResult]
+    steps_ms: float | None = Field(description="of all steps")
+    rest_ms: float | None = Field(description="of a plain forward, less the steps: Python, padding, pooler and heads")
+
+
 class Environment(_Data):
     """Where the analysis ran."""
 
@@ -101,6 +141,7 @@ class AnalyzeResult(_Data):
     components: list[ComponentResult]
     total: ComponentResult
     measurement: Measurement | None
+    programs: list[ProgramResult] = Field(default=[], description="one for each fused encoder")
     uncounted_ops: dict[str, int] = Field(description="operations whose FLOPs no rule knows: they count as 0")
 
     def component(self, name: str) -> ComponentResult:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qbert.analyze.components import Component
 from qbert.analyze.count import OpCount
-from qbert.analyze.result import ComponentResult, PredictedTime, Shares
+from qbert.analyze.program import StepName
+from qbert.analyze.result import ComponentResult, PartResult, PredictedTime, ProgramResult, Shares, StepResult
 from qbert.analyze.roofline import Prediction
 from qbert.analyze.weights import WeightCount
+from qbert.encoder import Cost, FusedForward, Step
 
 TOTAL = "total"
 _PERCENT = 100.0
@@ -101,3 +103,68 @@ def _row(name: str, part: Facts, whole: Facts) -> ComponentResult:
 
 def _share(part: float | None, whole: float | None) -> float | None:
     return _PERCENT * part / whole if part is not None and whole else None
+
+
+# ---- fused encoders -------------------------------------------------------------------------------------------------
+
+
+def program_rows(
+    name: str, fused: FusedForward, lengths: Sequence[int], step_ms: Mapping[StepName, float] | None, total_ms: float | None
+) -> ProgramResult:  # fmt: skip
+    """Rows of a fused encoder's steps and parts.
+
+    Args:
+        name: of the encoder, as in `StepName`.
+        lengths: tokens of each sequence of the batch.
+        step_ms: measured time of each step, or None.
+        total_ms: measured time of a plain forward pass, or None.
+    """
+    encoder, measured = fused.encoder(), step_ms or {}
+    steps = [
+        _step_row(layer, step, step.cost(lengths), measured.get(StepName(name, layer, step.name)))
+        for layer, step in encoder.program.steps()
+    ]
+    steps_ms = _measured(steps)
+    return ProgramResult(
+        encoder=name,
+        family=encoder.program.family.name,
+        scales="dynamic" if fused.calibration is None else "static",
+        extra_bytes=fused.extra_bytes(),
+        steps=steps,
+        parts=[_part_row(part, cost, steps) for part, cost in encoder.program.cost_by_part(lengths).items()],
+        steps_ms=steps_ms,
+        rest_ms=None if total_ms is None or steps_ms is None else total_ms - steps_ms,
+    )
+
+
+def _step_row(layer: str, step: Step, cost: Cost, milliseconds: float | None) -> StepResult:
+    return StepResult(
+        layer=layer,
+        step=step.name,
+        part=step.part,
+        operation=step.operation,
+        scheme=None if step.scheme is None else step.scheme.name,
+        kernel=step.kernel,
+        n=step.shape[0],
+        k=step.shape[1],
+        macs=cost.macs,
+        weight_bytes=cost.weight_bytes,
+        activation_bytes=cost.activation_bytes,
+        measured_ms=milliseconds,
+    )
+
+
+def _part_row(part: str, cost: Cost, steps: Sequence[StepResult]) -> PartResult:
+    return PartResult(
+        part=part,
+        macs=cost.macs,
+        weight_bytes=cost.weight_bytes,
+        activation_bytes=cost.activation_bytes,
+        measured_ms=_measured([step for step in steps if step.part == part]),
+    )
+
+
+def _measured(steps: Sequence[StepResult]) -> float | None:
+    """Of all of them; None where nothing was measured."""
+    times = [step.measured_ms for step in steps if step.measured_ms is not None]
+    return sum(times) if times else None

@@ -12,9 +12,10 @@ from qbert.analyze.count import count_ops
 from qbert.analyze.inputs import make_inputs, require_encoder, require_positive
 from qbert.analyze.measure import Latency, measure_latency
 from qbert.analyze.memory import peak_memory
+from qbert.analyze.program import fused_encoders, without_graphs
 from qbert.analyze.result import META_DEVICE, AnalyzeResult, Environment, Measurement, TargetFigures
 from qbert.analyze.roofline import predict
-from qbert.analyze.rows import Facts, make_rows
+from qbert.analyze.rows import Facts, make_rows, program_rows
 from qbert.analyze.targets import DTYPE_BYTES, DTYPE_NAMES, HERE, RooflineTarget, device_description, get_target
 from qbert.analyze.weights import count_weights
 from qbert.errors import QBertError
@@ -39,7 +40,8 @@ def analyze(
 
     Args:
         model: a transformers encoder with or without a task head, or any module with `config.vocab_size` that takes
-            `input_ids`; float or quantized. It runs where its weights are, in eval mode, and is left as it was.
+            `input_ids`; float, quantized or fused (which shows its program, too, step by step). It runs where its weights
+            are, in eval mode and without CUDA graphs, and is left as it was.
         batch: sequences.
         seq: tokens of each; none of them padding.
         target: machine of the predicted times: a name in `TARGETS`, ``"here"`` (measured), or a `RooflineTarget`.
@@ -62,7 +64,7 @@ def analyze(
         raise QBertError(f"unknown dtype {dtype!r}; allowed: {', '.join(DTYPE_BYTES)}")
     inputs = make_inputs(model, batch, seq, device)
     machine = _machine(target, device)
-    with evaluation_mode(model):
+    with evaluation_mode(model), without_graphs(model):
         counts = count_ops(model, inputs, model_dtype)
         peak = peak_memory(model, inputs)
         latency = measure_latency(model, inputs, device, repeats) if measure else None
@@ -78,7 +80,8 @@ def analyze(
         )
         for each in Component
     }
-    components, total = make_rows(facts, peak.total, latency.total_ms if latency else None)
+    total_ms, step_ms = (latency.total_ms, latency.step_ms) if latency else (None, None)
+    components, total = make_rows(facts, peak.total, total_ms)
     return AnalyzeResult(
         model=name or type(model).__name__,
         model_dtype=own_dtype,
@@ -91,6 +94,10 @@ def analyze(
         components=components,
         total=total,
         measurement=_measurement(latency),
+        programs=[
+            program_rows(encoder, fused, [seq] * batch, step_ms, total_ms)
+            for encoder, fused in fused_encoders(model).items()
+        ],
         uncounted_ops=dict(counts.uncounted),
     )
 

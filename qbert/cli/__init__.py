@@ -1,4 +1,4 @@
-"""L13. The command line: parses, calls, prints. `--json` gives every command's result to machines."""
+"""The command line: parses, calls, prints. `--json` gives every command's result to machines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""L13. `qbert bench`: hands what was typed to a benchmark's own command, and imports nothing of it before."""
+"""`qbert bench`: hands what was typed to a benchmark's own command, and imports nothing of it before."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "gemm": ("bench_gemm", "linears: every scheme beside torch and other libraries, BERT's shapes, 1 to 16384 tokens"),
     "attention": ("bench_attention", "int8 attention beside scaled_dot_product_attention, padded and ragged"),
     "bert": ("bench_bert", "whole encoders beside their peers, each in a process of its own"),
+    "overhead": ("bench_overhead", "what Python, launches and norms take of a fused forward of few tokens"),
     "quantize": ("bench_quantize", "seconds and peak memory of quantizing, scheme by scheme"),
     "accuracy": (
         "bench_accuracy",

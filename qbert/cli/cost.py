@@ -1,4 +1,4 @@
-"""L13. Commands about cost: analyze, advise, formats."""
+"""Commands about cost: analyze, advise, formats."""
 
 from __future__ import annotations
 
@@ -22,20 +22,24 @@ def analyze(
     ] = "here",
     dtype: Annotated[str | None, typer.Option("--dtype", help="float precision of the prediction")] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="time the model here")] = True,
+    unfused: Annotated[
+        bool, typer.Option("--unfused", help="take a fused encoder apart again: module by module, not step by step")
+    ] = False,
     plot: PlotFile = None,
     as_json: Json = False,
 ) -> None:
-    """Where parameters, FLOPs, bytes, run-time memory and latency of an encoder are, and what bounds each part."""
+    """Where parameters, FLOPs, bytes, run-time memory and latency of an encoder are, and what bounds each part.
+
+    Of a fused encoder also each step that it runs: the kernel, multiply-adds, bytes and time.
+    """
     from qbert import analyze as analysis
     from qbert.convert import unfuse_
-    from qbert.nn import encoders, fused_forward
     from qbert.workflow import load_any
 
     # A GPU is not bought to run float32 on its CUDA cores.
     dtype = dtype if dtype is not None or target == "here" else "fp16"
     subject = load_any(model)
-    if any(fused_forward(base) for _, base, _ in encoders(subject)):
-        terminal.err.print("the encoder is taken apart module by module, so it is not run fused here")
+    if unfused:
         unfuse_(subject)
     with terminal.err.status("measuring"):
         result = analysis.analyze(

@@ -1,4 +1,4 @@
-"""L13. Commands about checkpoints: quantize, inspect, verify."""
+"""Commands about checkpoints: quantize, inspect, verify."""
 
 from __future__ import annotations
 

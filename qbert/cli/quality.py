@@ -1,4 +1,4 @@
-"""L13. Commands about accuracy: eval, finetune, compare."""
+"""Commands about accuracy: eval, finetune, compare."""
 
 from __future__ import annotations
 

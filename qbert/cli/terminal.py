@@ -1,4 +1,4 @@
-"""L13. What all commands share: consoles, progress bars, options that several take, and how results are printed."""
+"""What all commands share: consoles, progress bars, options that several take, and how results are printed."""
 
 from __future__ import annotations
 

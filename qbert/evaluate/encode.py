@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from qbert.errors import QBertError
+from qbert.families.positions import longest
 from qbert.modes import evaluation_mode
-from qbert.positions import longest
 
 Progress = Callable[[int, int], None]  # (done, total)
 

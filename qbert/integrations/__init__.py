@@ -1,4 +1,4 @@
-"""L10. Other frameworks: registered when they are imported, so that `import qbert` stays light."""
+"""Other frameworks: registered when they are imported, so that `import qbert` stays light."""
 
 from __future__ import annotations
 

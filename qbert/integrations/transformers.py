@@ -1,4 +1,4 @@
-"""L10. transformers: `from_pretrained(..., quantization_config=QBertConfig(...))`, `save_pretrained`, `from_pretrained`, load.
+"""transformers: `from_pretrained(..., quantization_config=QBertConfig(...))`, `save_pretrained`, `from_pretrained`, load.
 
 Importing this module registers the method ``"qbert"`` with transformers (see `qbert.integrations`). There is one loader:
 `qbert.load` is transformers' own `from_pretrained` behind the strict check, and `from_pretrained` runs the same check.
@@ -7,7 +7,9 @@ Importing this module registers the method ``"qbert"`` with transformers (see `q
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qbert import checkpoint, convert
-from qbert.bert import KEEP_FLOAT
 from qbert.checkpoint import METHOD, Record
+from qbert.encoder import Calibration
 from qbert.errors import CheckpointError, QBertError
-from qbert.nn import Calibration, ModuleSpec, QuantizedModule
+from qbert.families import KEEP_FLOAT
+from qbert.modules import ModuleSpec, QTiedLinear, QuantizedModule
 from qbert.recipe import Recipe
 
 # Configuration entries with these words in their names, if they are integers, say how often something is built.
 _COUNTED = {"layer": 1024, "label": 2**20}
+# What a quantized transformers model has of its own in place of its class's, and where it keeps the former ties.
+_TIES, _RESIZE, _FORMER_TIES = "_tied_weights_keys", "resize_token_embeddings", "_qbert_former_ties"
 
 
 @register_quantization_config(METHOD)
@@ -82,7 +87,8 @@ class QBertConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         if self.record is not None:
             return self.record.to_dict()
-        data = {"quant_method": METHOD, "format_version": checkpoint.FORMAT_VERSION, **self.recipe.to_dict()}
+        version = checkpoint.format_version(self.calibration)
+        data = {"quant_method": METHOD, "format_version": version, **self.recipe.to_dict()}
         if self.fuse:
             data |= {"fuse": True, "calibration": self.calibration and self.calibration.to_dict()}
         return data
@@ -291,13 +297,95 @@ def _retie(spec: ModuleSpec, rename: Any) -> ModuleSpec:
 
 
 def _forget_quantized_ties(model: PreTrainedModel) -> None:
-    """transformers ties parameters by name; where a quantized module stands there is none, and the tie is the module's."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    model.all_tied_weights_keys = {
-        target: source
-        for target, source in model.all_tied_weights_keys.items()
-        if target in parameters and source in parameters
-    }
+    """transformers ties parameters by name; where a quantized module stands there is none, and the tie is the module's.
+
+    `tie_weights` asks each transformers model inside for its ties, as patterns of names; so each gets those that are left.
+    """
+    for inner in _transformers_models(model):
+        parameters = dict(inner.named_parameters(remove_duplicate=False))
+        weights = [
+            f"{name}.weight" for name, module in inner.named_modules(remove_duplicate=False) if _quantized(module)
+        ]
+        if not weights:
+            continue
+        expanded = {
+            target: source
+            for target, source in getattr(inner, "all_tied_weights_keys", {}).items()
+            if target in parameters and source in parameters
+        }
+        inner.all_tied_weights_keys = expanded
+        former = inner.__dict__.setdefault(_FORMER_TIES, getattr(inner, _TIES))
+        if former is not None:
+            setattr(inner, _TIES, _ties_left(former, expanded, weights))
+        inner.__dict__[_RESIZE] = functools.partial(_resize_token_embeddings, inner)
+
+
+def _ties_left(former: Mapping[str, str], expanded: Mapping[str, str], weights: Collection[str]) -> dict[str, str]:
+    """Patterns of names that reach no quantized weight, and of the others the pairs that are parameters still.
+
+    Args:
+        former: pattern of targets -> pattern of sources.
+        expanded: the pairs of parameters that are tied.
+        weights: names of the quantized ones.
+    """
+    left: dict[str, str] = {}
+    for target, source in former.items():
+        if any(re.search(f"^{pattern}", weight) for pattern in (target, source) for weight in weights):
+            left |= {name: expanded[name] for name in expanded if re.search(f"^{target}", name)}
+        else:
+            left[target] = source
+    return left
+
+
+def _remember_ties(model: PreTrainedModel) -> None:
+    """Undoes `_forget_quantized_ties`."""
+    found = [inner for inner in _transformers_models(model) if _FORMER_TIES in inner.__dict__]
+    for inner in found:
+        former = inner.__dict__.pop(_FORMER_TIES)
+        for name in (_TIES, _RESIZE):
+            inner.__dict__.pop(name, None)
+        if getattr(inner, _TIES) != former:  # it was the model's own before
+            setattr(inner, _TIES, former)
+    for inner in found:
+        inner.all_tied_weights_keys = inner.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _resize_token_embeddings(
+    model: PreTrainedModel,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    mean_resizing: bool = True,
+) -> nn.Module:
+    """transformers' own, which rebuilds the table and the head over it where the number of rows is another.
+
+    Raises:
+        QBertError: one of them is quantized.
+    """
+    table: Any = model.get_input_embeddings()
+    vocabulary = [each for each in (table, model.get_output_embeddings()) if each is not None]
+    if any(map(_quantized, vocabulary)):
+        rows = [each.shape[0] if _quantized(each) else each.weight.shape[0] for each in vocabulary]
+        wanted = rows[0] if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+        elif new_num_tokens is None:
+            return table
+        if all(each == wanted for each in rows):
+            return table
+        raise QBertError(
+            f"resize_token_embeddings: the vocabulary of this {type(model).__name__} is quantized and has {rows[0]} rows, "
+            f"not {wanted}; call qbert.dequantize_(model) first, resize it, and quantize it again"
+        )
+    resized: nn.Module = type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, mean_resizing)
+    return resized
+
+
+def _quantized(module: object) -> bool:
+    return isinstance(module, QuantizedModule | QTiedLinear)
+
+
+def _transformers_models(model: nn.Module) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def _attach(model: PreTrainedModel, record: Record) -> None:
@@ -325,9 +413,10 @@ def _follow(model: nn.Module, recipe: Recipe | None) -> None:
         if recipe is not None:
             if any(isinstance(module, QuantizedModule) for module in inner.modules()):
                 _attach(inner, Record.of(inner, recipe, inner.config.name_or_path or None))
-        elif isinstance(getattr(inner, "hf_quantizer", None), QBertHfQuantizer):
+            continue
+        _remember_ties(inner)
+        if isinstance(getattr(inner, "hf_quantizer", None), QBertHfQuantizer):
             inner.hf_quantizer.remove_quantization_config(inner)
-            inner.all_tied_weights_keys = inner.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 convert.when_changed(_follow)

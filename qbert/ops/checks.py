@@ -1,31 +1,36 @@
-"""L5. What the arguments of an operation must be, said once for fakes, torch and native implementations.
+"""What the arguments of an operation must be, said once for fakes and all implementations.
 
 Torch would broadcast a single value or take a packed row for a shorter one, and a kernel would read past the end of memory:
-after these checks neither can happen. Functions named after an operation return the number of output channels.
+after these checks neither can happen.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qbert.errors import QBertError
-from qbert.formats import DICT3, DICT4, INT4, INT8, Format, Role, get_scheme
-from qbert.layout import PADDED_ROWS, Layout, layouts_for, qdata_shape, qdata_type
-from qbert.reference import FLOAT_TABLE
+from qbert.formats import INT8, Role, Scheme
+from qbert.ops.abi import FLOAT_DTYPES
+from qbert.weight import Layout, Weight, plain_specs
+from qbert.weight.layout import layouts_of, qdata_shape, qdata_type
+from qbert.weight.tensor import tensor_names
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Longer rows could overflow the int32 sum of products of magnitude 127 * 127.
 MAX_K = (2**31 - 1) // (INT8.qmax * INT8.qmax)
 
-_LAYOUTS = {
-    (fmt, a8): {each.value: each for each in layouts_for(fmt, a8)}
-    for fmt in (INT8, INT4, DICT3, DICT4)
-    for a8 in (False, True)
-}
+
+class Like(NamedTuple):
+    """Shape and type of a result."""
+
+    shape: Sequence[int]
+    dtype: torch.dtype
 
 
 def _require(condition: bool, message: Callable[[], str]) -> None:
@@ -55,16 +60,16 @@ def activations(x: Tensor) -> None:
 
 def float_dtype(what: str, dtype: torch.dtype) -> None:
     """One of `FLOAT_DTYPES`."""
-
-    def message() -> str:
-        return f"{what} {dtype}; allowed: {', '.join(str(each).removeprefix('torch.') for each in FLOAT_DTYPES)}"
-
-    _require(dtype in FLOAT_DTYPES, message)
+    if dtype not in FLOAT_DTYPES:
+        allowed = ", ".join(str(each).removeprefix("torch.") for each in FLOAT_DTYPES)
+        torch._check(False, lambda: f"{what} {dtype}; allowed: {allowed}")
 
 
 def out_type(out: torch.dtype | float) -> torch.dtype:
-    """Type of a linear's or attention's result: what `out_dtype` says, or int8 where there is an `out_scale` instead."""
+    """Type of a linear's or attention's result: the float type that `out` is, or int8 where it is a static scale."""
     if not isinstance(out, torch.dtype):
+        if not (0 < out < math.inf):
+            raise QBertError(f"out_scale is {out}; allowed: finite and above 0")
         return torch.int8
     float_dtype("out_dtype is", out)
     return out
@@ -102,180 +107,117 @@ def bounds_cover(bounds: list[int], t: int) -> None:
         raise QBertError(f"cu_seqlens must ascend from 0 to {t}, got {bounds}")
 
 
-def _typed(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    _require(
-        tensor.dtype == dtype and tensor.shape == shape,
-        lambda: f"{name} must be {shape} {dtype}, got {tensor.dtype} {tuple(tensor.shape)}",
-    )
-
-
 # ---- a weight -------------------------------------------------------------------------------------------------------
 
 
-def parse_layout(layout: str, fmt: Format, int8_activations: bool) -> Layout:
-    """The layout of that name, if codes of that format can lie so."""
-    allowed = _LAYOUTS[fmt, int8_activations]
+def parse_weight(tensors: Sequence[Tensor], scheme: Scheme, layout: str, k: int) -> Weight:
+    """A weight from an operator's arguments; `weight` checks its tensors.
+
+    Raises:
+        QBertError: another number of tensors, or a layout that the scheme's codes cannot be in.
+    """
+    names = tensor_names(scheme)
+    if len(tensors) != len(names):
+        raise QBertError(f"a weight of scheme {scheme.name} is {len(names)} tensors, got {len(tensors)}")
+    allowed = _layouts(scheme)
     if layout not in allowed:
-        raise QBertError(f"{fmt.name} codes have no layout {layout!r} here; allowed: {', '.join(allowed)}")
-    return allowed[layout]
+        raise QBertError(f"{scheme.name} codes have no layout {layout!r} here; allowed: {', '.join(allowed)}")
+    return Weight.of(tensors, scheme, allowed[layout], k)
 
 
-def _codes(qdata: Tensor, fmt: Format, layout: str, int8_activations: bool, held_rows: int, k: int) -> int:
-    """The matrix's rows: those of `qdata`, or where padding hides them as many as another tensor holds."""
-    named = parse_layout(layout, fmt, int8_activations)
-    n = held_rows if named in PADDED_ROWS or qdata.dim() == 0 else qdata.shape[0]
-    dtype, shape = qdata_type(named, fmt), qdata_shape(named, fmt, n, k)
-    _require(
-        qdata.dtype == dtype and qdata.shape == shape,
-        lambda: (
-            f"qdata of {n} rows of {k} {fmt.name} codes in layout {layout} must be {shape} {dtype}, "
-            f"got {qdata.dtype} {tuple(qdata.shape)}; do the activations have {k} columns as the weight has?"
-        ),
+@functools.cache
+def _layouts(scheme: Scheme) -> dict[str, Layout]:
+    return {each.value: each for each in layouts_of(scheme)}
+
+
+def weight(held: Weight) -> None:
+    """Every tensor has the type and shape that scheme, shape and layout ask for.
+
+    Once a weight: who writes to its tensors' metadata afterwards is on his own.
+    """
+    n, k = held.shape
+    columns = held.tensors.get("outlier_col")
+    outliers = 0 if columns is None else columns.shape[0] if columns.dim() else -1
+    specs = (_specs if all(type(each) is int for each in (n, k, outliers)) else _specs.__wrapped__)(
+        held.scheme, n, k, held.layout, held.matrices, outliers
     )
-    return n
+    _require(n >= 0, lambda: f"outlier_rowptr of a {held.scheme.name} weight must be (n + 1,), got (0,)")
+    for name, dtypes, shape in specs:
+        found = held.tensors[name]
+        _require(
+            found.dtype in dtypes and found.shape == shape, functools.partial(_is_another, held, name, dtypes, shape)
+        )
 
 
-def _int8(qdata: Tensor, scale: Tensor, layout: str, int8_activations: bool, k: int) -> int:
-    n = _codes(qdata, INT8, layout, int8_activations, scale.numel(), k)
-    channels("scale", scale, n)
-    return n
-
-
-def _groups(name: str, scale: Tensor, dtype: torch.dtype, n: int, k: int) -> None:
-    _require(
-        scale.dtype == dtype and scale.dim() == 2 and scale.shape[0] == n and k % max(1, scale.shape[1]) == 0,
-        lambda: f"{name} must be ({n}, groups) {dtype} where groups divide {k}, got {scale.dtype} {tuple(scale.shape)}",
+def _is_another(held: Weight, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> str:
+    found = held.tensors[name]
+    return (
+        f"{name} of a {held.scheme.name} weight {held.shape} in layout {held.layout.value} must be {shape} "
+        f"{' or '.join(map(str, dtypes))}, got {found.dtype} {tuple(found.shape)}; "
+        f"do the activations have {held.k} columns as the weight has?"
     )
 
 
-def _dictionary(
-    qdata: Tensor, codebook: Tensor, scale: Tensor | None, rowptr: Tensor, col: Tensor, delta: Tensor, layout: str, k: int
-) -> int:  # fmt: skip
-    """`scale` where the dictionary is int8; only then may there be several, for matrices that are stacked."""
-    dtype = torch.float32 if scale is None else torch.int8
-    _require(
-        codebook.dtype == dtype
-        and codebook.dim() in ((1,) if scale is None else (1, 2))
-        and codebook.shape[-1] in (DICT3.codes, DICT4.codes),
-        lambda: (
-            f"codebook must be ({DICT3.codes},) or ({DICT4.codes},) {dtype}"
-            f"{'' if scale is None else ', or several of them'}, got {codebook.dtype} {tuple(codebook.shape)}"
-        ),
-    )
-    fmt = DICT3 if codebook.shape[-1] == DICT3.codes else DICT4
-    n = _codes(qdata, fmt, layout, scale is not None, rowptr.numel() - 1, k)
-    _typed("outlier_rowptr", rowptr, torch.int32, (n + 1,))
-    _require(
-        col.dtype in (torch.int16, torch.int32) and col.dim() == 1,
-        lambda: f"outlier_col must be (outliers,) int16 or int32, got {col.dtype} {tuple(col.shape)}",
-    )
-    _typed("outlier_delta", delta, torch.float32, (col.shape[0],))
-    if scale is not None:
-        matrices = 1 if codebook.dim() == 1 else codebook.shape[0]
-        _typed("scale", scale, torch.float32, (matrices,))
-        _require(matrices > 0 and n % matrices == 0, lambda: f"{n} rows do not share {matrices} codebooks evenly")
-    return n
+@functools.lru_cache(maxsize=4096)
+def _specs(
+    scheme: Scheme, n: int, k: int, layout: Layout, matrices: int, outliers: int
+) -> list[tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]]:
+    """(name, allowed types, shape) of each tensor that is read in that layout."""
+    group = scheme.group_size
+    if group is not None and k % group:
+        raise QBertError(f"k is {k}, which groups of {group} do not divide (scheme {scheme.name})")
+    if matrices > 1 and (scheme.activation is None or n % matrices):
+        raise QBertError(f"{n} rows of scheme {scheme.name} do not share {matrices} codebooks evenly")
+    found: list[tuple[str, tuple[torch.dtype, ...], tuple[int, ...]]] = []
+    for name, spec in plain_specs(scheme, (n, k), max(outliers, 0)).items():
+        dtypes: tuple[torch.dtype, ...] = (spec.dtype,)
+        shape = spec.shape
+        if name == "qdata":
+            dtypes, shape = (qdata_type(layout, scheme.weight),), qdata_shape(layout, scheme.weight, n, k)
+        elif name == "group_scale" and layout is Layout.INT8_EXPANDED:
+            continue  # part of the operand
+        elif name == "outlier_col":
+            dtypes = (torch.int16, torch.int32)
+        elif name == "codebook" and matrices > 1:
+            shape = (matrices, *shape)
+        elif name == "scale" and scheme.has_dictionary:
+            shape = (matrices,)
+        found.append((name, dtypes, tuple(shape)))
+    return found
+
+
+def table(held: Weight) -> None:
+    """A weight of an embedding scheme."""
+    if Role.EMBEDDING not in held.scheme.roles:
+        raise QBertError(f"scheme {held.scheme.name} is not for embeddings")
+    weight(held)
 
 
 # ---- operations -----------------------------------------------------------------------------------------------------
 
 
-def w8a8_linear(q: Tensor, s: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, layout: str) -> int:
-    """Also of `w8a8_linear_requant`."""
-    quantized(q, s)
-    n = _int8(qdata, scale, layout, True, q.shape[1])
-    channels("bias", bias, n)
-    return n
+def linear(x: Tensor, s: Tensor | None, held: Weight, bias: Tensor | None) -> None:
+    """Tokens, a weight that takes such tokens, and a bias for each of its channels."""
+    if (s is None) != (held.scheme.activation is None):
+        has = "int8 codes with scales" if held.scheme.activation is not None else "floats without scales"
+        raise QBertError(f"scheme {held.scheme.name} takes activations as {has}")
+    if Role.LINEAR not in held.scheme.roles:
+        raise QBertError(f"scheme {held.scheme.name} is not for linears")
+    if s is None:
+        activations(x)
+    else:
+        quantized(x, s)
+    _require(x.shape[1] == held.k, lambda: f"activations have {x.shape[1]} columns, the weight has {held.k}")
+    weight(held)
+    channels("bias", bias, held.n)
 
 
-def w4a8_linear(
-    q: Tensor, s: Tensor, qdata: Tensor, group_scale: Tensor, scale: Tensor, bias: Tensor | None, layout: str
-) -> int:  # fmt: skip
-    """Also of `w4a8_linear_requant`."""
-    quantized(q, s)
-    k = q.shape[1]
-    n = _codes(qdata, INT4, layout, True, scale.numel(), k)
-    channels("scale", scale, n)
-    channels("bias", bias, n)
-    if layout != Layout.INT8_EXPANDED.value:  # there they are part of the operand
-        _groups("group_scale", group_scale, torch.uint8, n, k)
-    return n
-
-
-def gobo_linear(
-    q: Tensor, s: Tensor, qdata: Tensor, codebook: Tensor, scale: Tensor, outlier_rowptr: Tensor, outlier_col: Tensor,
-    outlier_delta: Tensor, bias: Tensor | None, layout: str,
-) -> int:  # fmt: skip
-    """Also of `gobo_linear_requant`."""
-    quantized(q, s)
-    n = _dictionary(qdata, codebook, scale, outlier_rowptr, outlier_col, outlier_delta, layout, q.shape[1])
-    channels("bias", bias, n)
-    return n
-
-
-def w8a16_linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, layout: str) -> int:
-    """Float activations, int8 weights."""
-    activations(x)
-    n = _int8(qdata, scale, layout, False, x.shape[1])
-    channels("bias", bias, n)
-    return n
-
-
-def w4a16_linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, layout: str) -> int:
-    """Float activations, int4 weights with a scale a group."""
-    activations(x)
-    n = _codes(qdata, INT4, layout, False, scale.shape[0], x.shape[1])
-    _groups("scale", scale, torch.bfloat16, n, x.shape[1])
-    channels("bias", bias, n)
-    return n
-
-
-def gobo_a16_linear(
-    x: Tensor, qdata: Tensor, codebook: Tensor, outlier_rowptr: Tensor, outlier_col: Tensor, outlier_delta: Tensor,
-    bias: Tensor | None, layout: str,
-) -> int:  # fmt: skip
-    """Float activations, dictionary weights."""
-    activations(x)
-    n = _dictionary(qdata, codebook, None, outlier_rowptr, outlier_col, outlier_delta, layout, x.shape[1])
-    channels("bias", bias, n)
-    return n
-
-
-def table(tensors: list[Tensor], scheme: str, layout: str, k: int) -> int:
-    """Rows of an embedding table of an embedding scheme, or of ``"float"``; its tensors come in the order of `plain_specs`.
-
-    Raises:
-        QBertError: an unknown scheme or layout, or another number of tensors.
-    """
-    fmt = None if scheme == FLOAT_TABLE else get_scheme(scheme, Role.EMBEDDING).weight
-    wanted = 1 if fmt is None else 5 if fmt in (DICT3, DICT4) else 2
-    if len(tensors) != wanted:
-        raise QBertError(f"an embedding table of scheme {scheme} is {wanted} tensors, got {len(tensors)}")
-    if fmt is None:
-        float_dtype("the float table is", tensors[0].dtype)
-        _typed("the float table", tensors[0], tensors[0].dtype, (tensors[0].shape[0], k))
-        return tensors[0].shape[0]
-    if fmt in (DICT3, DICT4):
-        qdata, codebook, rowptr, col, delta = tensors
-        return _dictionary(qdata, codebook, None, rowptr, col, delta, layout, k)
-    qdata, scale = tensors
-    if fmt is INT8:
-        if layout != Layout.PLAIN.value:
-            raise QBertError(f"an int8 table has no layout {layout!r}; allowed: {Layout.PLAIN.value}")
-        return _int8(qdata, scale, layout, False, k)
-    if layout not in (Layout.PLAIN.value, Layout.BYTES.value):
-        raise QBertError(f"an int4 table has no layout {layout!r}; allowed: {Layout.PLAIN.value}, {Layout.BYTES.value}")
-    n = _codes(qdata, fmt, layout, False, scale.shape[0], k)
-    _groups("scale", scale, torch.bfloat16, n, k)
-    return n
-
-
-def attention(qkv: Tensor, scales: Tensor, cu_seqlens: Tensor, num_heads: int) -> None:
-    """Also of `attention_int8_requant`; what `bounds_cover` checks is not looked at here."""
-    _require(num_heads >= 1, lambda: f"num_heads is {num_heads}; allowed: 1 or more")
+def attention(qkv: Tensor, scales: Tensor, cu_seqlens: Tensor, heads: int, softmax_scale: float) -> None:
+    """What `bounds_cover` checks is not looked at here."""
+    _require(heads >= 1, lambda: f"heads is {heads}; allowed: 1 or more")
     _require(
-        qkv.dtype == torch.int8 and qkv.dim() == 2 and qkv.shape[1] % (3 * num_heads) == 0,
-        lambda: f"qkv must be (t, 3 * {num_heads} * head_dim) int8, got {qkv.dtype} {tuple(qkv.shape)}",
+        qkv.dtype == torch.int8 and qkv.dim() == 2 and qkv.shape[1] % (3 * heads) == 0,
+        lambda: f"qkv must be (t, 3 * {heads} * head_dim) int8, got {qkv.dtype} {tuple(qkv.shape)}",
     )
     _require(
         scales.dtype == torch.float32 and (scales.shape == (3,) or scales.shape == (qkv.shape[0], 3)),
@@ -285,43 +227,66 @@ def attention(qkv: Tensor, scales: Tensor, cu_seqlens: Tensor, num_heads: int) -
         cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1,
         lambda: f"cu_seqlens must be (sequences + 1,) int32, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}",
     )
+    if not (0 < softmax_scale < math.inf):
+        raise QBertError(f"softmax_scale is {softmax_scale}; allowed: finite and above 0")
 
 
-def add_layer_norm_quantize(y: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor) -> None:
+def add_norm(y: Tensor, residual: Tensor, norm: tuple[Tensor, Tensor, float]) -> None:
     """Two floats (t, k), one gain and one shift a column."""
+    _require(y.dim() == 2, lambda: f"y must be (t, k), got {tuple(y.shape)}")
+    float_dtype("y is", y.dtype)
     same_shape("y", y, "residual", residual)
-    channels("gamma", gamma, residual.shape[-1])
-    channels("beta", beta, residual.shape[-1])
+    result_like("residual", residual, residual.shape, norm)
 
 
-def w8a8_linear_add_norm(
-    q: Tensor, s: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor,
-    beta: Tensor, layout: str,
-) -> int:  # fmt: skip
-    """A linear whose result has residual's shape and type."""
-    n = w8a8_linear(q, s, qdata, scale, bias, layout)
-    float_dtype("residual is", residual.dtype)
+def result_like(name: str, residual: Tensor, shape: Sequence[int], norm: tuple[Tensor, Tensor, float]) -> None:
+    """A float that is added to a result of that shape, and a norm over its columns."""
+    float_dtype(f"{name} is", residual.dtype)
     _require(
-        residual.shape == (q.shape[0], n),
-        lambda: f"residual must be ({q.shape[0]}, {n}) as the linear's result, got {tuple(residual.shape)}",
+        residual.shape == tuple(shape),
+        lambda: f"{name} must be {tuple(shape)} as the result, got {tuple(residual.shape)}",
     )
-    channels("gamma", gamma, n)
-    channels("beta", beta, n)
-    return n
+    norm_over(norm, residual.shape[-1])
 
 
-def embed_layer_norm_quantize(
-    ids: Tensor, position_ids: Tensor, token_type_ids: Tensor, words: list[Tensor], scheme: str, layout: str,
-    positions: Tensor, token_types: Tensor, gamma: Tensor, beta: Tensor,
-) -> int:  # fmt: skip
-    """Returns the word table's rows. What `ids_in_range` checks is not looked at here."""
-    same_shape("ids", ids, "position_ids", position_ids)
-    same_shape("ids", ids, "token_type_ids", token_type_ids)
+def norm_over(norm: tuple[Tensor, Tensor, float], k: int) -> None:
+    """A float gain and a float shift for each of k columns."""
+    for name, tensor in zip(("gamma", "beta"), norm[:2], strict=True):
+        float_dtype(f"{name} is", tensor.dtype)
+        channels(name, tensor, k)
+
+
+def normed(shape: Sequence[int], dtype: torch.dtype) -> tuple[Like, ...]:
+    """What a norm gives: floats (t, k), their codes and scales."""
+    return Like(shape, dtype), Like(shape, torch.int8), Like(shape[:1], torch.float32)
+
+
+def embed_norm(
+    looked_up: Sequence[Tensor], words: Weight | Tensor, positions: Tensor, token_types: Tensor,
+    norm: tuple[Tensor, Tensor, float],
+) -> None:  # fmt: skip
+    """Ids of words, positions and token types, and their tables. What `ids_in_range` checks is not looked at here."""
+    ids = looked_up[0]
+    for name, each in zip(("position_ids", "token_type_ids"), looked_up[1:], strict=True):
+        same_shape("ids", ids, name, each)
+    _require(
+        ids.dim() == 1 and positions.dim() == 2,
+        lambda: f"ids must be (t,) and positions (p, k), got {tuple(ids.shape)} and {tuple(positions.shape)}",
+    )
+    float_dtype("positions are", positions.dtype)
     k = positions.shape[1]
+    _float_table("token_types", token_types, k)
+    if isinstance(words, Tensor):
+        _float_table("words", words, k)
+    else:
+        _require(words.k == k, lambda: f"words have {words.k} columns, positions have {k}")
+        table(words)
+    norm_over(norm, k)
+
+
+def _float_table(name: str, rows: Tensor, k: int) -> None:
+    float_dtype(f"{name} are", rows.dtype)
     _require(
-        token_types.dim() == 2 and token_types.shape[1] == k,
-        lambda: f"token_types must be (types, {k}) as positions are, got {tuple(token_types.shape)}",
+        rows.dim() == 2 and rows.shape[1] == k,
+        lambda: f"{name} must be (rows, {k}) as positions are, got {tuple(rows.shape)}",
     )
-    channels("gamma", gamma, k)
-    channels("beta", beta, k)
-    return table(words, scheme, layout, k)

@@ -1,25 +1,39 @@
-"""L5. Operations that are two others one after the other wherever no kernel does both at once: `dispatch.COMPOSED`."""
+"""Operations that are two others one after the other wherever no kernel does both at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-_Implementation = Callable[..., Any]
+from qbert.ops.kernel import Kernel, Problem
+from qbert.ops.operations import AddNorm, LinearAddNorm
+from qbert.target import Target
+
+LINEAR_THEN_NORM = "linear, add_norm"
 
 
-def _w8a8_linear_add_norm(linear: _Implementation, add_norm: _Implementation) -> _Implementation:
-    def composed(
-        q: Tensor, s: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor,
-        beta: Tensor, eps: float, layout: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        y = linear(q, s, qdata, scale, bias, "none", residual.dtype, layout)
-        return add_norm(y, residual, gamma, beta, eps)
+def _linear_add_norm(a: LinearAddNorm) -> tuple[Tensor, Tensor, Tensor]:
+    from qbert.ops.table import run
 
-    return composed
+    result: Any = run(AddNorm(run(a.linear), a.residual, a.norm))
+    return result
 
 
-# Operation -> its implementation, made of those of its parts.
-COMPOSITIONS: dict[str, Callable[..., _Implementation]] = {"w8a8_linear_add_norm": _w8a8_linear_add_norm}
+KERNELS = (
+    Kernel(
+        "linear_add_norm",
+        LINEAR_THEN_NORM,
+        _linear_add_norm,
+        obstacle=lambda problem, target: None,
+        reason=lambda problem, target: _REASON,
+    ),
+)
+_REASON = "two launches: no kernel here does both at once, or two are faster"
+
+
+def composes(problem: Problem, target: Target) -> bool:
+    """Whether a linear and the norm after it are two launches there, whatever the number of tokens."""
+    from qbert.ops.table import select
+
+    return target.device == "cpu" and select("linear_add_norm", problem, target).name == LINEAR_THEN_NORM

@@ -1,4 +1,4 @@
-"""L6. From a float weight to a `QuantizedTensor`: what each scheme's codes, scales and dictionaries are."""
+"""From a float weight to a `Weight`: what each scheme's codes, scales and dictionaries are."""
 
 from qbert.quantizers.registry import quantize
 

@@ -1,26 +1,27 @@
-"""L6. Symmetric round-to-nearest: the scale maps the largest magnitude of a row or group to the largest code."""
+"""Symmetric round-to-nearest: the scale maps the largest magnitude of a row or group to the largest code."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from qbert.formats import INT4, INT8, W4A8_GROUP_SCALE_MAX, PerGroup, Scheme
-from qbert.layout import pack_codes
-from qbert.reference import MIN_ABSMAX
+from qbert.formats import INT4, W4A8_GROUP_SCALE_MAX, PerGroup, Scheme
+from qbert.weight.codec import MIN_ABSMAX
+from qbert.weight.layout import pack_codes
 
 
 def quantize_absmax(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     """(n, k) float32 to the PLAIN tensors of an integer scheme."""
+    fmt = scheme.weight
     if not isinstance(scheme.granularity, PerGroup):
-        scale = _scale(weight.abs().amax(dim=1), INT8.qmax)
-        return {"qdata": pack_codes(_codes(weight, scale[:, None], INT8.qmax), INT8), "scale": scale}
+        scale = _scale(weight.abs().amax(dim=1), fmt.qmax)
+        return {"qdata": pack_codes(_codes(weight, scale[:, None], fmt.qmax), fmt), "scale": scale}
     groups = weight.view(weight.shape[0], -1, scheme.granularity.size)
     if scheme.activation is not None:
         return _two_level(groups)
-    scale = _scale(groups.abs().amax(dim=2), INT4.qmax).to(torch.bfloat16)  # codes are taken with the scale as stored
-    codes = _codes(groups, scale.to(torch.float32).unsqueeze(2), INT4.qmax).view(weight.shape)
-    return {"qdata": pack_codes(codes, INT4), "scale": scale}
+    scale = _scale(groups.abs().amax(dim=2), fmt.qmax).to(torch.bfloat16)  # codes are taken with the scale as stored
+    codes = _codes(groups, scale.to(torch.float32).unsqueeze(2), fmt.qmax).view(weight.shape)
+    return {"qdata": pack_codes(codes, fmt), "scale": scale}
 
 
 def _two_level(groups: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""L6. GOBO: a dictionary of 8 or 16 values learned from each matrix, and the few weights that do not fit it kept exactly.
+"""GOBO: a dictionary of 8 or 16 values learned from each matrix, and the few weights that do not fit it kept exactly.
 
 Zadeh, Edo, Awad, Moshovos: "GOBO: Quantizing Attention-Based NLP Models for Low Latency and Energy Efficient Inference",
 MICRO 2020 (arXiv 2005.03842). For each matrix: fit a Gaussian, set apart the weights whose log-density is below a
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from qbert.errors import QBertError
 from qbert.formats import INT8, Scheme
-from qbert.layout import pack_codes
-from qbert.qtensor import column_dtype
-from qbert.reference import MIN_ABSMAX
+from qbert.weight.codec import MIN_ABSMAX
+from qbert.weight.layout import pack_codes
+from qbert.weight.tensor import column_dtype
 
 LOG_DENSITY_THRESHOLD = -4.0  # the paper's: natural logarithm of the fitted Gaussian's density
 # The threshold depends on the scale of the weights: at a standard deviation of 21.8 it calls every weight an outlier. Weights

@@ -1,4 +1,4 @@
-"""L6. One entry for every quantizer: checks the weight, then calls the scheme's own."""
+"""One entry for every quantizer: checks the weight, then calls the scheme's own."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from qbert.errors import QBertError
 from qbert.formats import Kind, PerGroup, Scheme
-from qbert.layout import Layout
 from qbert.ops import FLOAT_DTYPES, MAX_K
-from qbert.qtensor import QuantizedTensor, plain_specs
 from qbert.quantizers.absmax import quantize_absmax
 from qbert.quantizers.gobo import quantize_gobo
+from qbert.weight.layout import Layout
+from qbert.weight.tensor import Weight, plain_specs
 
 # Format kind of a scheme's weight -> its quantizer: (n, k) float32 on any device -> PLAIN tensors by name.
 _QUANTIZERS: dict[Kind, Callable[[Tensor, Scheme], dict[str, Tensor]]] = {
@@ -22,7 +22,7 @@ _QUANTIZERS: dict[Kind, Callable[[Tensor, Scheme], dict[str, Tensor]]] = {
 }
 
 
-def quantize(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
+def quantize(weight: Tensor, scheme: Scheme) -> Weight:
     """Quantizes one matrix.
 
     Args:
@@ -38,12 +38,12 @@ def quantize(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
     check_weight(weight, scheme)
     tensors = _QUANTIZERS[scheme.weight.kind](weight.detach().to(torch.float32), scheme)
     n, k = weight.shape
-    quantized = QuantizedTensor(scheme, (n, k), Layout.PLAIN, tensors)
+    quantized = Weight(scheme, (n, k), Layout.PLAIN, tensors)
     specs = plain_specs(scheme, (n, k), quantized.outliers)
     for name, spec in specs.items():  # the file format is said once; a quantizer that strays from it is a bug here
         found = tensors[name]
         assert (found.dtype, tuple(found.shape)) == (spec.dtype, spec.shape), (name, found.dtype, found.shape, spec)
-    return QuantizedTensor(scheme, (n, k), Layout.PLAIN, {name: tensors[name] for name in specs})
+    return Weight(scheme, (n, k), Layout.PLAIN, {name: tensors[name] for name in specs})
 
 
 def check_weight(weight: Tensor, scheme: Scheme) -> None:

@@ -17,7 +17,7 @@ ROWS, COLUMNS, TOKENS = 24, 16, 5
 
 
 class FakeQuantized(nn.Module):
-    """A quantized linear or embedding as `qbert.nn` makes them: codes in a buffer, true size by `weight_nbytes`."""
+    """A quantized linear or embedding as `qbert.modules` makes them: codes in a buffer, true size by `weight_nbytes`."""
 
     qdata: torch.Tensor
     scale: torch.Tensor

@@ -67,6 +67,6 @@ def test_hooks_go_and_errors_leave_no_trace() -> None:
 def test_current_component() -> None:
     model = Model(nn.Linear(2, 2))
     seen: list[Component | None] = []
-    with ComponentTracker(model, seen.append):
+    with ComponentTracker(model, lambda ran: seen.append(None if ran is None else ran.component)):
         model(torch.zeros(2))
     assert seen == [None, Component.OTHER, Component.POOLER_HEAD, Component.OTHER]

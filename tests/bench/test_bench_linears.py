@@ -17,6 +17,10 @@ from benchmarks.machine import describe
 from benchmarks.peers import gemlite_peer
 from benchmarks.results_schema import AttentionRow, CeilingRow, GemmRow, Work, load_results
 from qbert.errors import MissingDependency, QBertError
+from qbert.ops import Activation
+from qbert.ops.kernel import Kernel
+from qbert.ops.operations import Linear
+from qbert.ops.reference import linear
 from qbert.timing import Unavailable
 
 CPU = torch.device("cpu")
@@ -105,12 +109,16 @@ def test_checks():
 
 
 def test_cold_sets_are_copies(weights):
-    first = (torch.ones(2), weights.linear(torch.float32), "none", 1)
+    held, _ = weights.quantized("w8a8")
+    record = Linear(torch.ones(2), None, held, None, Activation.GELU, torch.float32)
+    first = (torch.ones(2), weights.linear(torch.float32), record, 1)
     sets = Problem(weights, 1, cold=True).sets(first)
     assert len(sets) == 3
-    assert len({each[0].data_ptr() for each in sets}) == 3
-    assert len({each[1].weight.data_ptr() for each in sets}) == 3
-    assert all(each[2:] == ("none", 1) for each in sets)
+    addresses = lambda each: (each[0], each[1].weight, each[2].x, each[2].weight.qdata)
+    assert len({tensor.data_ptr() for each in sets for tensor in addresses(each)}) == 12
+    assert all(each[2].activation is Activation.GELU and each[3] == 1 for each in sets)
+    assert all(torch.equal(each[2].weight.qdata, held.qdata) for each in sets)
+    assert linears.bytes_of(record) == 8 + held.nbytes
     assert Problem(weights, 1, cold=False).sets(first) == [first]
 
 
@@ -128,20 +136,18 @@ def test_candidates_of_a_gpu_are_those_of_the_plan():
 
 def test_kernels_past_the_operator(weights, monkeypatch):
     """A launcher computes what the operator does, and says by name that it does not take a problem."""
-    operator = torch.ops.qbert.w8a8_linear.default
-    monkeypatch.setattr(
-        linears, "KERNELS", {"cuda": {"w8a8_linear": operator}, "triton": {"w8a8_linear": lambda *_: NotImplemented}}
-    )
+
+    def row(name, obstacle):
+        return Kernel("linear", name, linear, lambda problem, target: obstacle, lambda problem, target: "")
+
+    rows = {"cuda": (row("cuda linear", None),), "triton": (row("triton linear", "not that one"),)}
+    monkeypatch.setattr(linears, "KERNELS", rows)
     monkeypatch.setattr(linears, "compiled_tile", lambda problem, scheme: f"a tile for {scheme}")
     chosen = [linears._qbert_entry("w8a8", "", f" {each}", kernels=each) for each in linears.KERNELS]
-    chosen.append(linears._qbert_entry("w4a8", "", " cuda", kernels="cuda"))
-    good, *bad = bench_gemm.measure_problem(Problem(weights, 4, cold=False), SETTINGS, chosen)
-    assert (good.name, good.kernel, good.reason) == ("qbert w8a8 cuda", "cuda w8a8_linear", None)
+    good, bad = bench_gemm.measure_problem(Problem(weights, 4, cold=False), SETTINGS, chosen)
+    assert (good.name, good.kernel, good.reason) == ("qbert w8a8 cuda", "cuda linear", None)
     assert good.tile == "a tile for w8a8"
-    assert [row.reason for row in bad] == [
-        "triton has no kernel for this problem",
-        "cuda has no kernel for this problem",
-    ]
+    assert bad.reason == "triton has no kernel for this problem: not that one"
 
 
 def test_gemlite_by_whatever_its_helper_is_called(monkeypatch):

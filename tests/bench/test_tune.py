@@ -18,13 +18,15 @@ from benchmarks.problems import LINEARS
 from benchmarks.tune import Problem, Tuned, candidates, dump, merged, problems, tune_one
 from qbert import tiles
 from qbert.devices import GPUS
-from qbert.dispatch import TRITON_LAYOUTS, prefers_extension
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES
-from qbert.layout import FRAGMENT_LAYOUTS, Layout
+from qbert.ops import Activation, triton
+from qbert.ops.cuda import prefers_extension
+from qbert.ops.kernel import problem_of
 from qbert.target import Target
 from qbert.tiles import TUNED, TileConfig, select_tile
 from qbert.timing import Candidate, Sample, Samples
+from qbert.weight.layout import FRAGMENT_LAYOUTS
 
 H100 = Target(**GPUS["h100"].limits)
 A100 = Target(**GPUS["a100"].limits)
@@ -84,11 +86,11 @@ def test_the_fastest_of_the_right_tiles_wins(scheme: str, monkeypatch: pytest.Mo
     listed = [TileConfig("few", 16, 16 * (1 + index), 64, 4, 2) for index in range(5)]
     honest = tune.run
 
-    def faulty(problem: Problem, tile: TileConfig, given: Any, activation: str = "none") -> Tensor:
+    def faulty(problem: Problem, tile: TileConfig, given: Any, activation: Activation = Activation.NONE) -> Tensor:
         if tile == listed[2]:
             raise RuntimeError("out of resources: shared memory\nand more")
         result = honest(problem, tile, given, activation)
-        return result + 1 if tile == listed[3] or (tile == listed[4] and activation == "gelu") else result
+        return result + 1 if tile == listed[3] or (tile == listed[4] and activation is Activation.GELU) else result
 
     monkeypatch.setattr(tune, "run", faulty)
     tuned = tune_one(problem, listed, given, _clock({"0": 3e-6, "1": 2e-6, "2": 1e-9, "3": 1e-9, "4": 1e-9}))
@@ -175,10 +177,11 @@ def test_each_road_gets_the_weight_in_its_own_layout(scheme: str, monkeypatch: p
     monkeypatch.setattr(tune, "target_of", lambda device: replace(H100, native=True, prefer="cuda"))
     problem = Problem(scheme, 5, 48, 128)
     given = tune.arguments(problem, CPU)
-    triton, compiled = given(TileConfig("tma", 64, 64, 128, 4, 3)), given(tune.COMPILED)
-    assert Layout(triton[-1]) in TRITON_LAYOUTS[problem.operation]
-    assert Layout(compiled[-1]) in FRAGMENT_LAYOUTS
-    assert given(TileConfig("few", 16, 64, 128, 4, 3)) is triton
+    of_triton, compiled = given(TileConfig("tma", 64, 64, 128, 4, 3)), given(tune.COMPILED)
+    (row,) = (row for row in triton.KERNELS if row.operation == "linear")
+    assert row.obstacle(problem_of(of_triton), H100) is None
+    assert compiled.weight.layout in FRAGMENT_LAYOUTS
+    assert given(TileConfig("few", 16, 64, 128, 4, 3), Activation.GELU).weight is of_triton.weight
     assert torch.equal(
         tune.run(problem, tune.COMPILED, given), tune.run(problem, TileConfig("tma", 64, 64, 128, 4, 3), given)
     )

@@ -6,6 +6,7 @@ import builds
 import pytest
 import torch
 
+from qbert.ops import table
 from qbert.ops.cuda import launch
 from qbert.target import Target
 
@@ -21,6 +22,12 @@ def emulated(monkeypatch):
     monkeypatch.setattr(launch, "target_of", lambda device: target)
     monkeypatch.setattr(launch, "stream_of", lambda device: 0)
     return module
+
+
+@pytest.fixture
+def fresh_choice(monkeypatch):
+    """`table.select` asks the rows each time: a test may change what they say."""
+    monkeypatch.setattr(table, "_remembered", table._first)
 
 
 @pytest.fixture

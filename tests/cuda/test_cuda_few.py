@@ -5,24 +5,22 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from qbert import reference, testing
+from qbert import testing
 from qbert.errors import QBertError
-from qbert.formats import SCHEMES
-from qbert.layout import Layout, from_plain
+from qbert.formats import SCHEMES, PerGroup
 from qbert.ops import cuda
+from qbert.ops.abi import Activation
+from qbert.ops.operations import Linear
 from qbert.quantizers import quantize
+from qbert.weight import Layout, Weight, codec
 
-INT8_TOKENS = {"gobo3a8": "gobo_linear", "gobo4a8": "gobo_linear", "w4a8": "w4a8_linear"}
-FLOAT_TOKENS = {
-    "w8a16": "w8a16_linear",
-    "w4a16": "w4a16_linear",
-    "gobo3": "gobo_a16_linear",
-    "gobo4": "gobo_a16_linear",
-}
+INT8_TOKENS = ("gobo3a8", "gobo4a8", "w4a8")
+FLOAT_TOKENS = ("w8a16", "w4a16", "gobo3", "gobo4")
 LAYOUTS = {**dict.fromkeys(INT8_TOKENS, Layout.FRAGMENTS_S8), **dict.fromkeys(FLOAT_TOKENS, Layout.FRAGMENTS_F16)}
 SCHEMES_OF_FEW = (*INT8_TOKENS, *FLOAT_TOKENS)
 # Tokens x channels of a thread block / thread blocks that share the columns.
@@ -36,21 +34,24 @@ def plans_of(scheme):
     return [plan for plan in PLANS if scheme in INT8_TOKENS or not plan.startswith("128")]
 
 
-def arguments_of(scheme, t, n, k, *, dtype=torch.bfloat16, operation=None, **chosen):
-    operation = operation or INT8_TOKENS.get(scheme) or FLOAT_TOKENS[scheme]
+def problem_of(scheme, t, n, k, *, dtype=torch.bfloat16, **chosen):
     layout = LAYOUTS[scheme.removesuffix("-g32")]
-    return operation, testing.random_arguments(operation, t, n, k, scheme=scheme, layout=layout, dtype=dtype, **chosen)
+    return testing.random_problem("linear", t, n, k, scheme=scheme, layout=layout, dtype=dtype, **chosen)
 
 
-def run(operation, arguments, plan=""):
-    few = "" if operation in FLOAT_TOKENS.values() else "few " if plan else "few"
-    y = cuda.KERNELS[operation](*arguments, tile=few + plan)
-    assert y is not NotImplemented
-    return y
+def with_weight(a, scheme=None, **tensors):
+    """The same with other tensors of the weight."""
+    weight = replace(a.weight, scheme=scheme or a.weight.scheme, tensors={**a.weight.tensors, **tensors})
+    return a._replace(weight=weight)
 
 
-def check(operation, arguments, plan=""):
-    testing.assert_matches_reference(operation, arguments, run(operation, arguments, plan))
+def run(a, plan=""):
+    few = "" if a.s is None else "few " if plan else "few"
+    return cuda.linear(a, tile=few + plan)
+
+
+def check(a, plan=""):
+    testing.assert_matches_reference(a, run(a, plan))
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------
@@ -60,20 +61,20 @@ def check(operation, arguments, plan=""):
 @pytest.mark.parametrize(("t", "n", "k"), [(1, 1, 128), (5, 64, 256), (16, 100, 640), (17, 200, 1024), (64, 330, 384)])
 def test_sizes(scheme, t, n, k):
     for plan, dtype in zip(["", *plans_of(scheme)], itertools.cycle(SIXTEEN_BITS), strict=False):
-        check(*arguments_of(scheme, t, n, k, seed=t, dtype=dtype), plan)
+        check(problem_of(scheme, t, n, k, seed=t, dtype=dtype), plan)
 
 
 @pytest.mark.parametrize("k", [16, 100, 127, 200])
 @pytest.mark.parametrize("scheme", ["gobo3a8", "gobo4a8", "w8a16", "gobo3", "gobo4"])
 def test_padded_columns(scheme, k):
-    check(*arguments_of(scheme, 9, 70, k), "16x128/2")
+    check(problem_of(scheme, 9, 70, k), "16x128/2")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES_OF_FEW)
 def test_more_blocks_than_stages(scheme):
     """So that the ring of stages goes round, and the most stages there are."""
     for plan in ("16x64/1", "64x128/1"):
-        check(*arguments_of(scheme, 3, 100, 6144), plan)
+        check(problem_of(scheme, 3, 100, 6144), plan)
 
 
 @pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
@@ -81,12 +82,12 @@ def test_more_blocks_than_stages(scheme):
 @pytest.mark.parametrize("groups", [1, 3, 5, 8])
 def test_groups(scheme, size, groups):
     """Also rows that end within a block of 128 columns, and blocks that several thread blocks share."""
-    operation = f"{scheme}_linear"
-    _, arguments = arguments_of(f"{scheme}-g32", 7, 72, size * groups, operation=operation)
-    at = 3 if scheme == "w4a8" else 2
-    wide = arguments[at][:, :: size // 32].contiguous()
+    a = problem_of(f"{scheme}-g32", 7, 72, size * groups)
+    name = "group_scale" if scheme == "w4a8" else "scale"
+    wide = replace(a.weight.scheme, name=f"{scheme}-g{size} here", granularity=PerGroup(size))
+    a = with_weight(a, wide, **{name: a.weight.tensors[name][:, :: size // 32].contiguous()})
     for plan in ("16x64/1", "16x64/4"):
-        check(operation, (*arguments[:at], wide, *arguments[at + 1 :]), plan)
+        check(a, plan)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES_OF_FEW)
@@ -94,45 +95,44 @@ def test_groups(scheme, size, groups):
 def test_ends(scheme, n, bias, activation):
     chosen = {"bias": bias, "activation": activation}
     for dtype in (torch.float32, *SIXTEEN_BITS) if scheme in INT8_TOKENS else SIXTEEN_BITS:
-        check(*arguments_of(scheme, 20, n, 256, dtype=dtype, **chosen), "32x128/2")
+        check(problem_of(scheme, 20, n, 256, dtype=dtype, **chosen), "32x128/2")
     if scheme in INT8_TOKENS:
-        check(*arguments_of(scheme, 20, n, 256, operation=f"{INT8_TOKENS[scheme]}_requant", **chosen), "32x128/2")
+        check(problem_of(scheme, 20, n, 256, int8_out=True, **chosen), "32x128/2")
 
 
 @pytest.mark.parametrize(("matrices", "n"), [(3, 3 * 40), (2, 2 * 64), (7, 7 * 9)])
 @pytest.mark.parametrize("scheme", ["gobo3a8", "gobo4a8"])
 def test_stacked_matrices(scheme, matrices, n):
     """Which meet within a block of 64 rows, and within eight."""
-    check(*arguments_of(scheme, 20, n, 256, matrices=matrices), "32x64/2")
+    check(problem_of(scheme, 20, n, 256, matrices=matrices), "32x64/2")
 
 
 @pytest.mark.parametrize("scheme", INT8_TOKENS)
 def test_integer_sums_have_the_same_bits_however_they_are_cut(scheme):
     """And those of the kernel for many tokens: outliers, which are float32, included."""
-    operation, arguments = arguments_of(scheme, 70, 200, 640, dtype=torch.float32)
-    many = cuda.KERNELS[operation](*arguments, tile="64x128x128 pingpong")
+    a = problem_of(scheme, 70, 200, 640, dtype=torch.float32)
+    many = cuda.linear(a, tile="64x128x128 pingpong")
     for plan in plans_of(scheme):
-        assert torch.equal(run(operation, arguments, plan), many), plan
+        assert torch.equal(run(a, plan), many), plan
 
 
 @pytest.mark.parametrize("scheme", FLOAT_TOKENS)
 def test_a_token_does_not_depend_on_the_others(scheme):
     """What is chosen for any number of tokens shares the columns in the same way."""
-    operation, (x, *rest) = arguments_of(scheme, 64, 200, 1024)
-    together = run(operation, (x, *rest))
+    a = problem_of(scheme, 64, 200, 1024)
+    together = run(a)
     for start, stop in ((3, 4), (0, 16), (30, 50)):
-        assert torch.equal(run(operation, (x[start:stop].contiguous(), *rest)), together[start:stop])
+        assert torch.equal(run(a._replace(x=a.x[start:stop].contiguous())), together[start:stop])
 
 
 # ---- decoding -------------------------------------------------------------------------------------------------------
 
 
-def without_outliers(operation, arguments):
-    if "gobo" not in operation:
-        return arguments
-    at = 5 if operation == "gobo_linear" else 3
-    rowptr, col, delta = arguments[at : at + 3]
-    return (*arguments[:at], torch.zeros_like(rowptr), col[:0], delta[:0], *arguments[at + 3 :])
+def without_outliers(a):
+    if a.weight.sparse is None:
+        return a
+    rowptr, col, delta = a.weight.sparse
+    return with_weight(a, outlier_rowptr=torch.zeros_like(rowptr), outlier_col=col[:0], outlier_delta=delta[:0])
 
 
 @pytest.mark.parametrize("scheme", FLOAT_TOKENS)
@@ -140,23 +140,23 @@ def without_outliers(operation, arguments):
 def test_every_weight_of_float_tokens(scheme, dtype):
     """Read by unit vectors for tokens: rounded once to their type. More tokens read a dense copy of the weight."""
     n, k = 130, 256
-    operation, (_, *rest) = arguments_of(scheme, 1, n, k, bias=False, dtype=dtype)
-    arguments = without_outliers(operation, (torch.eye(k, dtype=dtype), *rest))
-    expected = testing.evaluate(operation, arguments, torch.float64).to(dtype)
+    a = problem_of(scheme, 1, n, k, bias=False, dtype=dtype)
+    a = without_outliers(a._replace(x=torch.eye(k, dtype=dtype)))
+    expected = testing.evaluate(a, torch.float64).to(dtype)
     assert expected.unique().numel() >= 8
-    assert torch.equal(run(operation, arguments), expected)
+    assert torch.equal(run(a), expected)
     for first in range(0, k, 64):
-        few = (arguments[0][first : first + 64].contiguous(), *arguments[1:])
-        assert torch.equal(run(operation, few), expected[first : first + 64])
+        few = a._replace(x=a.x[first : first + 64].contiguous())
+        assert torch.equal(run(few), expected[first : first + 64])
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 def test_every_int8_code(dtype):
     codes = torch.arange(-128, 128, dtype=torch.int8).view(2, 128).repeat(32, 1)
     plain, layout = {"qdata": codes, "scale": torch.ones(64)}, LAYOUTS["w8a16"]
-    qdata = from_plain(plain, SCHEMES["w8a16"], (64, 128), layout)["qdata"]
+    weight = Weight(SCHEMES["w8a16"], (64, 128), Layout.PLAIN, plain).to_layout(layout)
     for units in torch.eye(128, dtype=dtype).split(64):
-        found = run("w8a16_linear", (units, qdata, plain["scale"], None, "none", layout.value))
+        found = run(Linear(units, None, weight, None, Activation.NONE, dtype))
         assert torch.equal(found, units @ codes.t().to(dtype))
 
 
@@ -164,30 +164,28 @@ def test_every_int8_code(dtype):
 def test_every_weight_of_int8_tokens(scheme):
     """The largest operands, too."""
     n, k = 130, 256
-    operation, (_, _, *rest) = arguments_of(scheme, 1, n, k, bias=False, dtype=torch.float32)
-    q, s = torch.eye(k, dtype=torch.int8), torch.ones(k)
-    arguments = without_outliers(operation, (q, s, *rest))
-    qdata, layout = arguments[2], LAYOUTS[scheme].value
-    if operation == "gobo_linear":
-        codebook = torch.randint(-128, 128, arguments[3].shape, dtype=torch.int8)
-        arguments = (q, s, qdata, codebook, torch.ones(1), *arguments[5:])
-        expected = reference.expand_dictionary(qdata, codebook, n, k, layout)
+    a = without_outliers(problem_of(scheme, 1, n, k, bias=False, dtype=torch.float32))
+    a = a._replace(x=torch.eye(k, dtype=torch.int8), s=torch.ones(k))
+    if a.weight.codebook is not None:
+        codebook = torch.randint(-128, 128, a.weight.codebook.shape, dtype=torch.int8)
+        a = with_weight(a, codebook=codebook, scale=torch.ones(1))
     else:
-        group_scale = (torch.arange(arguments[3].numel()) % 18 + 1).to(torch.uint8).view(arguments[3].shape)
-        arguments = (q, s, qdata, group_scale, torch.ones(n), *arguments[5:])
-        expected = reference.expand_int4(qdata, group_scale, k, layout)
+        groups = a.weight.group_scale
+        group_scale = (torch.arange(groups.numel()) % 18 + 1).to(torch.uint8).view(groups.shape)
+        a = with_weight(a, group_scale=group_scale, scale=torch.ones(n))
+    expected = codec.operand(a.weight)
     for plan in ("64x64/1", "128x128/2"):
-        assert torch.equal(run(operation, arguments, plan).t(), expected.to(torch.float32))
+        assert torch.equal(run(a, plan).t(), expected.to(torch.float32))
 
 
 @pytest.mark.parametrize("scheme", FLOAT_TOKENS)
 def test_float32_tokens_read_a_dense_copy_of_the_weight(scheme):
     """Outliers in it bit for bit."""
     n, k = 70, 384
-    operation, (_, *rest) = arguments_of(scheme, 1, n, k, bias=False, dtype=torch.float32)
-    found = run(operation, (torch.eye(k), *rest))
+    a = problem_of(scheme, 1, n, k, bias=False, dtype=torch.float32)
+    found = run(a._replace(x=torch.eye(k)))
     weight = quantize(testing.random_weight(n, k, seed=2), SCHEMES[scheme])
-    assert torch.equal(found.t(), reference.dequantize(weight))
+    assert torch.equal(found.t(), codec.decode(weight))
 
 
 # ---- what is not finite ---------------------------------------------------------------------------------------------
@@ -196,10 +194,10 @@ def test_float32_tokens_read_a_dense_copy_of_the_weight(scheme):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("scheme", FLOAT_TOKENS)
 def test_a_token_that_is_not_finite_stays_alone(scheme, value):
-    operation, arguments = arguments_of(scheme, 12, 100, 200 if scheme != "w4a16" else 256, activation="none")
-    arguments[0][5, 17] = value
-    found = run(operation, arguments, "16x128/2")
-    testing.assert_matches_reference(operation, arguments, found)
+    a = problem_of(scheme, 12, 100, 200 if scheme != "w4a16" else 256, activation="none")
+    a.x[5, 17] = value
+    found = run(a, "16x128/2")
+    testing.assert_matches_reference(a, found)
     finite = found.isfinite().all(dim=1)
     assert finite.tolist() == [token != 5 for token in range(12)]
 
@@ -212,7 +210,7 @@ def random_problem(scheme, source):
     k = source.choice((128, 640, 1024) if "w4" in scheme else (16, 128, 100, 640, 1024))
     # GELU of a token's only value may vanish, and nothing is left to measure errors by.
     chosen = {"bias": source.random() < 0.5, "activation": source.choice(("none", "gelu")) if n > 1 else "none"}
-    return arguments_of(scheme, t, n, k, dtype=source.choice(SIXTEEN_BITS), seed=t, **chosen)
+    return problem_of(scheme, t, n, k, dtype=source.choice(SIXTEEN_BITS), seed=t, **chosen)
 
 
 @pytest.mark.parametrize("seed", range(1, 7))
@@ -220,7 +218,7 @@ def test_any_schedule(emulated, seed):
     source = random.Random(seed)
     emulated.emulate(seed=seed, multiprocessors=3)
     for scheme in SCHEMES_OF_FEW:
-        check(*random_problem(scheme, source), source.choice(plans_of(scheme)))
+        check(random_problem(scheme, source), source.choice(plans_of(scheme)))
 
 
 @pytest.mark.slow
@@ -228,7 +226,7 @@ def test_any_schedule(emulated, seed):
 def test_many_schedules(emulated, scheme):
     for plan, seed in itertools.product(("", *plans_of(scheme)), range(12)):
         emulated.emulate(seed=seed, multiprocessors=3)
-        check(*random_problem(scheme, random.Random(f"{plan} {seed}")), plan)
+        check(random_problem(scheme, random.Random(f"{plan} {seed}")), plan)
 
 
 # ---- choice and refusals --------------------------------------------------------------------------------------------
@@ -298,13 +296,13 @@ def test_refusals_of_weight_only(emulated, changed, message):
 
 
 def test_refusals_of_plans():
-    operation, arguments = arguments_of("gobo3a8", 1, 64, 128)
+    a = problem_of("gobo3a8", 1, 64, 128)
     with pytest.raises(QBertError, match="there is no tile '16x32/1'"):
-        run(operation, arguments, "16x32/1")
+        run(a, "16x32/1")
 
 
 def test_no_device(emulated):
     emulated.emulate(seed=0, multiprocessors=0)
-    operation, arguments = arguments_of("gobo3", 1, 64, 128)
+    a = problem_of("gobo3", 1, 64, 128)
     with pytest.raises(QBertError, match="device"):
-        run(operation, arguments)
+        run(a)

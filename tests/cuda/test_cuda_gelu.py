@@ -104,7 +104,7 @@ def test_instructions_are_triton_s(tmp_path, triton_tests):
     flags = ["-std=c++17", "-O3", "-arch=sm_90a", "-I", str(builds.ROOT / "csrc"), "-ptx", "-o", str(tmp_path / "ptx")]
     subprocess.run([nvcc, *flags, str(source)], check=True)
     cuda = arithmetic((tmp_path / "ptx").read_text())
-    triton = arithmetic(sm90.build(gelu_kernel, {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"BLOCK": 128}).ptx)
+    triton = arithmetic(sm90.build(gelu_kernel, {"x_ptr": "*fp32", "y_ptr": "*fp32", "BLOCK": sm90.Constant(128)}).ptx)
     assert len(cuda) == 13  # abs and neg are signs of other instructions' operands
     assert sorted(cuda) == sorted(triton)
     assert [each for each in cuda if each[0] == "fma.rn.f32"] == [each for each in triton if each[0] == "fma.rn.f32"]

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from qbert import reference, testing
+from qbert import testing
 from qbert.errors import QBertError
-from qbert.layout import Layout
 from qbert.ops import cuda
+from qbert.weight import Layout, codec
 
 MANY = ("64x128x128 pingpong", "128x128x128 pingpong", "128x256x128 cooperative")
-OPERATION_OF = {"gobo3a8": "gobo_linear", "gobo4a8": "gobo_linear", "w4a8": "w4a8_linear"}
-OPERATION_OF |= {"w4a8-g32": "w4a8_linear", "w4a8-g128": "w4a8_linear"}
 FRAGMENTS = Layout.FRAGMENTS_S8
 
 
-def arguments_of(scheme, t, n, k, *, out=torch.float32, **chosen):
-    operation = OPERATION_OF[scheme] + ("_requant" if out == torch.int8 else "")
-    dtype = torch.float32 if out == torch.int8 else out
-    return operation, testing.random_arguments(
-        operation, t, n, k, scheme=scheme, layout=FRAGMENTS, dtype=dtype, **chosen
-    )
+def problem_of(scheme, t, n, k, *, out=torch.float32, **chosen):
+    chosen |= {"int8_out": True} if out == torch.int8 else {"dtype": out}
+    return testing.random_problem("linear", t, n, k, scheme=scheme, layout=FRAGMENTS, **chosen)
 
 
-def with_outliers(arguments, counts, columns=torch.int16):
-    """A gobo linear's arguments with so many outliers in each row, in any order of columns."""
+def with_weight(a, **tensors):
+    """The same with other tensors of the weight."""
+    return a._replace(weight=replace(a.weight, tensors={**a.weight.tensors, **tensors}))
+
+
+def without_outliers(a):
+    rowptr, col, delta = a.weight.sparse
+    return with_weight(a, outlier_rowptr=torch.zeros_like(rowptr), outlier_col=col[:0], outlier_delta=delta[:0])
+
+
+def with_outliers(a, counts, columns=torch.int16):
+    """A dictionary linear with so many outliers in each row, in any order of columns."""
     generator = torch.Generator().manual_seed(len(counts))
-    k, total = arguments[0].shape[1], sum(counts)
+    k, total = a.x.shape[1], sum(counts)
     rowptr = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
     col = torch.cat([torch.randperm(k, generator=generator)[:count] for count in counts]).to(columns)
-    return (*arguments[:5], rowptr, col, torch.randn(total, generator=generator), *arguments[8:])
+    return with_weight(a, outlier_rowptr=rowptr, outlier_col=col, outlier_delta=torch.randn(total, generator=generator))
 
 
 @pytest.fixture(autouse=True)
@@ -40,14 +47,12 @@ def two_multiprocessors(emulated, poisoned):
     emulated.emulate(seed=0, multiprocessors=2)
 
 
-def run(operation, arguments, tile):
-    y = cuda.KERNELS[operation](*arguments, tile=tile)
-    assert y is not NotImplemented
-    return y
+def run(a, tile):
+    return cuda.linear(a, tile=tile)
 
 
-def check(operation, arguments, tile):
-    testing.assert_matches_reference(operation, arguments, run(operation, arguments, tile))
+def check(a, tile):
+    testing.assert_matches_reference(a, run(a, tile))
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------
@@ -57,22 +62,22 @@ def check(operation, arguments, tile):
 @pytest.mark.parametrize("scheme", ["gobo3a8", "gobo4a8", "w4a8"])
 @pytest.mark.parametrize(("t", "n", "k"), [(1, 1, 64), (129, 63, 128), (65, 130, 384), (257, 200, 192)])
 def test_sizes(scheme, t, n, k, tile):
-    check(*arguments_of(scheme, t, n, k, seed=t), tile)
+    check(problem_of(scheme, t, n, k, seed=t), tile)
 
 
 @pytest.mark.parametrize("k", [16, 100, 127, 129, 255])
 def test_padded_columns(k):
-    check(*arguments_of("gobo3a8", 70, 65, k), MANY[0])
-    check(*arguments_of("gobo4a8", 70, 65, k), MANY[1])
+    check(problem_of("gobo3a8", 70, 65, k), MANY[0])
+    check(problem_of("gobo4a8", 70, 65, k), MANY[1])
 
 
 @pytest.mark.parametrize("scheme", ["gobo3a8", "gobo4a8", "w4a8"])
 @pytest.mark.parametrize("out", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize(("n", "bias", "activation"), [(200, True, "gelu"), (65, False, "none")])
 def test_ends(scheme, out, n, bias, activation):
-    operation, arguments = arguments_of(scheme, 77, n, 128, out=out, bias=bias, activation=activation)
+    a = problem_of(scheme, 77, n, 128, out=out, bias=bias, activation=activation)
     for tile in MANY:
-        check(operation, arguments, tile)
+        check(a, tile)
 
 
 @pytest.mark.parametrize("scheme", ["w4a8-g32", "w4a8", "w4a8-g128"])
@@ -80,30 +85,26 @@ def test_ends(scheme, out, n, bias, activation):
 def test_groups(scheme, groups_past):
     """Also rows whose group scales no wide load can take, as they do not start where one may."""
     size = int(scheme[6:] or 64)
-    operation, arguments = arguments_of(scheme, 9, 72, size * (512 // size + groups_past))
-    check(operation, arguments, MANY[0])
+    check(problem_of(scheme, 9, 72, size * (512 // size + groups_past)), MANY[0])
 
 
 def test_one_group_of_any_size():
-    operation, arguments = arguments_of("w4a8", 9, 72, 64)
-    assert arguments[3].shape == (72, 1)
-    check(operation, arguments, MANY[1])
+    a = problem_of("w4a8", 9, 72, 64)
+    assert a.weight.group_scale.shape == (72, 1)
+    check(a, MANY[1])
 
 
 def weights(scheme, n, k, tile):
-    """The int8 operand that a kernel makes, read by unit vectors for tokens; and the reference's. Its arguments too."""
-    operation, arguments = arguments_of(scheme, k, n, k, bias=False)
-    ones, identity = torch.ones(k), torch.eye(k, dtype=torch.int8)
-    if operation == "gobo_linear":
-        codebook = torch.randint(-128, 128, arguments[3].shape, dtype=torch.int8)
-        empty = torch.zeros(n + 1, dtype=torch.int32), arguments[6][:0], arguments[7][:0]
-        arguments = (identity, ones, arguments[2], codebook, torch.ones(1), *empty, *arguments[8:])
-        expected = reference.expand_dictionary(arguments[2], codebook, n, k, FRAGMENTS.value)
+    """The int8 operand that a kernel makes, read by unit vectors for tokens; and the reference's."""
+    a = problem_of(scheme, k, n, k, bias=False)._replace(x=torch.eye(k, dtype=torch.int8), s=torch.ones(k))
+    if a.weight.codebook is not None:
+        codebook = torch.randint(-128, 128, a.weight.codebook.shape, dtype=torch.int8)
+        a = with_weight(without_outliers(a), codebook=codebook, scale=torch.ones(1))
     else:
-        group_scale = (torch.arange(arguments[3].numel()) % 18 + 1).to(torch.uint8).view(arguments[3].shape)
-        arguments = (identity, ones, arguments[2], group_scale, torch.ones(n), *arguments[5:])
-        expected = reference.expand_int4(arguments[2], group_scale, k, FRAGMENTS.value)
-    return run(operation, arguments, tile).t(), expected.to(torch.float32)
+        groups = a.weight.group_scale
+        group_scale = (torch.arange(groups.numel()) % 18 + 1).to(torch.uint8).view(groups.shape)
+        a = with_weight(a, group_scale=group_scale, scale=torch.ones(n))
+    return run(a, tile).t(), codec.operand(a.weight).to(torch.float32)
 
 
 @pytest.mark.parametrize("tile", MANY)
@@ -117,26 +118,25 @@ def test_every_weight(scheme, tile):
 @pytest.mark.parametrize("scheme", ["gobo3a8", "gobo4a8"])
 def test_stacked_matrices(scheme, matrices, n):
     """Which meet within a block of 64 rows, and within eight."""
-    operation, arguments = arguments_of(scheme, 20, n, 96, matrices=matrices)
+    a = problem_of(scheme, 20, n, 96, matrices=matrices)
     for tile in MANY:
-        check(operation, arguments, tile)
+        check(a, tile)
 
 
 # ---- outliers -------------------------------------------------------------------------------------------------------
 
 
-def exact_gobo(arguments):
+def exact_gobo(a):
     """(t, n) float32 in the documented order: sum * scale, outliers of the row by fused multiply-adds, * s, + bias."""
-    q, s, qdata, codebook, scale, rowptr, col, delta, bias, _, _, layout = arguments
-    n, k = len(rowptr) - 1, q.shape[1]
-    sums = q.double() @ reference.expand_dictionary(qdata, codebook, n, k, layout).double().t()
-    value = (sums.float() * scale).numpy()
-    for row in range(n):
+    q, (rowptr, col, delta) = a.x, a.weight.sparse
+    sums = q.double() @ codec.operand(a.weight).double().t()
+    value = (sums.float() * a.weight.scale).numpy()
+    for row in range(a.weight.n):
         for at in range(int(rowptr[row]), int(rowptr[row + 1])):
             # 24 by 8 bits and 24 more: exact enough in extended precision that rounding twice shows nowhere here.
             product = np.longdouble(delta[at].item()) * q[:, int(col[at])].numpy().astype(np.longdouble)
             value[:, row] = (product + value[:, row].astype(np.longdouble)).astype(np.float32)
-    return torch.from_numpy(value) * s[:, None] + bias
+    return torch.from_numpy(value) * a.s[:, None] + a.bias
 
 
 @pytest.mark.parametrize("tile", MANY)
@@ -149,9 +149,8 @@ def test_outliers_in_their_order(kind, columns, tile):
         "one rich row": [60 if row == 70 else 0 for row in range(n)],
         "first and last": [3 if row in (0, n - 1) else 0 for row in range(n)],
     }[kind]
-    _, arguments = arguments_of("gobo3a8", 140, n, 100)
-    arguments = with_outliers(arguments, counts, columns)
-    assert torch.equal(run("gobo_linear", arguments, tile), exact_gobo(arguments))
+    a = with_outliers(problem_of("gobo3a8", 140, n, 100), counts, columns)
+    assert torch.equal(run(a, tile), exact_gobo(a))
 
 
 # ---- the same bits everywhere ---------------------------------------------------------------------------------------
@@ -160,28 +159,28 @@ def test_outliers_in_their_order(kind, columns, tile):
 @pytest.mark.parametrize("out", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("scheme", ["gobo3a8", "gobo4a8", "w4a8"])
 def test_bits_depend_on_neither_tile_nor_batch(scheme, out):
-    operation, arguments = arguments_of(scheme, 64, 136, 256, out=out, activation="gelu")
-    if operation.startswith("gobo"):
-        arguments = with_outliers(arguments, [row % 3 for row in range(136)])
-    whole = run(operation, arguments, MANY[0])
+    a = problem_of(scheme, 64, 136, 256, out=out, activation="gelu")
+    if scheme.startswith("gobo"):
+        a = with_outliers(a, [row % 3 for row in range(136)])
+    whole = run(a, MANY[0])
     for tile in (*MANY[1:], "few", ""):
-        assert torch.equal(run(operation, arguments, tile), whole)
-    alone = run(operation, (arguments[0][40:41].clone(), arguments[1][40:41].clone(), *arguments[2:]), MANY[1])
+        assert torch.equal(run(a, tile), whole)
+    alone = run(a._replace(x=a.x[40:41].clone(), s=a.s[40:41].clone()), MANY[1])
     assert torch.equal(alone[0], whole[40])
 
 
 def every_schedule(scheme, t, n, k, schedules, emulated):
     """Each warpgroup of each block has several tiles of its own, and clusters different numbers of them."""
-    operation, arguments = arguments_of(scheme, t, n, k)
-    if operation == "gobo_linear":
-        arguments = with_outliers(arguments, [row % 3 for row in range(n)])
+    a = problem_of(scheme, t, n, k)
+    if scheme.startswith("gobo"):
+        a = with_outliers(a, [row % 3 for row in range(n)])
     for tile in MANY:
         emulated.emulate(seed=0, multiprocessors=2)
-        expected = run(operation, arguments, tile)
-        testing.assert_matches_reference(operation, arguments, expected)
+        expected = run(a, tile)
+        testing.assert_matches_reference(a, expected)
         for seed, multiprocessors in schedules:
             emulated.emulate(seed=seed, multiprocessors=multiprocessors)
-            assert torch.equal(run(operation, arguments, tile), expected)
+            assert torch.equal(run(a, tile), expected)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
@@ -207,10 +206,10 @@ def test_more_schedules(scheme, k, emulated):
 # ---- through the binding --------------------------------------------------------------------------------------------
 
 
-def binding_arguments(arguments, y, **changes):
-    q, s, qdata, codebook, scale, rowptr, col, delta, bias, *_ = arguments
-    keep = {"q": q, "s": s, "codes": qdata, "codebook": codebook, "scale": scale, "rowptr": rowptr, "col": col,
-            "delta": delta, "bias": bias, "out": y}  # fmt: skip
+def binding_arguments(a, y, **changes):
+    q, weight, (rowptr, col, delta) = a.x, a.weight, a.weight.sparse
+    keep = {"q": q, "s": a.s, "codes": weight.qdata, "codebook": weight.codebook, "scale": weight.scale, "rowptr": rowptr,
+            "col": col, "delta": delta, "bias": a.bias, "out": y}  # fmt: skip
     call = {name: tensor.data_ptr() for name, tensor in keep.items()}
     call |= {
         "t": q.shape[0],
@@ -227,12 +226,11 @@ def binding_arguments(arguments, y, **changes):
 
 @pytest.mark.parametrize(("pitch", "start"), [(64, 0), (67, 0), (64, 1), (80, 4)])
 def test_rows_of_the_result_may_lie_anywhere(pitch, start, emulated):
-    _, arguments = arguments_of("gobo3a8", 40, 60, 128)
+    a = problem_of("gobo3a8", 40, 60, 128)
     memory = torch.full((41 * pitch,), 77.0)
     y = memory[start : start + 40 * pitch].view(40, pitch)[:, :60]
-    emulated.lowbit_linear(**binding_arguments(arguments, y, tile=MANY[0]))
-    empty = (torch.zeros(61, dtype=torch.int32), arguments[6][:0], arguments[7][:0])
-    assert torch.equal(y, exact_gobo((*arguments[:5], *empty, *arguments[8:])))
+    emulated.lowbit_linear(**binding_arguments(a, y, tile=MANY[0]))
+    assert torch.equal(y, exact_gobo(without_outliers(a)))
     y.fill_(77.0)
     assert bool((memory == 77.0).all())
 
@@ -270,9 +268,9 @@ def test_rows_of_the_result_may_lie_anywhere(pitch, start, emulated):
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
 def test_refusals(changes, message, emulated):
-    _, arguments = arguments_of("gobo3a8", 4, 60, 128)
+    a = problem_of("gobo3a8", 4, 60, 128)
     with pytest.raises(QBertError) as refused:
-        emulated.lowbit_linear(**binding_arguments(arguments, torch.empty(4, 60), **changes))
+        emulated.lowbit_linear(**binding_arguments(a, torch.empty(4, 60), **changes))
     assert message in str(refused.value)
 
 

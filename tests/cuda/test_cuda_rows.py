@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from qbert import testing
-from qbert.ops import cuda
+from qbert.ops import cuda, reference
+from qbert.ops.operations import AddNorm, Norm
 
 pytestmark = pytest.mark.skipif(bool(builds.emulator_missing()), reason=builds.emulator_missing() or "runs")
 
-OPERATION = "add_layer_norm_quantize"
+OPERATION = "add_norm"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -20,47 +21,45 @@ def on_emulator(emulated):
     """Launchers take CPU tensors."""
 
 
-def run(arguments):
-    found = cuda.add_layer_norm_quantize(*arguments)
-    assert found is not NotImplemented
-    return found
+def run(a):
+    return cuda.add_norm(a)
 
 
 @pytest.mark.parametrize("y_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("t", "k"), [(1, 8), (3, 264), (5, 768)])
 def test_matches_the_reference(t, k, y_dtype, dtype):
-    y, *rest = testing.random_arguments(OPERATION, t, 0, k, dtype=dtype, seed=k)
-    arguments = (y.to(y_dtype), *rest)
-    testing.assert_matches_reference(OPERATION, arguments, run(arguments))
+    a = testing.random_problem(OPERATION, t, 0, k, dtype=dtype, seed=k)
+    a = a._replace(y=a.y.to(y_dtype))
+    testing.assert_matches_reference(a, run(a))
 
 
 @pytest.mark.parametrize("k", [16, 248, 256, 384, 512, 520, 1016, 1024, 1032, 2048])
 def test_every_width(k):
-    arguments = testing.random_arguments(OPERATION, 2, 0, k, seed=k)
-    testing.assert_matches_reference(OPERATION, arguments, run(arguments))
+    a = testing.random_problem(OPERATION, 2, 0, k, seed=k)
+    testing.assert_matches_reference(a, run(a))
 
 
 def test_parameters_of_another_type():
-    y, residual, gamma, beta, eps = testing.random_arguments(OPERATION, 2, 0, 128, dtype=torch.bfloat16)
-    arguments = (y, residual, gamma.float(), beta.half(), eps)
-    testing.assert_matches_reference(OPERATION, arguments, run(arguments))
+    a = testing.random_problem(OPERATION, 2, 0, 128, dtype=torch.bfloat16)
+    a = a._replace(norm=Norm(a.norm.gamma.float(), a.norm.beta.half(), a.norm.eps))
+    testing.assert_matches_reference(a, run(a))
 
 
 def test_codes_are_those_of_the_scale():
-    """Given the norm in float32, codes and scales are IEEE operations: bit for bit `quantize_per_token`'s."""
-    normed, codes, scale = run(testing.random_arguments(OPERATION, 6, 0, 768))
-    expected = testing.reference_of("quantize_per_token")(normed)
+    """Given the norm in float32, codes and scales are IEEE operations: bit for bit `quantize_rows`'s."""
+    normed, codes, scale = run(testing.random_problem(OPERATION, 6, 0, 768))
+    expected = reference.codes_and_scales(normed)
     assert torch.equal(codes, expected[0])
     assert torch.equal(scale, expected[1])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_row_that_is_not_finite_stays_alone(value):
-    arguments = testing.random_arguments(OPERATION, 5, 0, 264)
-    arguments[0][3, 263] = value
-    found = run(arguments)
-    testing.assert_matches_reference(OPERATION, arguments, found)
+    a = testing.random_problem(OPERATION, 5, 0, 264)
+    a.y[3, 263] = value
+    found = run(a)
+    testing.assert_matches_reference(a, found)
     assert found[2].isnan().tolist() == [False, False, False, True, False]
     assert not found[1][3].any()
 
@@ -69,8 +68,8 @@ def test_rows_without_deviation_and_rows_of_zeros():
     """Nothing but eps to divide by, then nothing to scale: the scale stays a normal number."""
     y, residual, zeros = torch.full((2, 64), 3.0), torch.zeros(2, 64), torch.zeros(64)
     for beta in (zeros, zeros + 0.5):
-        arguments = (y, residual, torch.ones(64), beta, 1e-12)
-        for found, expected in zip(run(arguments), testing.reference_of(OPERATION)(*arguments), strict=True):
+        a = AddNorm(y, residual, Norm(torch.ones(64), beta, 1e-12))
+        for found, expected in zip(run(a), reference.add_norm(a), strict=True):
             assert torch.equal(found, expected)
 
 
@@ -85,13 +84,13 @@ def test_nothing_beyond_the_rows_is_written(monkeypatch):
         held.append((memory, length))
         return memory[32 : 32 + length].view(shape)
 
-    residual = testing.random_arguments(OPERATION, t, 0, k)[1]
+    residual = testing.random_problem(OPERATION, t, 0, k).residual
+    a = AddNorm(residual, residual, Norm(torch.ones(k), torch.zeros(k), 1e-12))
     monkeypatch.setattr(torch, "empty_like", lambda tensor: poisoned(*tensor.shape, dtype=tensor.dtype))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape, dtype: poisoned(*shape, dtype=dtype))
-    found = cuda.add_layer_norm_quantize(residual, residual, torch.ones(k), torch.zeros(k), 1e-12)
+    found = run(a)
     monkeypatch.undo()
-    arguments = (residual, residual, torch.ones(k), torch.zeros(k), 1e-12)
-    testing.assert_matches_reference(OPERATION, arguments, found)
+    testing.assert_matches_reference(a, found)
     for memory, length in held:
         assert bool((memory[:32] == 77).all())
         assert bool((memory[32 + length :] == 77).all())

@@ -16,8 +16,8 @@ from guarded import guarded
 
 from qbert import testing
 from qbert.errors import QBertError
-from qbert.layout import Layout
 from qbert.ops import cuda
+from qbert.weight import Layout
 
 pytestmark = pytest.mark.skipif(bool(builds.emulator_missing()), reason=builds.emulator_missing() or "runs")
 
@@ -287,6 +287,6 @@ def test_guarded_memory_ends_a_process_that_runs_over_it(kernels):
 
 
 def test_what_is_cutlass_fails_by_name(emulated):
-    arguments = testing.random_arguments("w8a8_linear", 4, 64, 64, layout=Layout.INT8_ROWS)
+    problem = testing.random_problem("linear", 4, 64, 64, scheme="w8a8", layout=Layout.INT8_ROWS)
     with pytest.raises(QBertError, match="the W8A8 linear of CUTLASS is not emulated"):
-        cuda.KERNELS["w8a8_linear"](*arguments, tile=emulated.tiles()[0])
+        cuda.linear(problem, tile=emulated.tiles()[0])

@@ -11,16 +11,21 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from launchers import bind_with, launch
+from torch import Tensor
 
-from qbert import reference, tiles
+from qbert import tiles
 from qbert.errors import QBertError
+from qbert.formats import SCHEMES
 from qbert.kernels.epilogue import gelu
-from qbert.layout import Layout
-from qbert.ops.triton import TRITON
+from qbert.ops import reference
+from qbert.ops.abi import Activation
+from qbert.ops.operations import Linear
 from qbert.ops.triton.int8 import programs
 from qbert.target import Target
-from qbert.testing import assert_matches_reference, random_arguments
+from qbert.testing import assert_matches_reference, random_problem
 from qbert.tiles import TileConfig
+from qbert.weight import Layout, Weight
 
 # A small tile of each road, so that sizes which the interpreter does quickly have several steps, subtiles and groups.
 TILES = {
@@ -35,38 +40,39 @@ def call(name: str, *arguments: Any) -> None:
     globals()[name](*arguments)
 
 
-def launched(operation: str, arguments: tuple[Any, ...], road: str | None = None) -> torch.Tensor:
+def launched(a: Linear, road: str | None = None) -> Tensor:
     """The kernel's result by one road, or by the one that the table chooses."""
     if road is None:
-        return TRITON[operation](*arguments)
+        return launch(a)
     with tiles.forced("w8a8_linear", TILES[road]):
-        return TRITON[operation](*arguments)
+        return launch(a)
+
+
+def weight_of(qdata: Tensor, scale: Tensor, layout: Layout = Layout.INT8_ROWS) -> Weight:
+    return Weight(SCHEMES["w8a8"], tuple(qdata.shape), layout, {"qdata": qdata, "scale": scale})
 
 
 def matches_reference(
-    t: int, n: int, k: int, road: str | None, operation: str = "w8a8_linear", dtype: str = "float32", bias: bool = True,
-    activation: str = "none", layout: str = "int8_rows",
-) -> None:  # fmt: skip
+    t: int, n: int, k: int, road: str | None, dtype: str = "float32", layout: str = "int8_rows", **options: Any
+) -> None:
     """One random problem against the reference: bit for bit without GELU, for all else is IEEE operations.
 
     But for bfloat16, to which the interpreter truncates, where GPUs round.
     """
-    arguments = random_arguments(
-        operation, t, n, k, seed=t + n + k, dtype=getattr(torch, dtype), bias=bias, activation=activation,
-        layout=Layout(layout),
+    a = random_problem(
+        "linear", t, n, k, seed=t + n + k, dtype=getattr(torch, dtype), layout=Layout(layout), **options
     )  # fmt: skip
-    found = launched(operation, arguments, road)
-    assert_matches_reference(operation, arguments, found)
-    if activation == "none" and dtype != "bfloat16":
-        assert torch.equal(found, reference.REFERENCES[operation](*arguments)), "bits differ from the reference"
+    found = launched(a, road)
+    assert_matches_reference(a, found)
+    if a.activation is Activation.NONE and dtype != "bfloat16":
+        assert torch.equal(found, reference.linear(a)), "bits differ from the reference"
 
 
-def roads_agree(t: int, n: int, k: int, operation: str, activation: str) -> None:
+def roads_agree(t: int, n: int, k: int, int8_out: bool, activation: str) -> None:
     """All roads give the same bits, and so do tokens that come alone."""
-    arguments = random_arguments(operation, t, n, k, activation=activation, layout=Layout.INT8_ROWS)
-    results = {road: launched(operation, arguments, road) for road in TILES}
-    q, s, *rest = arguments
-    alone = [launched(operation, (q[i : i + 1].clone(), s[i : i + 1].clone(), *rest)) for i in range(t)]
+    a = random_problem("linear", t, n, k, activation=activation, layout=Layout.INT8_ROWS, int8_out=int8_out)
+    results = {road: launched(a, road) for road in TILES}
+    alone = [launched(a._replace(x=a.x[i : i + 1].clone(), s=a.s[i : i + 1].clone())) for i in range(t)]
     results["one token at a time"] = torch.cat(alone)
     want = results.pop("tma").view(torch.uint8)
     for road, found in results.items():
@@ -80,9 +86,9 @@ def extremes(road: str) -> None:
     qdata[1::2] = -127
     s, scale, bias = torch.ones(t), torch.ones(n), torch.zeros(n)
     s[1], s[2], s[3], scale[4], bias[5] = torch.nan, torch.inf, 0.0, torch.nan, -torch.inf
-    for operation, out in (("w8a8_linear", torch.float32), ("w8a8_linear_requant", 1e6)):
-        arguments = (q, s, qdata, scale, bias, "none", out, "int8_rows")
-        found, want = launched(operation, arguments, road), reference.REFERENCES[operation](*arguments)
+    for out in (torch.float32, 1e6):
+        a = Linear(q, s, weight_of(qdata, scale), bias, Activation.NONE, out)
+        found, want = launched(a, road), reference.linear(a)
         assert torch.equal(found.nan_to_num(7.0) if found.is_floating_point() else found, want.nan_to_num(7.0))
 
 
@@ -91,30 +97,28 @@ def rounds_half_to_even(road: str) -> None:
     n, k = 64, 16
     qdata = torch.zeros(n, k, dtype=torch.int8)
     qdata[:, 0] = torch.arange(-n + 1, n, 2)
-    arguments = (
-        torch.ones(16, k, dtype=torch.int8), torch.ones(16), qdata, torch.full((n,), 0.5), None, "none", 1.0, "int8_rows",
-    )  # fmt: skip
-    found = launched("w8a8_linear_requant", arguments, road)
-    assert torch.equal(found, reference.REFERENCES["w8a8_linear_requant"](*arguments))
+    weight = weight_of(qdata, torch.full((n,), 0.5))
+    a = Linear(torch.ones(16, k, dtype=torch.int8), torch.ones(16), weight, None, Activation.NONE, 1.0)
+    assert torch.equal(launched(a, road), reference.linear(a))
 
 
-def many_tiles_a_program(t: int, n: int, k: int, operation: str) -> None:
+def many_tiles_a_program(t: int, n: int, k: int, int8_out: bool) -> None:
     """Persistent programs: one multiprocessor for all tiles, so that each program takes several, the last one fewer."""
     small = Target("cuda", "", sm=90, sm_count=1, shared_memory=232_448)
-    arguments = random_arguments(operation, t, n, k, layout=Layout.INT8_ROWS)
+    a = random_problem("linear", t, n, k, layout=Layout.INT8_ROWS, int8_out=int8_out)
     with mock.patch("qbert.ops.triton.int8.target_for", return_value=small):
         assert programs(TILES["tma"], t, n, 4, small) == 2
-        found = launched(operation, arguments, "tma")
-    assert torch.equal(found, reference.REFERENCES[operation](*arguments))
+        found = launched(a, "tma")
+    assert torch.equal(found, reference.linear(a))
 
 
 def empty(t: int, n: int, k: int) -> None:
     """Problems without tokens, channels or products: what is left is the bias."""
     q, qdata = torch.zeros(t, k, dtype=torch.int8), torch.zeros(n, k, dtype=torch.int8)
     s, scale, bias = torch.rand(t), torch.rand(n), torch.randn(n)
-    for operation, out in (("w8a8_linear", torch.float32), ("w8a8_linear_requant", 0.1)):
-        arguments = (q, s, qdata, scale, bias, "none", out, "plain")
-        assert torch.equal(launched(operation, arguments), reference.REFERENCES[operation](*arguments))
+    for out in (torch.float32, 0.1):
+        a = Linear(q, s, weight_of(qdata, scale, Layout.PLAIN), bias, Activation.NONE, out)
+        assert torch.equal(launched(a), reference.linear(a))
 
 
 @triton.jit
@@ -156,12 +160,11 @@ def gelu_of_file(path: str) -> None:
 
 def refuses(case: str) -> None:
     """Arguments that a kernel could not read end in an error that names them."""
-    arguments = list(random_arguments("w8a8_linear", 8, 16, 32, layout=Layout.INT8_ROWS))
-    if case == "strides":
-        arguments[0] = arguments[0].t().contiguous().t()
-    elif case == "address":
-        arguments[1] = torch.cat((arguments[1][:1], arguments[1]))[1:]
-    elif case == "activation":
-        arguments[5] = "relu"
+    a = random_problem("linear", 8, 16, 32, layout=Layout.INT8_ROWS)
+    wrong = {
+        "strides": lambda: a._replace(x=a.x.t().contiguous().t()),
+        "address": lambda: a._replace(s=torch.cat((a.s[:1], a.s))[1:]),
+        "activation": lambda: bind_with(a, "none", "relu"),
+    }
     with pytest.raises(QBertError, match=case):
-        TRITON["w8a8_linear"](*arguments)
+        launch(wrong[case]())

@@ -51,14 +51,8 @@ def main() -> None:
         scales = "a token's" if per_token else "static"
         name = f"attention {tile.block_t} x {tile.block_n}, heads of {tile.block_k}, {scales} scales, int8"
         show(name, attention.compiled(tile, tile.block_k, "i8", per_token))
-    from qbert.kernels.add_layer_norm_quantize import add_layer_norm_quantize_kernel
-
-    types = rows.NORM_TYPES | {
-        "y_ptr": "*bf16", "residual_ptr": "*bf16", "out_ptr": "*bf16", "scale_ptr": "*fp32", "y_stride": "i32",
-        "residual_stride": "i32",
-    }  # fmt: skip
     for k in (768, 1024):
-        show(f"add_layer_norm_quantize, {k} columns, bf16", rows.compiled(add_layer_norm_quantize_kernel, types, k))
+        show(f"add_layer_norm_quantize, {k} columns, bf16", rows.compiled_norm("bf16", "bf16", k))
 
 
 if __name__ == "__main__":

@@ -5,18 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from launchers import changed, launch
 
-from qbert import reference
-from qbert.ops.triton import TRITON
-from qbert.testing import assert_matches_reference, random_arguments, to_device
+from qbert.formats import SCHEMES
+from qbert.ops import reference
+from qbert.ops.operations import Embedding, EmbedNorm, Norm, QuantizeRows
+from qbert.ops.reference import REFERENCES
+from qbert.testing import assert_matches_reference, random_problem, to_device
+from qbert.weight import Layout, Weight
 
 
 def matches_reference(
-    operation: str, t: int, n: int, k: int, dtype: str = "float32", scheme: str | None = None, seed: int = 0,
-    device: str = "cpu",
-) -> None:  # fmt: skip
-    arguments = random_arguments(operation, t, n, k, dtype=getattr(torch, dtype), scheme=scheme, seed=seed)
-    assert_matches_reference(operation, arguments, TRITON[operation](*to_device(arguments, device)))
+    operation: str, t: int, n: int, k: int, dtype: str = "float32", *, device: str = "cpu", **options: Any
+) -> None:
+    a = random_problem(operation, t, n, k, dtype=getattr(torch, dtype), **options)
+    assert_matches_reference(a, launch(to_device(a, device)))
 
 
 def quantizes_what_is_not_a_number(t: int, k: int, dtype: str, device: str = "cpu") -> None:
@@ -27,9 +30,9 @@ def quantizes_what_is_not_a_number(t: int, k: int, dtype: str, device: str = "cp
     for row, value in enumerate(("nan", "inf", "-inf"), 1):
         if row < t:
             x[row, (row * k) // 4] = float(value)
-    actual = TRITON["quantize_per_token"](x.to(device))
-    assert_matches_reference("quantize_per_token", (x,), actual)
-    assert same_bits(actual[1].cpu(), reference.quantize_per_token(x)[1])
+    actual = launch(QuantizeRows(x.to(device)))
+    assert_matches_reference(QuantizeRows(x), actual)
+    assert same_bits(actual[1].cpu(), reference.codes_and_scales(x)[1])
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -38,83 +41,95 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def mixed_types(y: str, residual: str, k: int, device: str = "cpu") -> None:
     """Any two float types; gains and shifts of a third; `y` is every other row of a larger matrix."""
-    y_, r, gamma, beta, eps = random_arguments("add_layer_norm_quantize", 6, 0, k)
-    arguments = y_.to(getattr(torch, y))[::2], r.to(getattr(torch, residual))[:3], gamma.half(), beta.bfloat16(), eps
-    actual = TRITON["add_layer_norm_quantize"](*to_device(arguments, device))
-    assert_matches_reference("add_layer_norm_quantize", arguments, actual)
+    a = random_problem("add_norm", 6, 0, k)
+    norm = Norm(a.norm.gamma.half(), a.norm.beta.bfloat16(), a.norm.eps)
+    a = a._replace(y=a.y.to(getattr(torch, y))[::2], residual=a.residual.to(getattr(torch, residual))[:3], norm=norm)
+    assert_matches_reference(a, launch(to_device(a, device)))
 
 
 def codes_are_the_norms(k: int, device: str = "cpu") -> None:
     """Codes and scales are bit for bit those of the float32 norm that the same kernel returns."""
-    arguments = random_arguments("add_layer_norm_quantize", 5, 0, k)
-    normed, codes, scale = TRITON["add_layer_norm_quantize"](*to_device(arguments, device))
-    assert_matches_reference("quantize_per_token", (normed.cpu(),), (codes, scale))
+    normed, codes, scale = launch(random_problem("add_norm", 5, 0, k, device=device))
+    assert_matches_reference(QuantizeRows(normed.cpu()), (codes, scale))
 
 
 def nan_stays_in_its_row(value: str, device: str = "cpu") -> None:
-    y, residual, *rest = random_arguments("add_layer_norm_quantize", 4, 0, 70)
-    y[1, 3], residual[2, 69] = float(value), float(value)
-    normed, codes, scale = TRITON["add_layer_norm_quantize"](*to_device((y, residual, *rest), device))
+    a = random_problem("add_norm", 4, 0, 70)
+    a.y[1, 3], a.residual[2, 69] = float(value), float(value)
+    normed, codes, scale = launch(to_device(a, device))
     assert scale.isnan().tolist() == [False, True, True, False]
     assert normed.isnan().all(dim=1).tolist() == normed.isnan().any(dim=1).tolist() == scale.isnan().tolist()
     assert not bool(codes[1:3].any())
-    assert_matches_reference("add_layer_norm_quantize", (y, residual, *rest), (normed, codes, scale))
+    assert_matches_reference(a, (normed, codes, scale))
 
 
-def unknown_ids_are_nan(operation: str, scheme: str | None, ids_type: str, device: str = "cpu") -> None:
+def unknown_ids_are_nan(operation: str, scheme: str, ids_type: str, device: str = "cpu") -> None:
     """Ids below 0 and after the table: NaN there, and elsewhere what it would be."""
-    arguments = list(random_arguments(operation, 6, 5, 96, scheme=scheme))
-    known = to_device(TRITON[operation](*to_device(arguments, device)), "cpu") if scheme else None
+    a = random_problem(operation, 6, 5, 96, scheme=scheme)
+    known = to_device(launch(to_device(a, device)), "cpu")
     bad = torch.tensor([False, True, False, True, True, False])
-    ids = arguments[0].to(getattr(torch, ids_type))
+    ids = a.ids.to(getattr(torch, ids_type))
     ids[bad] = torch.tensor([-1, 5, torch.iinfo(ids.dtype).max], dtype=ids.dtype)
-    for argument, wrong in enumerate((ids, *_wrong_places(arguments))):
-        changed = [*arguments]
-        changed[argument] = wrong
-        result = TRITON[operation](*to_device(changed, device))
+    for wrong in (a._replace(ids=ids), *_wrong_places(a)):
+        result = launch(to_device(wrong, device))
         floats = (result[0] if isinstance(result, tuple) else result).cpu()
         assert torch.equal(floats.isnan().all(dim=1), bad)
         assert torch.equal(floats.isnan().any(dim=1), bad)
         if isinstance(result, tuple):
             assert torch.equal(result[2].isnan().cpu(), bad)
             assert not bool(result[1].cpu()[bad].any())
-            assert known is not None
-            assert torch.equal(floats[~bad], known[0][~bad])
+        expected = known[0] if isinstance(result, tuple) else known
+        assert torch.equal(floats[~bad], expected[~bad])
 
 
-def _wrong_places(arguments: list[Any]) -> list[torch.Tensor]:
-    """Position and token type ids of the fused look-up that are outside at the same tokens; none of the others."""
-    if not isinstance(arguments[3], list):
+def _wrong_places(a: Embedding | EmbedNorm) -> list[EmbedNorm]:
+    """The fused look-up with position or token type ids that are outside at the same tokens; none of the others."""
+    if not isinstance(a, EmbedNorm):
         return []
     outside = torch.tensor([0, -1, 0, 1 << 40, 7, 0])
-    return [torch.where(outside == 0, arguments[argument], outside) for argument in (1, 2)]
+    wrong = lambda ids: torch.where(outside == 0, ids, outside)
+    return [
+        a._replace(position_ids=wrong(a.position_ids)),
+        a._replace(token_type_ids=wrong(a.token_type_ids)),
+    ]
 
 
 def damaged_outliers_stay_inside(device: str = "cpu") -> None:
     """Row pointers beyond the outliers and columns beyond the row read nothing and change no other value."""
-    ids, qdata, codebook, rowptr, col, delta, *rest = random_arguments("gobo_embedding", 4, 5, 96, scheme="gobo3")
+    a = random_problem("embedding", 4, 5, 96, scheme="gobo3")
+    rowptr, col, delta = a.weight.sparse
     rowptr, col = torch.full_like(rowptr, 1 << 30), torch.full_like(col, 96)
     rowptr[0] = -5
-    arguments = (ids, qdata, codebook, rowptr, col, delta, *rest)
-    plain = (ids, qdata, codebook, torch.zeros_like(rowptr), col[:0], delta[:0], *rest)
-    assert torch.equal(TRITON["gobo_embedding"](*to_device(arguments, device)).cpu(), reference.gobo_embedding(*plain))
+    damaged = changed(a.weight, outlier_rowptr=rowptr, outlier_col=col)
+    plain = changed(
+        a.weight, outlier_rowptr=torch.zeros_like(rowptr), outlier_col=col[:0], outlier_delta=delta[:0]
+    )  # fmt: skip
+    found = launch(to_device(a._replace(weight=damaged), device)).cpu()
+    assert torch.equal(found, reference.embedding(a._replace(weight=plain)))
 
 
 def nothing_to_do() -> None:
-    for operation in ("quantize_per_token", "add_layer_norm_quantize", "embed_layer_norm_quantize", "w8_embedding"):
-        arguments = random_arguments(operation, 0, 3, 64)
-        expected = reference.REFERENCES[operation](*arguments)
-        for got, want in zip(_as_tuple(TRITON[operation](*arguments)), _as_tuple(expected), strict=True):
+    for operation, scheme in (
+        ("quantize_rows", None),
+        ("add_norm", None),
+        ("embed_norm", "gobo3"),
+        ("embedding", "w8"),
+    ):
+        a = random_problem(operation, 0, 3, 64, scheme=scheme)
+        expected = REFERENCES[operation](a)
+        for got, want in zip(_as_tuple(launch(a)), _as_tuple(expected), strict=True):
             assert (got.shape, got.dtype) == (want.shape, want.dtype)
-    codes, scale = TRITON["quantize_per_token"](torch.zeros(3, 0))
+    codes, scale = launch(QuantizeRows(torch.zeros(3, 0)))
     assert codes.shape == (3, 0)
-    assert torch.equal(scale, reference.quantize_per_token(torch.zeros(3, 0))[1])
+    assert torch.equal(scale, reference.codes_and_scales(torch.zeros(3, 0))[1])
     ids = torch.zeros(2, 3, dtype=torch.int32)[:, ::2]
-    assert TRITON["w8_embedding"](ids, torch.ones(1, 8, dtype=torch.int8), torch.ones(1), torch.float16).shape == (
-        2,
-        2,
-        8,
-    )
+    tensors = {"qdata": torch.ones(1, 8, dtype=torch.int8), "scale": torch.ones(1)}
+    table = Weight(SCHEMES["w8"], (1, 8), Layout.PLAIN, tensors)
+    assert launch(Embedding(ids, table, torch.float16)).shape == (2, 2, 8)
+    empty = Weight(
+        SCHEMES["w8"], (1, 0), Layout.PLAIN, {**tensors, "qdata": torch.ones(1, 0, dtype=torch.int8)}
+    )  # fmt: skip
+    assert launch(Embedding(ids, empty, torch.float16)).shape == (2, 2, 0)
 
 
 def _as_tuple(result: Any) -> tuple[torch.Tensor, ...]:

@@ -21,6 +21,16 @@ WRONG_ORDER = "Forcing a different order"
 
 
 @dataclass(frozen=True)
+class Constant:
+    """An argument that a kernel is compiled for: a `tl.constexpr`, or an integer that is 1, which Triton compiles as one."""
+
+    value: Any
+
+
+ONE = Constant(1)
+
+
+@dataclass(frozen=True)
 class Built:
     """A kernel compiled for sm_90.
 
@@ -53,32 +63,24 @@ class Built:
 
 
 def build(
-    kernel: Any, arguments: Mapping[str, str], constants: Mapping[str, Any], *, warps: int = 4, stages: int = 3,
-    unaligned: tuple[str, ...] = (), **options: Any,
+    kernel: Any, arguments: Mapping[str, Any], *, warps: int = 4, stages: int = 3, unaligned: tuple[str, ...] = (),
+    **options: Any,
 ) -> Built:  # fmt: skip
     """The kernel compiled for an H100.
 
     Args:
         kernel: the `triton.jit` function.
-        arguments: name -> Triton's type (``"*i8"``, ``"i32"``, ``"tensordesc<i8[128, 128]>"``), in the function's order.
-        constants: name -> value of each `tl.constexpr` parameter.
-        unaligned: arguments that are not multiples of 16; by default pointers and integers are.
+        arguments: name -> Triton's type (``"*i8"``, ``"i32"``, ``"tensordesc<i8[128, 128]>"``), a tuple of them, or a
+            `Constant`, in the function's order. None is no type but the argument itself.
+        unaligned: arguments, or fields of tuples, that are not multiples of 16; by default pointers and integers are.
         options: of `triton.compile`.
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    order = list(arguments)
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(order)
-        if name not in unaligned and (arguments[name].startswith("*") or arguments[name] in ("i32", "i64"))
-    }
-    source = ASTSource(kernel, {**arguments, **dict.fromkeys(constants, "constexpr")}, dict(constants), aligned)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False, **options}
     with _compiled_afresh(), _standard_error() as heard:
-        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        built = triton.compile(source(kernel, arguments, unaligned), target=GPUTarget("cuda", 90, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
@@ -120,6 +122,29 @@ def problems(
         "no UTMALDG": tma and built.count("UTMALDG") == 0,
     }
     return [what for what, wrong in checks.items() if wrong]
+
+
+def source(kernel: Any, arguments: Mapping[str, Any], unaligned: tuple[str, ...] = ()) -> Any:
+    """What `triton.compile` takes; arguments as of `build`."""
+    from triton.compiler import ASTSource
+
+    constants: dict[tuple[int, ...], Any] = {}
+    aligned: dict[tuple[int, ...], Any] = {}
+
+    def visit(name: str, value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            names = getattr(value, "_fields", [name] * len(value))
+            parts = [visit(field, part, (*path, i)) for i, (field, part) in enumerate(zip(names, value, strict=True))]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if value is None or isinstance(value, Constant):
+            constants[path] = None if value is None else value.value
+            return "constexpr"
+        if name not in unaligned and (value.startswith("*") or value in ("i32", "i64")):
+            aligned[path] = [["tt.divisibility", 16]]
+        return value
+
+    signature = {name: visit(name, value, (index,)) for index, (name, value) in enumerate(arguments.items())}
+    return ASTSource(kernel, signature, constants, aligned)
 
 
 @contextmanager

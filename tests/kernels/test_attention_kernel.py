@@ -8,16 +8,17 @@ import pytest
 import sm90
 import torch
 from interpreted import run
+from launchers import H100, is_left_to_others, launch, obstacle_of
 
 from qbert.errors import QBertError
+from qbert.ops.operations import Attention
 from qbert.ops.triton import attention
-from qbert.target import Target
+from qbert.ops.triton.arguments import AttentionMeta, Heads
 from qbert.tiles import tiles_of
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: pip install 'qbert[triton]'", allow_module_level=True)
 
-H100 = Target("cuda", "", sm=90, sm_count=132, shared_memory=232_448)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
@@ -36,9 +37,9 @@ def test_results_are_the_references():
         {"heads": 1, "head_dim": 32, "lengths": [513]},
     ]
     run("attention_cases:matches_reference", [
-        {"operation": operation, "per_token": per_token, **shape}
+        {"int8_out": int8_out, "per_token": per_token, **shape}
         for shape in shapes
-        for operation in ("attention_int8", "attention_int8_requant")
+        for int8_out in (False, True)
         for per_token in (False, True)
     ])  # fmt: skip
 
@@ -49,7 +50,7 @@ def test_results_are_the_references_at_many_lengths():
     lengths = random.Random(0)
     run("attention_cases:matches_reference", [
         {
-            "operation": "attention_int8", "heads": 1, "head_dim": lengths.choice([32, 64, 96]), "seed": seed,
+            "heads": 1, "head_dim": lengths.choice([32, 64, 96]), "seed": seed,
             "per_token": seed % 2 == 1, "lengths": [lengths.randrange(300) for _ in range(4)],
         }
         for seed in range(30)
@@ -92,27 +93,24 @@ def test_nothing_to_do():
 
 
 def test_arguments_are_refused_by_name():
-    qkv, scales, cu_seqlens = (
-        torch.zeros(4, 96, dtype=torch.int8),
-        torch.ones(3),
-        torch.tensor([0, 4], dtype=torch.int32),
-    )
-    call = attention.attention_int8
+    qkv, bounds = torch.zeros(4, 96, dtype=torch.int8), cases.bounds([4])
+    a = Attention(qkv, torch.ones(3), bounds, 1, 1.0, torch.float32)
     with pytest.raises(QBertError, match="softmax_scale is 0"):
-        call(qkv, scales, cu_seqlens, 1, 0.0, torch.float32)
+        launch(a._replace(softmax_scale=0.0))
     with pytest.raises(QBertError, match="qkv has strides"):
-        call(qkv.t().contiguous().t(), scales, cu_seqlens, 1, 1.0, torch.float32)
+        launch(a._replace(qkv=qkv.t().contiguous().t()))
     with pytest.raises(QBertError, match="no sequence"):
-        call(qkv, scales, cu_seqlens[:1], 1, 1.0, torch.float32)
+        launch(a._replace(cu_seqlens=bounds[:1]))
     with pytest.raises(RuntimeError, match="scales must be"):
-        call(qkv, scales[:2], cu_seqlens, 1, 1.0, torch.float32)
+        launch(a._replace(scales=torch.ones(2)))
     with pytest.raises(QBertError, match="cpu; allowed: cuda"):
-        call(qkv, scales, cu_seqlens, 1, 1.0, torch.float32)
+        launch(a)
 
 
 def test_heads_wider_than_the_kernels_are_left_to_others():
-    qkv, cu_seqlens = torch.zeros(4, 3 * 192, dtype=torch.int8), torch.tensor([0, 4], dtype=torch.int32)
-    assert attention.attention_int8(qkv, torch.ones(3), cu_seqlens, 1, 1.0, torch.float32) is NotImplemented
+    a = Attention(torch.zeros(4, 3 * 192, dtype=torch.int8), torch.ones(3), cases.bounds([4]), 1, 1.0, torch.float32)
+    assert obstacle_of(a) == "heads of 192; it takes up to 128"
+    assert is_left_to_others(a)
 
 
 @pytest.mark.parametrize("head_dim", [8, 32, 48, 64, 80, 128])
@@ -130,16 +128,14 @@ def test_every_problem_has_a_tile(head_dim, average, per_token):
 def compiled(tile, head_dim, out, per_token):
     from qbert.kernels.attention import attention_int8_kernel
 
+    meta = AttentionMeta(head_dim, attention.block_d(head_dim), tile.block_t, per_token)
     arguments = {
-        "qkv_ptr": "*i8", "scales_ptr": "*fp32", "cu_seqlens_ptr": "*i32", "out_ptr": f"*{out}", "t": "i32",
-        "sequences": "i32", "num_heads": "i32", "softmax_scale": "fp32", "inverse_out_scale": "fp32",
+        "tokens": ("*i8", "*fp32"), "cu_seqlens_ptr": "*i32", "out_ptr": f"*{out}", "t": "i32", "sequences": "i32",
+        "heads": Heads("i32", "fp32", "fp32"), "META": sm90.Constant(meta),
     }  # fmt: skip
-    block_d = attention.block_d(head_dim)
-    constants = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_Q": tile.block_t, "PER_TOKEN": per_token}
     return sm90.build(
-        attention_int8_kernel, arguments, constants, warps=tile.warps, stages=tile.stages,
-        unaligned=("t", "sequences", "num_heads"), enable_fp_fusion=False,
-        maxnreg=attention.max_registers(head_dim, per_token, tile.warps, out == "i8"),
+        attention_int8_kernel, arguments, warps=tile.warps, stages=tile.stages, unaligned=("t", "sequences", "number"),
+        enable_fp_fusion=False, maxnreg=attention.max_registers(head_dim, per_token, tile.warps, out == "i8"),
     )  # fmt: skip
 
 
@@ -179,7 +175,7 @@ def test_every_tile_compiles_for_sm90(tile, per_token, head_dim, out):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("operation", ["attention_int8", "attention_int8_requant"])
+@pytest.mark.parametrize("int8_out", [False, True])
 @pytest.mark.parametrize(
     ("heads", "head_dim", "lengths"),
     [
@@ -187,9 +183,10 @@ def test_every_tile_compiles_for_sm90(tile, per_token, head_dim, out):
         (3, 20, [40, 90]), (2, 128, [100, 300]), (2, 64, [600, 513, 2000]), (1, 64, [1]),
     ],
 )  # fmt: skip
-def test_gpu_results_are_the_references(operation, heads, head_dim, lengths, per_token):
+def test_gpu_results_are_the_references(int8_out, heads, head_dim, lengths, per_token):
     for dtype in ("float32", "bfloat16", "float16"):
-        cases.matches_reference(operation, heads, head_dim, lengths, per_token, dtype, device="cuda")
+        options = {"int8_out": int8_out, "per_token": per_token, "dtype": dtype}
+        cases.matches_reference(heads, head_dim, lengths, **options, device="cuda")
 
 
 @pytest.mark.gpu
@@ -199,8 +196,8 @@ def test_gpu_random_lengths(seed):
     choose = random.Random(seed)
     lengths = [choose.randint(1, 512) for _ in range(choose.randint(1, 12))]
     cases.matches_reference(
-        "attention_int8", choose.choice([1, 3, 12]), choose.choice([32, 64, 72, 128]), lengths, seed % 2 == 1,
-        seed=seed, device="cuda",
+        choose.choice([1, 3, 12]), choose.choice([32, 64, 72, 128]), lengths, per_token=seed % 2 == 1, seed=seed,
+        device="cuda",
     )  # fmt: skip
 
 
@@ -242,9 +239,9 @@ def test_gpu_wrong_bounds_touch_nothing_else():
 @pytest.mark.gpu
 @needs_gpu
 def test_gpu_every_element_is_written_and_always_the_same(monkeypatch):
-    arguments = cases.to_device(cases.problem("attention_int8", 12, 64, [100, 0, 512, 3]), "cuda")
+    a = cases.to_device(cases.problem(12, 64, [100, 0, 512, 3]), "cuda")
     empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: empty(*a, **k).fill_(float("inf")))
-    first = attention.attention_int8(*arguments)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **k: empty(*args, **k).fill_(float("inf")))
+    first = launch(a)
     assert bool(first.isfinite().all())
-    assert all(torch.equal(first, attention.attention_int8(*arguments)) for _ in range(10))
+    assert all(torch.equal(first, launch(a)) for _ in range(10))

@@ -16,14 +16,16 @@ if importlib.util.find_spec("triton") is None:
 import int8_tiles
 import interpreted
 import sm90
+from launchers import launch
 
-from qbert import reference
-from qbert.layout import Layout
-from qbert.ops.triton import TRITON
+from qbert.ops import reference
+from qbert.ops.operations import Linear
+from qbert.ops.triton.arguments import End, Int8Meta
 from qbert.ops.triton.int8 import ANY_SHAPE, programs, shared_bytes, subtiles, tile_for
 from qbert.target import Target
-from qbert.testing import assert_matches_reference, random_arguments
+from qbert.testing import assert_matches_reference, random_problem
 from qbert.tiles import TileConfig, forced, select_tile, tiles_of
+from qbert.weight import Layout
 
 H100 = int8_tiles.H100
 A100 = Target("cuda", "", sm=80, sm_count=108, shared_memory=166_912)
@@ -40,8 +42,8 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "i8": 1}
 def test_roads_equal_the_reference():
     problems = [(70, 144, 208), (1, 16, 16), (64, 128, 64), (17, 272, 48)]
     ends = [
-        {"operation": "w8a8_linear"}, {"operation": "w8a8_linear_requant"}, {"dtype": "bfloat16", "bias": False},
-        {"dtype": "float16", "activation": "gelu"}, {"operation": "w8a8_linear_requant", "activation": "gelu"},
+        {}, {"int8_out": True}, {"dtype": "bfloat16", "bias": False}, {"dtype": "float16", "activation": "gelu"},
+        {"int8_out": True, "activation": "gelu"},
     ]  # fmt: skip
     cases = [
         {"t": t, "n": n, "k": k, "road": road, **end}
@@ -55,10 +57,8 @@ def test_any_shape_equals_the_reference():
     """Widths that no descriptor takes, and both layouts; the table's tile or the one for any shape."""
     shapes = [(1, 1, 1), (37, 51, 77), (70, 3, 64), (130, 17, 1023), (5, 768, 31), (65, 40, 160)]
     cases = [
-        {"t": t, "n": n, "k": k, "road": None, "layout": layout, "operation": operation}
-        for (t, n, k), layout, operation in itertools.product(
-            shapes, ("int8_rows", "plain"), ("w8a8_linear", "w8a8_linear_requant")
-        )
+        {"t": t, "n": n, "k": k, "road": None, "layout": layout, "int8_out": int8_out}
+        for (t, n, k), layout, int8_out in itertools.product(shapes, ("int8_rows", "plain"), (False, True))
     ]
     interpreted.run("int8_gemm_cases:matches_reference", cases)
 
@@ -76,13 +76,13 @@ def test_bert_shapes_equal_the_reference():
 @pytest.mark.interpreter
 def test_bits_do_not_depend_on_the_road_the_tile_or_the_batch():
     roads = [
-        ["roads_agree", 17, 144, 208, operation, activation]
-        for operation, activation in itertools.product(("w8a8_linear", "w8a8_linear_requant"), ("none", "gelu"))
+        ["roads_agree", 17, 144, 208, int8_out, activation]
+        for int8_out, activation in itertools.product((False, True), ("none", "gelu"))
     ]
     persistent = [
-        ["many_tiles_a_program", 300, 400, 208, "w8a8_linear"],
-        ["many_tiles_a_program", 129, 272, 64, "w8a8_linear_requant"],
-        ["many_tiles_a_program", 65, 144, 400, "w8a8_linear"],
+        ["many_tiles_a_program", 300, 400, 208, False],
+        ["many_tiles_a_program", 129, 272, 64, True],
+        ["many_tiles_a_program", 65, 144, 400, False],
     ]
     interpreted.run("int8_gemm_cases:call", [*roads, *persistent])
 
@@ -141,9 +141,6 @@ def test_the_model_chooses_the_blocks_that_gemlite_measured():
 
 # ---- machine code ---------------------------------------------------------------------------------------------------
 
-VECTORS = {"s_ptr": "*fp32", "scale_ptr": "*fp32"}
-SIZES = {"inverse_out_scale": "fp32", "t": "i32", "n": "i32", "k": "i32"}
-
 
 def build(
     tile: TileConfig, out: str, *, gelu: bool = True, bias: str | None = "fp32", even_k: bool = True, odd_k: bool = False
@@ -151,29 +148,30 @@ def build(
     """A road's kernel as its launcher asks for it; `odd_k`: rows start anywhere."""
     from qbert.kernels import int8_gemm
 
-    constants = {
-        "BLOCK_T": tile.block_t, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "HAS_BIAS": bias is not None, "GELU": gelu,
-    }  # fmt: skip
-    vectors = {**VECTORS, "bias_ptr": f"*{bias}"} if bias else VECTORS
-    constants |= {} if bias else {"bias_ptr": None}
+    meta = Int8Meta(tile.block_t, tile.block_n, tile.block_k, gelu)
     block = lambda dtype, rows, columns: f"tensordesc<{dtype}[{rows}, {columns}]>"
     operands = {
         "q_desc": block("i8", tile.block_t, tile.block_k), "w_desc": block("i8", tile.block_n, tile.block_k),
     }  # fmt: skip
     if tile.road == "tma":
         parts = subtiles(tile, BYTES[out])
-        kernel, constants = int8_gemm.int8_gemm_tma, {**constants, "GROUP": tile.group, "SUBTILES": parts}
+        kernel, meta = int8_gemm.int8_gemm_tma, meta._replace(GROUP=tile.group, SUBTILES=parts)
         operands["out_desc"] = block(out, tile.block_t, tile.block_n // parts)
     elif tile.road == "few":
         kernel, operands = int8_gemm.int8_gemm_few, {**operands, "out_ptr": f"*{out}"}
     else:
-        kernel, constants = int8_gemm.int8_gemm_pointer, {**constants, "GROUP": tile.group, "EVEN_K": even_k}
+        kernel, meta = int8_gemm.int8_gemm_pointer, meta._replace(GROUP=tile.group, EVEN_K=even_k)
         operands = {"q_ptr": "*i8", "w_ptr": "*i8", "out_ptr": f"*{out}"}
-    arguments = {**operands, **vectors, **SIZES} | ({"w_stride": "i32"} if tile.road == "pointer" else {})
-    unaligned = ("t", "n", "k", "w_stride") if odd_k else ("t",)
+    sizes = ("i32",) * (3 if tile.road == "pointer" else 2)
+    arguments = {**operands, "end": _end(bias and f"*{bias}"), "t": "i32", "sizes": sizes, "META": sm90.Constant(meta)}
+    unaligned = ("t", "sizes") if odd_k else ("t",)
     return sm90.build(
-        kernel, arguments, constants, warps=tile.warps, stages=tile.stages, unaligned=unaligned, enable_fp_fusion=False
-    )
+        kernel, arguments, warps=tile.warps, stages=tile.stages, unaligned=unaligned, enable_fp_fusion=False
+    )  # fmt: skip
+
+
+def _end(bias: str | None) -> End:
+    return End("*fp32", "*fp32", bias, "fp32")
 
 
 def check(tile: TileConfig, out: str, **options: object) -> None:
@@ -231,18 +229,15 @@ def test_machine_code_of_every_tile(tile: TileConfig, out: str):
 def test_older_gpus_multiply_int8_and_copy_ahead(sm: int):
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from qbert.kernels.int8_gemm import int8_gemm_pointer
 
+    meta = Int8Meta(128, 128, 128, GELU=True, GROUP=8, EVEN_K=True)
     arguments = {
-        "q_ptr": "*i8", "w_ptr": "*i8", "out_ptr": "*bf16", **VECTORS, "bias_ptr": "*fp32", **SIZES, "w_stride": "i32",
+        "q_ptr": "*i8", "w_ptr": "*i8", "out_ptr": "*bf16", "end": _end("*fp32"), "t": "i32", "sizes": ("i32",) * 3,
+        "META": sm90.Constant(meta),
     }  # fmt: skip
-    constants = {
-        "BLOCK_T": 128, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP": 8, "EVEN_K": True, "HAS_BIAS": True, "GELU": True,
-    }  # fmt: skip
-    aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(arguments) if arguments[name] != "fp32"}
-    source = ASTSource(int8_gemm_pointer, {**arguments, **dict.fromkeys(constants, "constexpr")}, constants, aligned)
+    source = sm90.source(int8_gemm_pointer, arguments)
     ptx = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": 8, "num_stages": 3}).asm["ptx"]
     assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in ptx
     assert "cp.async.cg.shared.global" in ptx
@@ -268,67 +263,61 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
-def _run(operation: str, arguments: tuple[object, ...]) -> torch.Tensor:
-    return TRITON[operation](*arguments)
-
-
-def _assert_bits(operation: str, arguments: tuple[object, ...]) -> None:
+def _assert_bits(a: Linear) -> None:
     """Without GELU every step is an IEEE operation: the reference, on the GPU too, gives the same bits."""
-    assert torch.equal(_run(operation, arguments), reference.REFERENCES[operation](*arguments))
+    assert torch.equal(launch(a), reference.linear(a))
 
 
-def _on_gpu(operation: str, t: int, n: int, k: int, **options: object) -> tuple[object, ...]:
-    return random_arguments(operation, t, n, k, layout=Layout.INT8_ROWS, device="cuda", **options)
+def _on_gpu(t: int, n: int, k: int, **options: object) -> Linear:
+    return random_problem("linear", t, n, k, layout=Layout.INT8_ROWS, device="cuda", **options)
 
 
 @on_gpu
-@pytest.mark.parametrize("operation", ["w8a8_linear", "w8a8_linear_requant"])
+@pytest.mark.parametrize("int8_out", [False, True])
 @pytest.mark.parametrize(("n", "k"), BERT)
-def test_bert_shapes_on_gpu(operation: str, n: int, k: int, poisoned: None):
+def test_bert_shapes_on_gpu(int8_out: bool, n: int, k: int, poisoned: None):
+    options = {"dtype": torch.bfloat16, "int8_out": int8_out}
     for t in (1, 16, 33, 64, 100, 128, 384, 1000, 4096):
-        _assert_bits(operation, _on_gpu(operation, t, n, k, dtype=torch.bfloat16))
-    arguments = _on_gpu(operation, 200, n, k, dtype=torch.bfloat16, activation="gelu")
-    assert_matches_reference(operation, arguments, _run(operation, arguments))
+        _assert_bits(_on_gpu(t, n, k, **options))
+    a = _on_gpu(200, n, k, activation="gelu", **options)
+    assert_matches_reference(a, launch(a))
 
 
 @on_gpu
-@pytest.mark.parametrize("operation", ["w8a8_linear", "w8a8_linear_requant"])
-def test_odd_and_random_shapes_on_gpu(operation: str, poisoned: None):
+@pytest.mark.parametrize("int8_out", [False, True])
+def test_odd_and_random_shapes_on_gpu(int8_out: bool, poisoned: None):
     draw = random.Random()
     shapes = [*ODD, *((draw.randint(1, 3000), draw.randint(1, 2000), draw.randint(1, 3000)) for _ in range(10))]
     for (t, n, k), dtype in itertools.product(shapes, (torch.float32, torch.float16)):
         print(t, n, k, dtype)  # what failed, for the shapes are different in each run
-        _assert_bits(operation, _on_gpu(operation, t, n, k, dtype=dtype))
+        _assert_bits(_on_gpu(t, n, k, dtype=dtype, int8_out=int8_out))
 
 
 @on_gpu
 @pytest.mark.parametrize("tile", [*tiles_of("w8a8_linear"), ANY_SHAPE], ids=str)
 def test_every_tile_on_gpu(tile: TileConfig, poisoned: None):
     """Ten runs of each tile: all of one problem are the same bits, with and without GELU."""
-    for operation, activation in itertools.product(("w8a8_linear", "w8a8_linear_requant"), ("none", "gelu")):
-        arguments = _on_gpu(operation, 1500, 1040, 784, activation=activation)
-        expected = _run(operation, arguments)
+    for int8_out, activation in itertools.product((False, True), ("none", "gelu")):
+        a = _on_gpu(1500, 1040, 784, activation=activation, int8_out=int8_out)
+        expected = launch(a)
         if activation == "none":
-            assert torch.equal(expected, reference.REFERENCES[operation](*arguments))
+            assert torch.equal(expected, reference.linear(a))
         with forced("w8a8_linear", tile):
             for _ in range(10):
-                assert torch.equal(_run(operation, arguments), expected)
+                assert torch.equal(launch(a), expected)
 
 
 @on_gpu
 def test_a_captured_launch_computes_what_its_inputs_hold_when_it_replays():
+    tensors_of = lambda a: (a.x, a.s, a.bias, *a.weight.tensors.values())
     for t in (8, 100, 2000):
-        operation = "w8a8_linear_requant"
-        first, second = (_on_gpu(operation, t, 768, 768, seed=seed) for seed in (0, 1))
-        held = tuple(each.clone() if isinstance(each, torch.Tensor) else each for each in first)
-        _run(operation, held)  # compiles outside the capture
+        first, second, held = (_on_gpu(t, 768, 768, seed=seed, int8_out=True) for seed in (0, 1, 0))
+        launch(held)  # compiles outside the capture
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = _run(operation, held)
-        for arguments in (second, first):
-            for mine, theirs in zip(held, arguments, strict=True):
-                if isinstance(mine, torch.Tensor):
-                    mine.copy_(theirs)
+            out = launch(held)
+        for a in (second, first):
+            for mine, theirs in zip(tensors_of(held), tensors_of(a), strict=True):
+                mine.copy_(theirs)
             graph.replay()
-            same_scale = (*arguments[:6], held[6], *arguments[7:])
-            assert torch.equal(out, reference.REFERENCES[operation](*same_scale))
+            assert torch.equal(out, reference.linear(a._replace(out=held.out)))

@@ -20,17 +20,16 @@ import ptx
 import sm90
 from inner_loop import inner_loop
 
-from qbert.layout import rows
-from qbert.reference import OUT_SCALE_AT
+from qbert.ops.triton.arguments import Dictionaries, End, Groups, LowbitMeta, Outliers, Shape
 from qbert.testing import assert_matches_reference
 from qbert.tiles import TileConfig, tiles_of
+from qbert.weight.layout import rows
 
-OPERATIONS = ("w4a8_linear", "gobo_linear")
-SCHEMES = (("w4a8_linear", "w4a8"), ("w4a8_linear", "w4a8-g32"), ("w4a8_linear", "w4a8-g128"),
-           ("gobo_linear", "gobo3a8"), ("gobo_linear", "gobo4a8"))  # fmt: skip
-EVERY_SCHEME = pytest.mark.parametrize(("operation", "scheme"), SCHEMES, ids=[scheme for _, scheme in SCHEMES])
+KEYS = ("w4a8_linear", "gobo_linear")  # of the tables of tiles
+SCHEMES = ("w4a8", "w4a8-g32", "w4a8-g128", "gobo3a8", "gobo4a8")
+EVERY_SCHEME = pytest.mark.parametrize("scheme", SCHEMES)
 BERT = ((768, 768), (2304, 768), (3072, 768), (768, 3072), (1024, 1024), (1024, 4096))
-LARGE = {operation: TileConfig("tma", 128, 128, 128, warps=8, stages=4) for operation in OPERATIONS}
+LARGE = {key: TileConfig("tma", 128, 128, 128, warps=8, stages=4) for key in KEYS}
 
 # ---- in the interpreter ---------------------------------------------------------------------------------------------
 
@@ -51,7 +50,7 @@ def _interpreted(*calls: tuple[Any, ...]) -> None:
 @pytest.mark.interpreter
 def test_equals_reference_at_odd_shapes() -> None:
     tiles = itertools.cycle(cases.TILES)
-    problems = [(*names, *shape, next(tiles)) for names in SCHEMES for shape in _shapes(names[1]) for _ in range(2)]
+    problems = [(scheme, *shape, next(tiles)) for scheme in SCHEMES for shape in _shapes(scheme) for _ in range(2)]
     _interpreted(*(("check", *problem) for problem in problems))
 
 
@@ -61,12 +60,12 @@ def test_equals_reference_with_every_epilogue() -> None:
     ends: list[dict[str, Any]] = [
         {"activation": "gelu"}, {"bias": False}, {"dtype": "bfloat16"}, {"dtype": "float16", "activation": "gelu"},
     ]  # fmt: skip
-    problems = [("check", *SCHEMES[index % 5], tokens, 40, 384, None, end)
+    problems = [("check", SCHEMES[index % 5], tokens, 40, 384, None, end)
                 for index, (tokens, end) in enumerate(itertools.product((5, 100, 530), ends))]  # fmt: skip
-    requant = [("check", f"{operation}_requant", scheme, 70, 72, 256, tile, {"activation": "gelu"})
-               for (operation, scheme), tile in zip(SCHEMES, itertools.cycle(cases.TILES), strict=False)]  # fmt: skip
+    requant = [("check", scheme, 70, 72, 256, tile, {"activation": "gelu", "int8_out": True})
+               for scheme, tile in zip(SCHEMES, itertools.cycle(cases.TILES), strict=False)]  # fmt: skip
     bounds = [(40, 66, 192, "few", {"matrices": 3}), (140, 96, 64, "turned", {"matrices": 2})]
-    stacked = [("check", "gobo_linear", scheme, *problem) for scheme in ("gobo3a8", "gobo4a8") for problem in bounds]
+    stacked = [("check", scheme, *problem) for scheme in ("gobo3a8", "gobo4a8") for problem in bounds]
     _interpreted(*problems, *requant, *stacked)
 
 
@@ -74,16 +73,16 @@ def test_equals_reference_with_every_epilogue() -> None:
 def test_exact_codes_nan_and_nothing() -> None:
     exact = [("check_every_code", tile) for tile in cases.TILES]
     exact += [("check_every_centroid", bits, tile) for bits in (3, 4) for tile in cases.TILES]
-    nothing = [("check_empty", *names, *shape, tile) for names in (SCHEMES[0], SCHEMES[4])
+    nothing = [("check_empty", scheme, *shape, tile) for scheme in (SCHEMES[0], SCHEMES[4])
                for shape in [(0, 5, 64), (5, 0, 64), (5, 3, 0)] for tile in ("turned", "few", "pointer")]  # fmt: skip
-    nan = [("check_nan", operation + end, scheme, tile) for operation, scheme in (SCHEMES[1], SCHEMES[3])
-           for end, tile in [("", "few"), ("_requant", "turned")]]  # fmt: skip
+    nan = [("check_nan", scheme, int8_out, tile) for scheme in (SCHEMES[1], SCHEMES[3])
+           for int8_out, tile in [(False, "few"), (True, "turned")]]  # fmt: skip
     _interpreted(*exact, *nothing, *nan, ("check_refusals",))
 
 
 @pytest.mark.interpreter
 def test_a_token_has_the_same_bits_in_every_batch_and_on_every_road() -> None:
-    _interpreted(*(("check_batch", *names) for names in SCHEMES[1::2]))
+    _interpreted(*(("check_batch", scheme) for scheme in SCHEMES[1::2]))
 
 
 # ---- the assembly ---------------------------------------------------------------------------------------------------
@@ -157,7 +156,7 @@ def test_int8_to_float_assembly() -> None:
 
 
 def _build(
-    operation: str, tile: TileConfig, out: str, *, gelu: bool = True, bits: int = 4, group_size: int = 64,
+    key: str, tile: TileConfig, out: str, *, gelu: bool = True, bits: int = 4, group_size: int = 64,
     outliers: bool = True, ones: tuple[str, ...] = (),
 ) -> sm90.Built:  # fmt: skip
     """The kernel as its launcher would run it, compiled; `ones` are sizes that are 1, which Triton compiles as constants."""
@@ -165,36 +164,31 @@ def _build(
     from qbert.kernels.int4_gemm import int4_gemm_kernel
     from qbert.ops.triton.lowbit import MAX_REGISTERS
 
-    tma = tile.road != "pointer"
+    tma, size = tile.road != "pointer", lambda name: sm90.ONE if name in ones else "i32"
     q = f"tensordesc<i8[{tile.block_t}, 128]>" if tma else "*i8"
     qdata = f"tensordesc<u8[{tile.block_n}, 64]>" if tma else "*u8"
-    end = {"bias": "*bf16", "y": "*i32" if tile.split_k > 1 else f"*{out}", "inverse_out_scale": "fp32"}
-    sizes = {"t": "i32", "n": "i32", "k": "i32"}
-    constants = {
-        "HAS_BIAS": True, "GELU": gelu, "BLOCK_T": tile.block_t, "BLOCK_N": tile.block_n, "GROUP": tile.group,
-        "SPLIT_K": tile.split_k, "TMA": tma, "PRMT": True,
-    }  # fmt: skip
-    if operation == "w4a8_linear":
-        kernel, tensors, sizes["groups"] = int4_gemm_kernel, {"group_scale": "*u8", "scale": "*fp32"}, "i32"
-        constants["GROUP_SIZE"] = group_size
+    meta = LowbitMeta(tile.block_t, tile.block_n, tile.split_k, gelu, tile.group, TMA=tma, PRMT=True)
+    if key == "w4a8_linear":
+        kernel, weight = int4_gemm_kernel, {"group_scale": Groups("*u8", size("groups"))}
+        meta = meta._replace(GROUP_SIZE=group_size)
     else:
-        kernel, sizes["matrices"] = gobo_gemm_kernel, "i32"
-        tensors = {
-            "codebook": "*i32",
-            "scale": "*fp32",
-            "rowptr": "*i32",
-            "col": "*i16",
-            "delta": "*fp32",
-            "columns": "*i8",
-        }
-        turned = tile.block_t == 128
-        constants |= {"BITS": bits, "OUTLIERS": outliers, "TURNED": turned, "WARPS": tile.warps}
-    arguments = {"q": q, "s": "*fp32", "qdata": qdata, **tensors, **end, **sizes, **dict.fromkeys(ones, "constexpr")}
+        kernel, turned = gobo_gemm_kernel, tile.block_t == 128
+        weight = {"dictionaries": _dictionaries(size("matrices"), outliers)}
+        meta = meta._replace(BITS=bits, TURNED=turned, WARPS=tile.warps)
+    arguments = {
+        "q": q, "qdata": qdata, **weight, "y": "*i32" if tile.split_k > 1 else f"*{out}",
+        "end": End("*fp32", "*fp32", "*bf16", "fp32"), "shape": Shape(size("t"), size("n"), "i32"),
+        "META": sm90.Constant(meta),
+    }  # fmt: skip
     options = {"maxnreg": MAX_REGISTERS} if tile.road == "tma" else {}
     return sm90.build(
-        kernel, arguments, {**dict.fromkeys(ones, 1), **constants}, warps=tile.warps, stages=tile.stages,
-        unaligned=("t", "groups", "matrices"), enable_fp_fusion=False, **options,
+        kernel, arguments, warps=tile.warps, stages=tile.stages, unaligned=("t", "groups", "matrices"),
+        enable_fp_fusion=False, **options,
     )  # fmt: skip
+
+
+def _dictionaries(matrices: Any, outliers: bool, codebook: str | None = "*i32") -> Dictionaries:
+    return Dictionaries(codebook, matrices, Outliers("*i32", "*i16", "*fp32") if outliers else None, "*i8")
 
 
 def _check(built: sm90.Built, tile: TileConfig) -> None:
@@ -213,7 +207,7 @@ def _check(built: sm90.Built, tile: TileConfig) -> None:
 
 @pytest.mark.compile
 @pytest.mark.parametrize(
-    ("operation", "out", "options"),
+    ("key", "out", "options"),
     [
         ("w4a8_linear", "bf16", {}),
         ("w4a8_linear", "i8", {"group_size": 32}),
@@ -221,14 +215,14 @@ def _check(built: sm90.Built, tile: TileConfig) -> None:
         ("gobo_linear", "bf16", {"bits": 4}),
     ],
 )
-def test_large_tile(operation: str, out: str, options: dict[str, Any]) -> None:
-    tile = LARGE[operation]
-    built = _build(operation, tile, out, **options)
+def test_large_tile(key: str, out: str, options: dict[str, Any]) -> None:
+    tile = LARGE[key]
+    built = _build(key, tile, out, **options)
     _check(built, tile)
     loop = inner_loop(built.sass, "IGMMA")
     assert loop["IGMMA"] == 4, "64 rows of a warp group, 128 tokens, 128 inputs"
     assert loop["LDSM"] == 2, "packed weights reach registers as the matrix unit wants them"
-    if operation == "gobo_linear":
+    if key == "gobo_linear":
         assert loop["PRMT"] == {3: 16, 4: 48}[options["bits"]]
     # The matrix unit takes 512 cycles for 128 x 128 x 128; two warps a scheduler must issue theirs in less.
     assert 2 * loop.total() < 512
@@ -236,54 +230,52 @@ def test_large_tile(operation: str, out: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.compile
 @pytest.mark.slow
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize(
     ("out", "gelu"), [("fp32", True), ("bf16", False), ("fp16", True), ("i8", True), ("i8", False)]
 )
-def test_every_tile_of_the_table(operation: str, out: str, gelu: bool) -> None:
-    variants = [{"group_size": size} for size in (32, 64, 128)] if operation == "w4a8_linear" else [
+def test_every_tile_of_the_table(key: str, out: str, gelu: bool) -> None:
+    variants = [{"group_size": size} for size in (32, 64, 128)] if key == "w4a8_linear" else [
         {"bits": bits, "outliers": outliers} for bits in (3, 4) for outliers in (False, True)
     ]  # fmt: skip
-    for tile, options in itertools.product(tiles_of(operation), variants):
+    for tile, options in itertools.product(tiles_of(key), variants):
         if tile.split_k > 1 and out != "bf16":
             continue  # partial sums have no epilogue
-        _check(_build(operation, tile, out, gelu=gelu, **options), tile)
+        _check(_build(key, tile, out, gelu=gelu, **options), tile)
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(("operation", "more"), [("w4a8_linear", "groups"), ("gobo_linear", "matrices")])
-def test_sizes_of_one(operation: str, more: str) -> None:
-    for tile in (LARGE[operation], TileConfig("few", 16, 64, 128, warps=4, stages=4)):
+@pytest.mark.parametrize(("key", "more"), [("w4a8_linear", "groups"), ("gobo_linear", "matrices")])
+def test_sizes_of_one(key: str, more: str) -> None:
+    for tile in (LARGE[key], TileConfig("few", 16, 64, 128, warps=4, stages=4)):
         for ones in (("t", more), ("n",)):
-            assert not sm90.problems(_build(operation, tile, "bf16", ones=ones), wgmma=True, tma=True)
+            assert not sm90.problems(_build(key, tile, "bf16", ones=ones), wgmma=True, tma=True)
+
+
+def _build_finish(dictionary: bool, outliers: bool = False, ones: tuple[str, ...] = ()) -> sm90.Built:
+    from qbert.kernels.gobo_gemm import gobo_finish_kernel
+    from qbert.kernels.int4_gemm import int4_finish_kernel
+
+    size = lambda name: sm90.ONE if name in ones else "i32"
+    weight = {"dictionaries": _dictionaries(size("matrices"), outliers, codebook=None)} if dictionary else {}
+    arguments = {
+        "sums": "*i32", **weight, "y": "*bf16", "end": End("*fp32", "*fp32", "*fp32", "fp32"),
+        "shape": Shape(size("t"), size("n"), "i32"), "META": sm90.Constant(LowbitMeta(16, 128, SPLIT_K=8, GELU=True)),
+    }  # fmt: skip
+    kernel = gobo_finish_kernel if dictionary else int4_finish_kernel
+    return sm90.build(kernel, arguments, unaligned=("t", "matrices"))
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("outliers", [False, True])
 def test_finish_kernels_and_columns_kernel(outliers: bool) -> None:
-    from qbert.kernels.gobo_gemm import gobo_finish_kernel
     from qbert.kernels.outliers import columns_kernel
-    from qbert.ops.triton.lowbit import _FINISH_TILE
 
-    tensors = {
-        "sums": "*i32",
-        "s": "*fp32",
-        "scale": "*fp32",
-        "rowptr": "*i32",
-        "col": "*i16",
-        "delta": "*fp32",
-        "q": "*i8",
-    }
-    end = {"bias": "*fp32", "y": "*bf16", "inverse_out_scale": "fp32", **dict.fromkeys("tnk", "i32"), "matrices": "i32"}
-    constants = {"OUTLIERS": outliers, "HAS_BIAS": True, "GELU": True, **_FINISH_TILE, "SPLIT_K": 8}
     for ones in ((), ("t", "matrices"), ("n",)):
-        arguments = {**tensors, **end, **dict.fromkeys(ones, "constexpr")}
-        built = sm90.build(
-            gobo_finish_kernel, arguments, {**dict.fromkeys(ones, 1), **constants}, unaligned=("t", "matrices")
-        )
-        assert not sm90.problems(built)
-    built = sm90.build(columns_kernel, {"q": "*i8", "columns": "*i8", "t": "i32", "k": "i32"}, {"BLOCK_K": 128})
-    assert not sm90.problems(built)
+        assert not sm90.problems(_build_finish(True, outliers, ones))
+        assert outliers or not sm90.problems(_build_finish(False, ones=ones))
+    arguments = {"q": "*i8", "columns": "*i8", "t": "i32", "k": "i32", "BLOCK_K": sm90.Constant(128)}
+    assert not sm90.problems(sm90.build(columns_kernel, arguments))
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
@@ -294,52 +286,51 @@ def on_gpu(test: Any) -> Any:
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")(test))
 
 
-def _gpu(operation: str, scheme: str, t: int, n: int, k: int, tile: str | None = None, **more: Any) -> None:
-    cases.check(operation, scheme, t, n, k, tile, {**more, "device": "cuda"})
+def _gpu(scheme: str, t: int, n: int, k: int, tile: str | None = None, **more: Any) -> None:
+    cases.check(scheme, t, n, k, tile, {**more, "device": "cuda"})
 
 
 @on_gpu
 @EVERY_SCHEME
 @pytest.mark.parametrize("shape", BERT, ids=str)
-def test_bert_shapes_on_gpu(operation: str, scheme: str, shape: tuple[int, int]) -> None:
+def test_bert_shapes_on_gpu(scheme: str, shape: tuple[int, int]) -> None:
     """2,048 tokens equal the reference; the first t of them have the same bits, whichever tile the table gives t tokens."""
     activation = "gelu" if shape[0] > shape[1] else "none"
-    arguments = cases.arguments_of(operation, scheme, 2048, *shape, "bfloat16", activation=activation, device="cuda")
-    at = OUT_SCALE_AT[f"{operation}_requant"]
-    for name in (operation, f"{operation}_requant"):
-        whole = cases.run(name, arguments)
-        assert_matches_reference(name, arguments, whole)
+    a = cases.problem(scheme, 2048, *shape, "bfloat16", activation=activation, device="cuda")
+    for _ in range(2):
+        whole = cases.run(a)
+        assert_matches_reference(a, whole)
         for t in (1, 16, 33, 64, 100, 200, 512, 1000):
             with cases.poisoned():
-                part = cases.run(name, (arguments[0][:t].clone(), arguments[1][:t].clone(), *arguments[2:]))
-            assert torch.equal(part, whole[:t]), f"{name}: {t} tokens"
-        arguments = (*arguments[:at], float(whole.abs().max()) / 200, *arguments[at + 1 :])  # some codes are clamped
+                part = cases.run(a._replace(x=a.x[:t].clone(), s=a.s[:t].clone()))
+            assert torch.equal(part, whole[:t]), f"{whole.dtype}: {t} tokens"
+        a = a._replace(out=float(whole.abs().max()) / 200)  # some codes are clamped
 
 
 @on_gpu
 @EVERY_SCHEME
 @pytest.mark.parametrize("tile", [None, *cases.TILES])
-def test_odd_shapes_on_gpu(operation: str, scheme: str, tile: str | None) -> None:
+def test_odd_shapes_on_gpu(scheme: str, tile: str | None) -> None:
     for (t, n, k), dtype in itertools.product(_shapes(scheme), ("float32", "bfloat16", "float16")):
-        _gpu(operation, scheme, t, n, k, tile, dtype=dtype)
-        _gpu(f"{operation}_requant", scheme, t, n, k, tile)
+        _gpu(scheme, t, n, k, tile, dtype=dtype)
+        _gpu(scheme, t, n, k, tile, int8_out=True)
 
 
 @on_gpu
 @EVERY_SCHEME
-def test_random_shapes_on_gpu(operation: str, scheme: str) -> None:
+def test_random_shapes_on_gpu(scheme: str) -> None:
     generator = torch.Generator().manual_seed(len(scheme))
     for seed in range(10):
         t, n, blocks = (int(torch.randint(1, high, (1,), generator=generator)) for high in (700, 1500, 12))
-        k = 128 * blocks if operation == "w4a8_linear" else 128 * blocks - seed
-        _gpu(operation, scheme, t, n, k, seed=seed, activation=("none", "gelu")[seed % 2], bias=seed % 3 > 0)
+        k = 128 * blocks - (seed if scheme.startswith("gobo") else 0)
+        _gpu(scheme, t, n, k, seed=seed, activation=("none", "gelu")[seed % 2], bias=seed % 3 > 0)
 
 
 @on_gpu
 @pytest.mark.parametrize("scheme", ["gobo3a8", "gobo4a8"])
 def test_stacked_dictionaries_on_gpu(scheme: str) -> None:
     for t, n, k, matrices in [(512, 2304, 768, 3), (40, 66, 192, 3), (300, 96, 64, 2)]:
-        _gpu("gobo_linear", scheme, t, n, k, matrices=matrices)
+        _gpu(scheme, t, n, k, matrices=matrices)
 
 
 @on_gpu
@@ -352,23 +343,23 @@ def test_exact_codes_on_gpu() -> None:
 
 @on_gpu
 @EVERY_SCHEME
-def test_ten_runs_and_every_batch_give_the_same_bits_on_gpu(operation: str, scheme: str) -> None:
+def test_ten_runs_and_every_batch_give_the_same_bits_on_gpu(scheme: str) -> None:
     for t in (7, 640):
-        arguments = cases.arguments_of(operation, scheme, t, 768, 768, device="cuda")
-        first = cases.run(operation, arguments)
+        a = cases.problem(scheme, t, 768, 768, device="cuda")
+        first = cases.run(a)
         for _ in range(9):
-            assert torch.equal(cases.run(operation, arguments), first)
-    cases.check_batch(operation, scheme, device="cuda")
+            assert torch.equal(cases.run(a), first)
+    cases.check_batch(scheme, device="cuda")
 
 
 @on_gpu
 def test_in_a_cuda_graph_on_gpu() -> None:
-    for operation, scheme in SCHEMES:
-        arguments = cases.arguments_of(operation, scheme, 8, 768, 3072, device="cuda")
-        wanted = cases.run(operation, arguments)  # compiles
+    for scheme in SCHEMES:
+        a = cases.problem(scheme, 8, 768, 3072, device="cuda")
+        wanted = cases.run(a)  # compiles
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            result = cases.run(operation, arguments)
+            result = cases.run(a)
         result.zero_()
         graph.replay()
         torch.cuda.synchronize()

@@ -10,7 +10,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: pip install 'qbert[triton]'", allow_module_level=True)
 
-from sm90 import Built, build, problems
+from sm90 import ONE, Built, Constant, build, problems
 
 pytestmark = pytest.mark.compile
 ARGUMENTS = {"a": "*i8", "b": "*i8", "c": "*i32", "n": "i32", "k": "i32", "stride_bn": "i32", "stride_bk": "i32"}
@@ -19,15 +19,9 @@ ARGUMENTS = {"a": "*i8", "b": "*i8", "c": "*i32", "n": "i32", "k": "i32", "strid
 def _product(tile: tuple[int, int, int], *, k_major: bool = True, **options: Any) -> Built:
     from wrong_kernels import product
 
-    contiguous, other = ("stride_bk", "stride_bn") if k_major else ("stride_bn", "stride_bk")
-    arguments = {name: kind for name, kind in ARGUMENTS.items() if name != contiguous}
-    constants = {contiguous: 1, **dict(zip(("BM", "BN", "BK"), tile, strict=True))}
-    assert other in arguments
-    return build(product, _in_order(arguments, constants), constants, **options)
-
-
-def _in_order(arguments: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:
-    return {name: arguments.get(name, "constexpr") for name in ARGUMENTS if name in arguments or name in constants}
+    contiguous = "stride_bk" if k_major else "stride_bn"
+    constants = dict(zip(("BM", "BN", "BK"), map(Constant, tile), strict=True))
+    return build(product, {**ARGUMENTS, contiguous: ONE, **constants}, **options)
 
 
 def test_a_good_kernel_has_no_problems() -> None:

@@ -9,19 +9,23 @@ import row_cases as cases
 import sm90
 import torch
 from interpreted import run
+from launchers import is_left_to_others, launch, obstacle_of
 
 from qbert.errors import QBertError
-from qbert.ops.triton import launch, rows
-from qbert.testing import random_arguments, schemes_of
+from qbert.ops.operations import AddNorm, Norm, QuantizeRows
+from qbert.ops.triton import rows
+from qbert.ops.triton.arguments import Normed, Outliers, Table, TableMeta
+from qbert.testing import random_problem, schemes_of
+from qbert.weight import Layout
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: pip install 'qbert[triton]'", allow_module_level=True)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 # (operation, scheme) of everything that reads a table.
-TABLES = [(name, scheme) for name in ("w8_embedding", "w4_embedding", "gobo_embedding") for scheme in schemes_of(name)]
-TABLES += [("embed_layer_norm_quantize", scheme) for scheme in (*schemes_of("embed_layer_norm_quantize"), "float")]
-NORM = ("add_layer_norm_quantize", None)
+TABLES = [("embedding", scheme) for scheme in schemes_of("embedding")]
+TABLES += [("embed_norm", scheme) for scheme in (*schemes_of("embed_norm"), "float")]
+NORM, QUANTIZE = ("add_norm", None), ("quantize_rows", None)
 
 
 # ---- interpreter ----------------------------------------------------------------------------------------------------
@@ -69,40 +73,44 @@ def test_nothing_to_do():
 
 
 def test_arguments_are_refused_by_name():
-    x, ones = torch.zeros(2, 8), torch.ones(8)
-    table, scale = torch.ones(4, 8, dtype=torch.int8), torch.ones(4)
+    x, norm = torch.zeros(2, 8), Norm(torch.ones(8), torch.ones(8), 1e-12)
     with pytest.raises(QBertError, match="cpu; allowed: cuda"):
-        rows.quantize_per_token(x)
+        launch(QuantizeRows(x))
     with pytest.raises(RuntimeError, match="y is"):
-        rows.add_layer_norm_quantize(x, x[:1], ones, ones, 1e-12)
-    with pytest.raises(QBertError, match=r"y must be \(t, k\)"):
-        rows.add_layer_norm_quantize(x[0], x[0], ones, ones, 1e-12)
+        launch(AddNorm(x, x[:1], norm))
+    with pytest.raises(RuntimeError, match=r"y must be \(t, k\)"):
+        AddNorm(x[0], x[0], norm).check()
     with pytest.raises(RuntimeError, match=r"gamma is torch\.int8"):
-        rows.add_layer_norm_quantize(x, x, ones.to(torch.int8), ones, 1e-12)
+        launch(AddNorm(x, x, norm._replace(gamma=torch.ones(8, dtype=torch.int8))))
+    look_up = random_problem("embedding", 2, 4, 8, scheme="w8")
     with pytest.raises(RuntimeError, match=r"ids are torch\.uint8"):
-        rows.w8_embedding(torch.zeros(2, dtype=torch.uint8), table, scale, torch.float32)
+        launch(look_up._replace(ids=torch.zeros(2, dtype=torch.uint8)))
 
 
-def test_what_no_kernel_reads_is_left_to_others(monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRETED", True)  # so that tensors on a CPU come this far
-    arguments = random_arguments("w4_embedding", 2, 4, 64)
-    assert rows.w4_embedding(*arguments[:-1], "bytes") is NotImplemented
-    assert rows.quantize_per_token(torch.zeros(1, 40_000)) is NotImplemented
-    long = torch.zeros(1, 40_000), torch.zeros(1, 40_000), torch.zeros(40_000), torch.zeros(40_000)
-    assert rows.add_layer_norm_quantize(*long, 1e-12) is NotImplemented
+def test_what_no_kernel_reads_is_left_to_others():
+    long, norm = torch.zeros(1, 40_000), Norm(torch.zeros(40_000), torch.zeros(40_000), 1e-12)
+    none = Norm(torch.zeros(0), torch.zeros(0), 1e-12)
+    for a, why in (
+        (
+            random_problem("embedding", 2, 4, 64, scheme="w4", layout=Layout.BYTES),
+            "does not read w4 weights in layout bytes",
+        ),
+        (random_problem("embed_norm", 2, 4, 64, scheme="gobo4", layout=Layout.BYTES), "gobo4 weights in layout bytes"),
+        (random_problem("embed_norm", 1, 1, 40_000, scheme="float"), "rows of 40000"),
+        (QuantizeRows(long), "rows of 40000"),
+        (AddNorm(long, long, norm), "rows of 40000"),
+        (AddNorm(long[:, :0], long[:, :0], none), "without columns"),
+    ):
+        assert why in str(obstacle_of(a))
+        assert is_left_to_others(a)
 
 
 # ---- compiled for sm_90 ---------------------------------------------------------------------------------------------
 
 
-def compiled(kernel, types, k, optional=(), **constants):
-    """`types`: of the parameters that are there; `optional`: names of pointers that are None."""
-    options = rows.row_options(k)
-    arguments = {name: types[name] for name in kernel.arg_names if name in types}
-    missing = dict.fromkeys(optional)
+def compiled(kernel, arguments, k):
     return sm90.build(
-        kernel, arguments, {**missing, "BLOCK": options["BLOCK"], **constants}, warps=options["num_warps"],
-        unaligned=tuple(name for name in types if name.endswith("rows") or name == "outliers"), enable_fp_fusion=False,
+        kernel, arguments, warps=rows.row_options(k)["num_warps"], unaligned=("rows", "kept"), enable_fp_fusion=False
     )  # fmt: skip
 
 
@@ -120,55 +128,67 @@ def check(built, vectors=("LDG.E.128", "STG.E.128")):
 def test_quantize_per_token_compiles(k, dtype):
     from qbert.kernels.quantize_per_token import quantize_per_token_kernel
 
-    types = {"x_ptr": f"*{dtype}", "codes_ptr": "*i8", "scale_ptr": "*fp32", "k": "i32", "x_stride": "i32"}
-    check(compiled(quantize_per_token_kernel, types, k))
+    arguments = {"x_ptr": f"*{dtype}", "codes_ptr": "*i8", "scale_ptr": "*fp32", "k": "i32", "x_stride": "i32"}
+    check(compiled(quantize_per_token_kernel, {**arguments, "BLOCK": sm90.Constant(rows.block_of(k))}, k))
 
 
-NORM_TYPES = {"gamma_ptr": "*fp32", "beta_ptr": "*fp32", "codes_ptr": "*i8", "k": "i32", "eps": "fp32"}
+NORM_TYPES = Norm("*fp32", "*fp32", "fp32")
+
+
+def compiled_norm(y, residual, k):
+    from qbert.kernels.add_layer_norm_quantize import add_layer_norm_quantize_kernel
+
+    arguments = {
+        "y_ptr": f"*{y}", "residual_ptr": f"*{residual}", "norm": NORM_TYPES, "to": Normed(f"*{residual}", "*i8", "*fp32"),
+        "k": "i32", "strides": ("i32", "i32"), "BLOCK": sm90.Constant(rows.block_of(k)),
+    }  # fmt: skip
+    return compiled(add_layer_norm_quantize_kernel, arguments, k)
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("k", [768, 4096])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_add_layer_norm_quantize_compiles(k, dtype):
-    from qbert.kernels.add_layer_norm_quantize import add_layer_norm_quantize_kernel
-
-    types = NORM_TYPES | {
-        "y_ptr": "*fp32", "residual_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "scale_ptr": "*fp32", "y_stride": "i32",
-        "residual_stride": "i32",
-    }  # fmt: skip
-    built = compiled(add_layer_norm_quantize_kernel, types, k)
+    built = compiled_norm("fp32", dtype, k)
     check(built)
     assert (built.count("BAR") == 0) == (k <= 1024), "one warp holds a row of up to 1024 without a barrier"
 
 
-OUTLIERS = ("rowptr_ptr", "col_ptr", "delta_ptr")
-OUTLIER_TYPES = {"rowptr_ptr": "*i32", "col_ptr": "*i16", "delta_ptr": "*fp32"}
-# Table -> types of its tensors, which of them are None, constants.
+OUTLIERS = Outliers("*i32", "*i16", "*fp32")
+# Table -> types of its codes, scales or dictionary, and outliers; bits; group.
 TABLE_TYPES = {
-    "float": ({"table_ptr": "*fp32"}, ("scale_ptr", *OUTLIERS), {"BITS": 0, "GROUP": 0}),
-    "w8": ({"table_ptr": "*i8", "scale_ptr": "*fp32"}, OUTLIERS, {"BITS": 0, "GROUP": 0}),
-    "w4": ({"table_ptr": "*u8", "scale_ptr": "*bf16"}, OUTLIERS, {"BITS": 4, "GROUP": 64}),
-    "gobo3": ({"table_ptr": "*u8", "scale_ptr": "*fp32", **OUTLIER_TYPES}, (), {"BITS": 3, "GROUP": 0}),
-    "gobo4": ({"table_ptr": "*u8", "scale_ptr": "*fp32", **OUTLIER_TYPES}, (), {"BITS": 4, "GROUP": 0}),
+    "float": (("*fp32", None, None), 0, 0),
+    "w8": (("*i8", "*fp32", None), 0, 0),
+    "w4": (("*u8", "*bf16", None), 4, 64),
+    "gobo3": (("*u8", "*fp32", OUTLIERS), 3, 0),
+    "gobo4": (("*u8", "*fp32", OUTLIERS), 4, 0),
 }
+
+
+def compiled_look_up(table, normed):
+    """Of 768 columns."""
+    from qbert.kernels.embed_layer_norm_quantize import embed_layer_norm_quantize_kernel
+    from qbert.kernels.embedding import embedding_kernel
+
+    types, bits, group = TABLE_TYPES[table]
+    table, meta = Table(*types, "i32", "i32"), sm90.Constant(TableMeta(bits, group, rows.block_of(768)))
+    if not normed:
+        arguments = {"ids_ptr": "*i64", "out_ptr": "*fp32", "table": table, "k": "i32", "META": meta}
+        return compiled(embedding_kernel, arguments, 768)
+    floats = Table("*fp32", None, None, "i32", "i32")
+    arguments = {
+        "ids": ("*i64",) * 3, "tables": (table, floats, floats), "norm": NORM_TYPES,
+        "to": Normed("*fp32", "*i8", "*fp32"), "k": "i32", "META": meta,
+    }  # fmt: skip
+    return compiled(embed_layer_norm_quantize_kernel, arguments, 768)
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("table", TABLE_TYPES)
 def test_look_ups_compile(table):
-    from qbert.kernels.embed_layer_norm_quantize import embed_layer_norm_quantize_kernel
-    from qbert.kernels.embedding import embedding_kernel
-
-    tensors, missing, constants = TABLE_TYPES[table]
-    shared = {"ids_ptr": "*i64", "out_ptr": "*fp32", "rows": "i32", "outliers": "i32", "k": "i32", **tensors}
     if table != "float":
-        check(compiled(embedding_kernel, shared, 768, missing, **constants), vectors=("STG.E.128",))
-    types = NORM_TYPES | shared | {
-        "position_ids_ptr": "*i64", "token_type_ids_ptr": "*i64", "positions_ptr": "*fp32", "token_types_ptr": "*fp32",
-        "out_scale_ptr": "*fp32", "position_rows": "i32", "token_type_rows": "i32",
-    }  # fmt: skip
-    check(compiled(embed_layer_norm_quantize_kernel, types, 768, missing, **constants))
+        check(compiled_look_up(table, normed=False), vectors=("STG.E.128",))
+    check(compiled_look_up(table, normed=True))
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
@@ -176,12 +196,12 @@ def test_look_ups_compile(table):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize(("operation", "scheme"), [*TABLES, NORM, ("quantize_per_token", None)])
+@pytest.mark.parametrize(("operation", "scheme"), [*TABLES, NORM, QUANTIZE])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_gpu_results_are_the_references(operation, scheme, dtype):
     odd = [] if scheme and scheme.startswith("w4") else [(5, 9, 1), (17, 31, 70), (3, 5, 1023), (2, 3, 5000)]
     for t, n, k in [(1, 4, 768), (1023, 50, 1024), (4096, 100, 768), (7, 3, 3072), (9, 3, 4096), *odd]:
-        cases.matches_reference(operation, t, n, k, dtype, scheme, device="cuda")
+        cases.matches_reference(operation, t, n, k, dtype, scheme=scheme, device="cuda")
 
 
 @pytest.mark.gpu
@@ -189,11 +209,10 @@ def test_gpu_results_are_the_references(operation, scheme, dtype):
 @pytest.mark.parametrize("seed", range(10))
 def test_gpu_random_shapes(seed):
     choose = random.Random(seed)
-    for operation, scheme in (*TABLES, NORM, ("quantize_per_token", None)):
+    for operation, scheme in (*TABLES, NORM, QUANTIZE):
         k = 128 * choose.randint(1, 32) if scheme and scheme.startswith("w4") else choose.randint(1, 4096)
-        cases.matches_reference(
-            operation, choose.randint(1, 2000), choose.randint(5, 50), k, "float32", scheme, seed, device="cuda"
-        )
+        t, n = choose.randint(1, 2000), choose.randint(5, 50)
+        cases.matches_reference(operation, t, n, k, scheme=scheme, seed=seed, device="cuda")
 
 
 @pytest.mark.gpu
@@ -220,14 +239,14 @@ def test_gpu_what_is_outside_of_a_table_is_not_read(operation, scheme):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize(("operation", "scheme"), [*TABLES, NORM, ("quantize_per_token", None)])
+@pytest.mark.parametrize(("operation", "scheme"), [*TABLES, NORM, QUANTIZE])
 def test_gpu_every_element_is_written_and_always_the_same(operation, scheme, monkeypatch):
-    arguments = cases.to_device(random_arguments(operation, 300, 40, 768, scheme=scheme), "cuda")
+    problem = random_problem(operation, 300, 40, 768, scheme=scheme, device="cuda")
     empty = torch.Tensor.new_empty
     results = []
     for poison in (77, -77):
         monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, p=poison, **k: empty(*a, **k).fill_(p))
-        results += [cases._as_tuple(rows.KERNELS[operation](*arguments)) for _ in range(5)]
+        results += [cases._as_tuple(launch(problem)) for _ in range(5)]
     for result in results[1:]:
         assert all(torch.equal(got, want) for got, want in zip(result, results[0], strict=True))
 
@@ -237,7 +256,7 @@ def test_gpu_every_element_is_written_and_always_the_same(operation, scheme, mon
 def test_gpu_offsets_pass_32_bits():
     x = torch.zeros(2**31 // 4096 + 3, 4096, dtype=torch.float16, device="cuda")
     x[-1] = 1
-    codes, scale = rows.quantize_per_token(x)
+    codes, scale = launch(QuantizeRows(x))
     assert bool((codes[-1] == 127).all())
     assert not bool(codes[:-1].any())
     assert float(scale[-1]) == pytest.approx(1 / 127)

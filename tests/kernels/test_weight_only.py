@@ -16,16 +16,18 @@ import interpreted
 import ptx
 import sm90
 import weight_only_cases as cases
+from launchers import bind_with, changed, is_left_to_others, launch, obstacle_of
 
-from qbert import layout as layouts
 from qbert.errors import QBertError
 from qbert.formats import DICT3, DICT4, INT4, INT8, SCHEMES
-from qbert.layout import Layout, layouts_of
 from qbert.ops.triton import weight_only
+from qbert.ops.triton.arguments import ExpandMeta, Outliers, Packed, Shape, WeightOnlyMeta
 from qbert.ops.triton.weight_only import streams
 from qbert.tiles import TileConfig, tiles_of
+from qbert.weight import layout as layouts
+from qbert.weight.layout import Layout, layouts_of
 
-SCHEME_NAMES = list(cases.OPERATION_OF)
+SCHEME_NAMES = cases.SCHEME_NAMES
 FORMATS = [
     ("int8_rows", INT8),
     ("nibble_halves", INT4),
@@ -47,7 +49,7 @@ def _value(code: int, fmt: Any, codebook: list[float]) -> float:
 @pytest.mark.parametrize("kind", list(TYPES))
 @pytest.mark.parametrize(("layout", "fmt"), FORMATS, ids=[f"{layout}-{fmt.name}" for layout, fmt in FORMATS])
 def test_assembly_gives_the_weights_of_packed_codes(layout, fmt, kind):
-    """Every code at every place: packed by `qbert.layout`, decoded by the PTX that kernels contain."""
+    """Every code at every place: packed by `qbert.weight.layout`, decoded by the PTX that kernels contain."""
     import triton.language as tl
 
     from qbert.kernels import decode
@@ -138,26 +140,29 @@ def test_what_streams(t, fmt, layout, group, dtype, expected):
 def test_layouts_of_other_kernels_are_left_alone(scheme):
     for layout in layouts_of(SCHEMES[scheme]):
         if layout not in weight_only.EXPANDED_LAYOUTS:
-            arguments = cases.problem(scheme, 2, 3, 128, layout.value)
-            assert weight_only.KERNELS[cases.OPERATION_OF[scheme]](*arguments) is NotImplemented
+            a = cases.problem(scheme, 2, 3, 128, layout.value)
+            assert f"{scheme} weights in layout {layout.value}" in str(obstacle_of(a))
+            assert is_left_to_others(a)
 
 
 @pytest.mark.parametrize("t", [1, 300])
 def test_tensors_in_the_wrong_place_are_named(t):
-    arguments = cases.problem("gobo3", t, 16, 128, dtype=torch.float16)
+    a = cases.problem("gobo3", t, 16, 128, dtype=torch.float16)
     if not torch.cuda.is_available():
         with pytest.raises(QBertError, match="given a tensor on cpu; allowed: cuda"):
-            cases.run("gobo3", arguments)
-    x, qdata, *rest = arguments
+            launch(a)
+    qdata, codebook = a.weight.qdata, a.weight.codebook
     odd = torch.empty(qdata.numel() + 1, dtype=torch.uint8)[1:].view(qdata.shape)
-    with pytest.raises(QBertError, match="qdata starts at an address"):
-        cases.run("gobo3", (x, odd, *rest))
-    with pytest.raises(QBertError, match="qdata has strides"):
-        cases.run("gobo3", (x, qdata.t().contiguous().t(), *rest))
-    with pytest.raises(QBertError, match="qdata is on meta"):
-        cases.run("gobo3", (x, qdata.to("meta"), *rest))
+    for wrong, message in (
+        ({"qdata": odd}, "qdata starts at an address"),
+        ({"qdata": qdata.t().contiguous().t()}, "qdata has strides"),
+        ({"qdata": qdata.to("meta")}, "qdata is on meta"),
+        ({"codebook": codebook.to("meta")}, "codebook is on meta"),
+    ):
+        with pytest.raises(QBertError, match=message):
+            launch(a._replace(weight=changed(a.weight, **wrong)))
     with pytest.raises(QBertError, match="unknown activation 'relu'"):
-        cases.run("gobo3", (*arguments[:-2], "relu", arguments[-1]))
+        bind_with(a, "none", "relu")
 
 
 # ---- interpreter ----------------------------------------------------------------------------------------------------
@@ -257,25 +262,23 @@ def _build(
 
     dtype = getattr(torch, TYPES[kind])
     block_t = weight_only.tokens_of(tile, tile.block_t, group, dtype)
+    meta = WeightOnlyMeta(
+        layout, bits, group, weight_only.outliers_of(block_t), gelu, block_t, tile.block_n // ROWS.value, tile.warps, True
+    )  # fmt: skip
     arguments = {
-        "x_ptr": f"*{kind}", "qdata_ptr": "*i32", "codebook_ptr": "*fp32", "scale_ptr": "*bf16" if group else "*fp32",
-        "rowptr_ptr": "*i32", "col_ptr": "*i16", "delta_ptr": "*fp32", "bias_ptr": "*fp32", "y_ptr": f"*{kind}",
-        "t": "i32", "n": "i32", "k": "i32", "row_quads": "i32",
-    }  # fmt: skip
-    constants = {
-        "LAYOUT": layout, "BITS": bits, "GROUP": group, "OUTLIERS": weight_only.outliers_of(block_t) if outliers else 0,
-        "HAS_BIAS": True, "GELU": gelu, "BLOCK_T": block_t, "REPEATS": tile.block_n // ROWS.value, "WARPS": tile.warps,
-        "PRMT": True,
+        "x_ptr": f"*{kind}", "weight": _packed("*i32", layout, group, outliers), "bias_ptr": "*fp32", "y_ptr": f"*{kind}",
+        "shape": Shape("i32", "i32", "i32"), "META": sm90.Constant(meta),
     }  # fmt: skip
     return sm90.build(
-        weight_only_kernel,
-        arguments,
-        constants,
-        warps=tile.warps,
-        stages=tile.stages,
-        unaligned=("t", "row_quads"),
-        enable_fp_fusion=True,
-    )
+        weight_only_kernel, arguments, warps=tile.warps, stages=tile.stages, unaligned=("t", "pitch"), enable_fp_fusion=True
+    )  # fmt: skip
+
+
+def _packed(codes: str, layout: str, group: int, outliers: bool, dictionary: bool | None = None) -> Packed:
+    if dictionary is None:
+        dictionary = layout not in ("int8_rows", "nibble_halves")
+    codebook, scale = ("*fp32", None) if dictionary else (None, "*bf16" if group else "*fp32")
+    return Packed(codes, "i32", codebook, scale, Outliers("*i32", "*i16", "*fp32") if outliers else None)
 
 
 def _main_loop(built: sm90.Built) -> dict[str, int]:
@@ -330,24 +333,21 @@ def test_every_tile_compiles_without_spills(layout, bits, group, kind):
         assert sm90.problems(built) == [], tile
 
 
-@pytest.mark.compile
-def test_expansion_compiles_without_spills():
+def _build_expansion(layout: str, bits: int, group: int) -> sm90.Built:
     from qbert.kernels.dequantize import dequantize_kernel
 
-    for layout, bits, group in (("plain", 3, 0), ("dict3_words", 3, 0), ("nibble_halves", 4, 64), ("plain", 8, 0)):
-        arguments = {
-            "qdata_ptr": "*u8", "codebook_ptr": "*fp32", "scale_ptr": "*bf16" if group else "*fp32", "rowptr_ptr": "*i32",
-            "col_ptr": "*i16", "delta_ptr": "*fp32", "out_ptr": "*bf16", "k": "i32", "row_bytes": "i32",
-        }  # fmt: skip
-        constants = {
-            "LAYOUT": layout,
-            "BITS": bits,
-            "DICTIONARY": bits == 3,
-            "GROUP": group,
-            "OUTLIERS": bits == 3,
-            "BLOCK_K": 1024,
-        }
-        built = sm90.build(dequantize_kernel, arguments, constants, warps=4)
+    weight = _packed("*u8", layout, group, outliers=bits == 3, dictionary=bits == 3)
+    meta = sm90.Constant(ExpandMeta(layout, bits, group, 1024))
+    return sm90.build(dequantize_kernel, {"weight": weight, "out_ptr": "*bf16", "k": "i32", "META": meta}, warps=4)
+
+
+EXPANDED = (("plain", 3, 0), ("dict3_words", 3, 0), ("nibble_halves", 4, 64), ("plain", 8, 0))
+
+
+@pytest.mark.compile
+def test_expansion_compiles_without_spills():
+    for problem in EXPANDED:
+        built = _build_expansion(*problem)
         assert sm90.problems(built, blocks_per_sm=8) == []
         assert built.count("STG.E.128") > 0
 
@@ -400,14 +400,14 @@ def test_edges_on_gpu():
 @on_gpu
 @pytest.mark.parametrize("scheme", SCHEME_NAMES)
 def test_ten_runs_into_poisoned_memory_give_the_same_bits(scheme, monkeypatch):
-    arguments = cases.problem(scheme, 7, 770, 768, dtype=torch.bfloat16, device="cuda")
-    expected = cases.run(scheme, arguments)
+    a = cases.problem(scheme, 7, 770, 768, dtype=torch.bfloat16, device="cuda")
+    expected = launch(a)
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(
         torch.Tensor, "new_empty", lambda *args, **options: new_empty(*args, **options).fill_(float("nan"))
     )
     for _ in range(10):
-        assert torch.equal(cases.run(scheme, arguments), expected)
+        assert torch.equal(launch(a), expected)
     assert bool(expected.isfinite().all())
 
 
@@ -422,11 +422,11 @@ def test_a_token_does_not_see_its_batch_on_gpu(scheme):
 @pytest.mark.gpu
 @on_gpu
 def test_a_graph_replays_it():
-    x, *rest = cases.problem("gobo3", 4, 768, 768, dtype=torch.float16, device="cuda")
-    cases.run("gobo3", (x, *rest))
+    a = cases.problem("gobo3", 4, 768, 768, dtype=torch.float16, device="cuda")
+    launch(a)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = cases.run("gobo3", (x, *rest))
-    x.copy_(x.flip(0))
+        y = launch(a)
+    a.x.copy_(a.x.flip(0))
     graph.replay()
-    assert torch.equal(y, cases.run("gobo3", (x, *rest)))
+    assert torch.equal(y, launch(a))

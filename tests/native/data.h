@@ -1,4 +1,4 @@
-// Random problems in memory of exactly the size that a kernel may touch, and packed as qbert/layout packs.
+// Random problems in memory of exactly the size that a kernel may touch, and packed as qbert/weight/layout packs.
 #pragma once
 
 #include <algorithm>
@@ -244,7 +244,10 @@ struct Outliers {
             delta[i] = static_cast<float>(random.normal() * scale);
         }
     }
-    const void* columns() const { return is_wide ? static_cast<const void*>(wide.data()) : narrow.data(); }
+    qbert::Outliers as_argument() const {
+        const void* columns = is_wide ? static_cast<const void*>(wide.data()) : narrow.data();
+        return {rowptr.data(), columns, is_wide, delta.data(), delta.size()};
+    }
     int64_t column(int64_t entry) const { return is_wide ? wide[entry] : narrow[entry]; }
 };
 

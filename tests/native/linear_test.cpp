@@ -22,36 +22,40 @@ struct Problem {
     std::string name;
 
     Problem(Random& random, WeightFormat format) {
-        args.format = format;
+        args.weight.format = format;
         args.t = random.one_of<int64_t>({1, 2, 15, 16, 17, 31, 33, 50});
-        args.matrices = 1;
+        args.weight.matrices = 1;
         choose_shape(random);
         make_activations(random);
         make_weight(random);
         make_rest(random);
-        name = "format " + std::to_string(static_cast<int>(format)) + " t " + std::to_string(args.t) + " n " + std::to_string(args.n) +
-               " k " + std::to_string(args.k) + " matrices " + std::to_string(args.matrices);
+        const Weight& w = args.weight;
+        name = "format " + std::to_string(static_cast<int>(format)) + " t " + std::to_string(args.t) + " n " + std::to_string(w.n) +
+               " k " + std::to_string(w.k) + " matrices " + std::to_string(w.matrices);
     }
 
-    bool is_dictionary() const { return args.format == WeightFormat::dict4_panels || args.format == WeightFormat::dict3_panels; }
+    bool is_dictionary() const {
+        return args.weight.format == WeightFormat::dict4_panels || args.weight.format == WeightFormat::dict3_panels;
+    }
 
     void choose_shape(Random& random) {
-        args.n = random.one_of<int64_t>({1, 3, 15, 16, 17, 48, 63, 64, 65, 100, 150});
-        args.k = random.one_of<int64_t>({1, 2, 3, 5, 63, 64, 65, 100, 127, 130, 257});
-        if (args.format == WeightFormat::int4_panels) {
+        Weight& w = args.weight;
+        w.n = random.one_of<int64_t>({1, 3, 15, 16, 17, 48, 63, 64, 65, 100, 150});
+        w.k = random.one_of<int64_t>({1, 2, 3, 5, 63, 64, 65, 100, 127, 130, 257});
+        if (w.format == WeightFormat::int4_panels) {
             const int64_t group = random.one_of<int64_t>({8, 16, 32, 64, 128});
-            args.groups = random.between(1, 3);
-            args.k = group * args.groups;
+            w.groups = random.between(1, 3);
+            w.k = group * w.groups;
         }
         if (is_dictionary() && random.once_in(2)) {
-            args.matrices = random.between(2, 3);
-            args.n = args.matrices * random.between(1, 60);
+            w.matrices = random.between(2, 3);
+            w.n = w.matrices * random.between(1, 60);
         }
     }
 
     void make_activations(Random& random) {
         const bool extreme = random.once_in(4);
-        q = Buffer<int8_t>(args.t * args.k, random.between(0, 3));
+        q = Buffer<int8_t>(args.t * args.weight.k, random.between(0, 3));
         for (int64_t i = 0; i < q.size(); ++i) q[i] = static_cast<int8_t>(extreme ? random.one_of({-127, 127}) : random.between(-127, 127));
         if (extreme && random.once_in(2)) std::memset(q.data(), 127, static_cast<size_t>(q.size()));
         s = Buffer<float>(args.t);
@@ -62,54 +66,51 @@ struct Problem {
     }
 
     void make_weight(Random& random) {
-        const int64_t n = args.n, k = args.k;
+        Weight& weight = args.weight;
+        const int64_t n = weight.n, k = weight.k;
         operand.resize(static_cast<size_t>(n * k));
-        if (args.format == WeightFormat::int8_panels || args.format == WeightFormat::int8_rows) {
+        if (weight.format == WeightFormat::int8_panels || weight.format == WeightFormat::int8_rows) {
             const bool extreme = random.once_in(4);
             for (int8_t& w : operand) w = static_cast<int8_t>(extreme ? random.one_of({-127, 127, 127, 127}) : random.between(-127, 127));
-            int8_weight = args.format == WeightFormat::int8_panels ? data::pack_int8_panels(operand.data(), n, k) : Buffer<int8_t>(n * k);
-            if (args.format == WeightFormat::int8_rows) std::memcpy(int8_weight.data(), operand.data(), operand.size());
-            args.weight = int8_weight.data();
+            int8_weight = weight.format == WeightFormat::int8_panels ? data::pack_int8_panels(operand.data(), n, k) : Buffer<int8_t>(n * k);
+            if (weight.format == WeightFormat::int8_rows) std::memcpy(int8_weight.data(), operand.data(), operand.size());
+            weight.codes = int8_weight.data();
             return;
         }
         std::vector<uint8_t> codes(operand.size());
-        const int bits = args.format == WeightFormat::dict3_panels ? 3 : 4;
+        const int bits = weight.format == WeightFormat::dict3_panels ? 3 : 4;
         for (uint8_t& code : codes) code = static_cast<uint8_t>(random.between(0, (1 << bits) - 1));
-        if (args.format == WeightFormat::int4_panels) {
-            group_scale = Buffer<uint8_t>(n * args.groups);
+        if (weight.format == WeightFormat::int4_panels) {
+            group_scale = Buffer<uint8_t>(n * weight.groups);
             for (int64_t i = 0; i < group_scale.size(); ++i) group_scale[i] = static_cast<uint8_t>(random.between(1, 18));
             for (int64_t i = 0; i < n * k; ++i) {
-                const int group = group_scale[i / k * args.groups + i % k / (k / args.groups)];
+                const int group = group_scale[i / k * weight.groups + i % k / (k / weight.groups)];
                 if (codes[i] == 8 && group > 15) codes[i] = 9;  // |code| * scale stays within int8, as the format promises
                 operand[i] = static_cast<int8_t>((static_cast<int>(codes[i] ^ 8) - 8) * group);
             }
-            args.group_scale = group_scale.data();
+            weight.group_scale = group_scale.data();
         } else {
             const int entries = 1 << bits;
-            codebook = Buffer<int8_t>(args.matrices * entries);
+            codebook = Buffer<int8_t>(weight.matrices * entries);
             for (int64_t i = 0; i < codebook.size(); ++i) codebook[i] = static_cast<int8_t>(random.between(-127, 127));
-            for (int64_t i = 0; i < n * k; ++i) operand[i] = codebook[i / k * args.matrices / n * entries + codes[i]];
-            args.codebook = codebook.data();
+            for (int64_t i = 0; i < n * k; ++i) operand[i] = codebook[i / k * weight.matrices / n * entries + codes[i]];
+            weight.codebook = codebook.data();
         }
         packed_weight = bits == 3 ? data::pack_int3_panels(codes.data(), n, k) : data::pack_int4_panels(codes.data(), n, k);
-        args.weight = packed_weight.data();
+        weight.codes = packed_weight.data();
     }
 
     void make_rest(Random& random) {
-        scale = Buffer<float>(is_dictionary() ? args.matrices : args.n);
+        scale = Buffer<float>(is_dictionary() ? args.weight.matrices : args.weight.n);
         for (int64_t i = 0; i < scale.size(); ++i) scale[i] = static_cast<float>(random.uniform(0.0001, 0.002));
-        args.scale = scale.data();
+        args.weight.scale = scale.data();
         if (is_dictionary() && !random.once_in(4)) {
-            outliers = data::Outliers(random, args.n, args.k, 0.05);
-            args.outlier_rowptr = outliers.rowptr.data();
-            args.outlier_col = outliers.columns();
-            args.outlier_col_wide = outliers.is_wide;
-            args.outlier_delta = outliers.delta.data();
-            args.outliers = outliers.delta.size();
+            outliers = data::Outliers(random, args.weight.n, args.weight.k, 0.05);
+            args.weight.outliers = outliers.as_argument();
         }
         if (random.once_in(2)) {
-            bias = Buffer<float>(args.n);
-            for (int64_t i = 0; i < args.n; ++i) bias[i] = static_cast<float>(random.normal());
+            bias = Buffer<float>(args.weight.n);
+            for (int64_t i = 0; i < args.weight.n; ++i) bias[i] = static_cast<float>(random.normal());
             args.bias = bias.data();
         }
         args.activation = random.one_of({Activation::none, Activation::gelu});
@@ -120,12 +121,14 @@ struct Problem {
 
     // The exact result, and the sum of the magnitudes that it was added up from.
     void exact(int64_t token, int64_t channel, double& y, double& magnitude) const {
+        const Weight& w = args.weight;
+        const bool has_outliers = w.outliers.rowptr != nullptr;
         int64_t acc = 0;
-        for (int64_t c = 0; c < args.k; ++c) acc += q[token * args.k + c] * operand[channel * args.k + c];
-        y = static_cast<double>(acc) * scale[is_dictionary() ? channel * args.matrices / args.n : channel];
+        for (int64_t c = 0; c < w.k; ++c) acc += q[token * w.k + c] * operand[channel * w.k + c];
+        y = static_cast<double>(acc) * scale[is_dictionary() ? channel * w.matrices / w.n : channel];
         magnitude = std::fabs(y);
-        for (int64_t e = args.outlier_rowptr ? outliers.rowptr[channel] : 0; e < (args.outlier_rowptr ? outliers.rowptr[channel + 1] : 0); ++e) {
-            const double term = static_cast<double>(outliers.delta[e]) * q[token * args.k + outliers.column(e)];
+        for (int64_t e = has_outliers ? outliers.rowptr[channel] : 0; e < (has_outliers ? outliers.rowptr[channel + 1] : 0); ++e) {
+            const double term = static_cast<double>(outliers.delta[e]) * q[token * w.k + outliers.column(e)];
             y += term;
             magnitude += std::fabs(term);
         }
@@ -139,7 +142,7 @@ struct Problem {
     }
 
     data::Floats output() const {
-        return args.requantize ? data::Floats{} : data::Floats(args.float_type, args.t * args.n);
+        return args.requantize ? data::Floats{} : data::Floats(args.float_type, args.t * args.weight.n);
     }
 };
 
@@ -147,7 +150,7 @@ struct Problem {
 template <class Compute>
 std::vector<uint8_t> bytes_of(Problem& problem, Compute compute) {
     LinearArgs args = problem.args;
-    const int64_t size = args.t * args.n * (args.requantize ? 1 : data::size_of(args.float_type));
+    const int64_t size = args.t * args.weight.n * (args.requantize ? 1 : data::size_of(args.float_type));
     Buffer<uint8_t> out(size);
     args.out = out.data();
     compute(args);
@@ -156,13 +159,13 @@ std::vector<uint8_t> bytes_of(Problem& problem, Compute compute) {
 
 // What the driver does, in one thread, with memory of exactly the sizes that the kernels asked for.
 void run_kernel(const Kernels& kernels, const LinearArgs& args, int64_t strips_per_task) {
-    const int64_t strips = data::round_up(args.t, 16) / 16, bytes = kernels.strip_bytes(args.k);
+    const int64_t n = args.weight.n, k = args.weight.k, strips = data::round_up(args.t, 16) / 16, bytes = kernels.strip_bytes(k);
     Buffer<uint8_t> packed(strips * bytes);
     for (int64_t i = 0; i < strips; ++i) {
         const int64_t rows = args.t - i * 16 < 16 ? args.t - i * 16 : 16;
-        kernels.pack_strip(args.q + i * 16 * args.k, rows, args.k, packed.data() + i * bytes);
+        kernels.pack_strip(args.q + i * 16 * k, rows, k, packed.data() + i * bytes);
     }
-    for (int64_t block = 0; block * kBlockChannels < args.n; ++block) {
+    for (int64_t block = 0; block * kBlockChannels < n; ++block) {
         for (int64_t first = 0; first < strips; first += strips_per_task) {
             Buffer<uint8_t> scratch(kernels.linear_scratch_bytes(args));
             const int64_t stop = first + strips_per_task < strips ? first + strips_per_task : strips;
@@ -173,11 +176,12 @@ void run_kernel(const Kernels& kernels, const LinearArgs& args, int64_t strips_p
 
 void check_against_loops(const Problem& problem, const std::vector<uint8_t>& bytes, const std::string& isa) {
     const LinearArgs& args = problem.args;
+    const int64_t n = args.weight.n;
     data::Floats out = problem.output();
     if (!args.requantize) std::memcpy(out.bytes.data(), bytes.data(), bytes.size());
-    for (int64_t i = 0; i < args.t * args.n; ++i) {
+    for (int64_t i = 0; i < args.t * n; ++i) {
         double y, magnitude;
-        problem.exact(i / args.n, i % args.n, y, magnitude);
+        problem.exact(i / n, i % n, y, magnitude);
         double found = args.requantize ? static_cast<int8_t>(bytes[static_cast<size_t>(i)]) : out.get(i), allowed;
         if (args.requantize) {
             allowed = std::isnan(y) ? 0 : 0.5 + 1e-5 * magnitude * args.inverse_out_scale;
@@ -187,7 +191,7 @@ void check_against_loops(const Problem& problem, const std::vector<uint8_t>& byt
         }
         if (std::isnan(y) ? std::isnan(found) : std::fabs(found - y) <= allowed) continue;
         std::ostringstream message;
-        message << isa << " " << problem.name << ", token " << i / args.n << " channel " << i % args.n << ": " << found << ", exact " << y;
+        message << isa << " " << problem.name << ", token " << i / n << " channel " << i % n << ": " << found << ", exact " << y;
         check::fail(__FILE__, __LINE__, message.str());
     }
 }
@@ -234,7 +238,7 @@ TEST(linear_driver_gives_the_same_bits_with_any_number_of_threads) {
 TEST(linear_driver_refuses_outliers_that_would_lead_it_astray) {
     Random random(3);
     Problem problem(random, WeightFormat::dict3_panels);
-    while (problem.args.outliers < 2) problem = Problem(random, WeightFormat::dict3_panels);
+    while (problem.args.weight.outliers.count < 2) problem = Problem(random, WeightFormat::dict3_panels);
     const auto refuses = [&] {
         try {
             bytes_of(problem, [](const LinearArgs& args) { linear(args, 1); });
@@ -249,12 +253,12 @@ TEST(linear_driver_refuses_outliers_that_would_lead_it_astray) {
         (outliers.is_wide ? void(outliers.wide[1] = static_cast<int32_t>(column)) : void(outliers.narrow[1] = static_cast<int16_t>(column)));
     };
     const int64_t column = outliers.column(1);
-    for (int64_t wrong : {int64_t{-1}, problem.args.k, int64_t{32767}, int64_t{-32768}}) {
+    for (int64_t wrong : {int64_t{-1}, problem.args.weight.k, int64_t{32767}, int64_t{-32768}}) {
         set_column(wrong);
         CHECK(refuses());
     }
     set_column(column);
-    for (int64_t row : {int64_t{0}, problem.args.n / 2, problem.args.n}) {
+    for (int64_t row : {int64_t{0}, problem.args.weight.n / 2, problem.args.weight.n}) {
         const int32_t right = outliers.rowptr[row];
         for (int32_t wrong : {-1, 1 << 30, std::numeric_limits<int32_t>::min()}) {
             outliers.rowptr[row] = wrong;
@@ -267,8 +271,8 @@ TEST(linear_driver_refuses_outliers_that_would_lead_it_astray) {
 
 TEST(linear_driver_takes_no_tokens) {
     LinearArgs args{};
-    args.n = 5;
-    args.k = 7;
+    args.weight.n = 5;
+    args.weight.k = 7;
     linear(args, 2);
 }
 

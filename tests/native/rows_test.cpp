@@ -1,6 +1,8 @@
 // Rows of floats: quantization per token, residual plus LayerNorm, look-ups. Codes and looked-up values exactly, norms against double.
 #include "cpu/rows.h"
 
+#include "cpu/outliers.h"
+
 #include "check.h"
 #include "data.h"
 
@@ -115,7 +117,7 @@ struct Normed {
 };
 
 struct Table {
-    TableArgs args{};
+    Weight weight{};
     Floats floats;
     Buffer<uint8_t> streams;
     Buffer<int8_t> int8_rows;
@@ -124,76 +126,83 @@ struct Table {
     data::Outliers outliers;
     std::vector<float> values;  // (rows, k)
 
-    Table(Random& random, TableFormat format, int64_t rows, int64_t k) {
-        args.rows = rows;
-        args.k = k;
-        args.format = format;
+    Table(Random& random, WeightFormat format, int64_t rows, int64_t k) {
+        weight.n = rows;
+        weight.k = k;
+        weight.format = format;
         values.resize(static_cast<size_t>(rows * k));
         switch (format) {
-            case TableFormat::floats: make_floats(random); break;
-            case TableFormat::int8_rows: make_int8(random); break;
-            case TableFormat::int4_rows: make_int4(random); break;
-            case TableFormat::dict4_rows: make_dictionary(random, 4); break;
-            case TableFormat::dict3_rows: make_dictionary(random, 3); break;
+            case WeightFormat::float_rows: make_floats(random); break;
+            case WeightFormat::int8_rows: make_int8(random); break;
+            case WeightFormat::int4_rows: make_int4(random); break;
+            case WeightFormat::dict4_rows: make_dictionary(random, 4); break;
+            default: make_dictionary(random, 3); break;
         }
     }
 
     void make_floats(Random& random) {
-        args.float_type = random.one_of({FloatType::f32, FloatType::bf16, FloatType::f16});
-        floats = some_rows(random, args.float_type, args.rows, args.k, args.k, false);
+        weight.float_type = random.one_of({FloatType::f32, FloatType::bf16, FloatType::f16});
+        floats = some_rows(random, weight.float_type, weight.n, weight.k, weight.k, false);
         for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(floats.get(static_cast<int64_t>(i)));
-        args.data = floats.bytes.data();
+        weight.codes = floats.bytes.data();
     }
 
     void make_int8(Random& random) {
-        int8_rows = Buffer<int8_t>(args.rows * args.k, random.between(0, 3));
-        scale = some_floats(random, args.rows, 0.01, 0.001);
+        int8_rows = Buffer<int8_t>(weight.n * weight.k, random.between(0, 3));
+        scale = some_floats(random, weight.n, 0.01, 0.001);
         for (int64_t i = 0; i < int8_rows.size(); ++i) {
             int8_rows[i] = static_cast<int8_t>(random.between(-127, 127));
-            values[i] = static_cast<float>(int8_rows[i]) * scale[i / args.k];
+            values[i] = static_cast<float>(int8_rows[i]) * scale[i / weight.k];
         }
-        args.data = int8_rows.data();
-        args.scale = scale.data();
+        weight.codes = int8_rows.data();
+        weight.scale = scale.data();
     }
 
     std::vector<uint8_t> some_codes(Random& random, int bits) {
         std::vector<uint8_t> codes(values.size());
         for (uint8_t& code : codes) code = static_cast<uint8_t>(random.between(0, (1 << bits) - 1));
-        streams = data::pack_streams(codes.data(), args.rows, args.k, bits);
-        args.data = streams.data();
+        streams = data::pack_streams(codes.data(), weight.n, weight.k, bits);
+        weight.codes = streams.data();
         return codes;
     }
 
     void make_int4(Random& random) {
         const std::vector<uint8_t> codes = some_codes(random, 4);
-        args.groups = args.k % 3 == 0 ? 3 : args.k % 2 == 0 && random.once_in(2) ? args.k / 2 : 1;
-        group_scale = Buffer<uint16_t>(args.rows * args.groups);
+        weight.groups = weight.k % 3 == 0 ? 3 : weight.k % 2 == 0 && random.once_in(2) ? weight.k / 2 : 1;
+        group_scale = Buffer<uint16_t>(weight.n * weight.groups);
         for (int64_t i = 0; i < group_scale.size(); ++i) group_scale[i] = data::to_half(random.uniform(0.001, 0.1), FloatType::bf16);
-        for (int64_t i = 0; i < args.rows * args.k; ++i) {
-            const uint16_t group = group_scale[i / args.k * args.groups + i % args.k / (args.k / args.groups)];
+        for (int64_t i = 0; i < weight.n * weight.k; ++i) {
+            const uint16_t group = group_scale[i / weight.k * weight.groups + i % weight.k / (weight.k / weight.groups)];
             values[i] = static_cast<float>((codes[i] ^ 8) - 8) * static_cast<float>(data::to_double(group, FloatType::bf16));
         }
-        args.scale = group_scale.data();
+        weight.group_scale = group_scale.data();
     }
 
     void make_dictionary(Random& random, int bits) {
         const std::vector<uint8_t> codes = some_codes(random, bits);
         codebook = some_floats(random, 1 << bits, 0, 0.05);
-        outliers = data::Outliers(random, args.rows, args.k, 0.5);
+        outliers = data::Outliers(random, weight.n, weight.k, 0.5);
         for (size_t i = 0; i < codes.size(); ++i) values[i] = codebook[codes[i]];
-        for (int64_t row = 0; row < args.rows; ++row) {
-            for (int64_t e = outliers.rowptr[row]; e < outliers.rowptr[row + 1]; ++e) values[row * args.k + outliers.column(e)] += outliers.delta[e];
+        for (int64_t row = 0; row < weight.n; ++row) {
+            for (int64_t e = outliers.rowptr[row]; e < outliers.rowptr[row + 1]; ++e) values[row * weight.k + outliers.column(e)] += outliers.delta[e];
         }
-        args.codebook = codebook.data();
-        args.outlier_rowptr = outliers.rowptr.data();
-        args.outlier_col = outliers.columns();
-        args.outlier_col_wide = outliers.is_wide;
-        args.outlier_delta = outliers.delta.data();
+        weight.codebook = codebook.data();
+        weight.outliers = outliers.as_argument();
     }
 };
 
-const TableFormat kTableFormats[] = {TableFormat::floats, TableFormat::int8_rows, TableFormat::int4_rows, TableFormat::dict4_rows,
-                                     TableFormat::dict3_rows};
+const WeightFormat kTableFormats[] = {WeightFormat::float_rows, WeightFormat::int8_rows, WeightFormat::int4_rows,
+                                      WeightFormat::dict4_rows, WeightFormat::dict3_rows};
+
+Weight float_rows(const Floats& rows, int64_t n, int64_t k) {
+    Weight weight{};
+    weight.format = WeightFormat::float_rows;
+    weight.n = n;
+    weight.k = k;
+    weight.codes = rows.bytes.data();
+    weight.float_type = rows.type;
+    return weight;
+}
 
 Buffer<int64_t> some_ids(Random& random, int64_t count, int64_t rows) {
     Buffer<int64_t> ids(count);
@@ -272,11 +281,11 @@ TEST(rows_kernels_look_up_exactly) {
     for (int i = 0; i < 200; ++i) {
         const int64_t t = random.between(1, 6), k = some_k(random);
         const Table table(random, kTableFormats[i % 5], random.between(1, 9), k);
-        const Buffer<int64_t> ids = some_ids(random, t, table.args.rows);
+        const Buffer<int64_t> ids = some_ids(random, t, table.weight.n);
         for (const Kernels* kernels : data::usable_kernels()) {
             const Floats out(kTypes[i % 3], t * k, random.between(0, 3));
             LookUpArgs args{};
-            args.table = table.args;
+            args.table = table.weight;
             args.ids = ids.data();
             args.out = out.bytes.data();
             args.out_type = out.type;
@@ -297,17 +306,15 @@ TEST(rows_kernels_embed_and_norm) {
         const int64_t t = random.between(1, 5), k = some_k(random), places = random.between(1, 7), types = random.between(1, 2);
         const Table table(random, kTableFormats[i % 5], random.between(1, 9), k);
         const Floats positions = some_rows(random, kTypes[i % 3], places, k, k, true), kinds = some_rows(random, kTypes[i / 3 % 3], types, k, k, true);
-        const Buffer<int64_t> ids = some_ids(random, t, table.args.rows), place = some_ids(random, t, places), kind = some_ids(random, t, types);
+        const Buffer<int64_t> ids = some_ids(random, t, table.weight.n), place = some_ids(random, t, places), kind = some_ids(random, t, types);
         const Buffer<float> gamma = some_floats(random, k, 1, 0.3), beta = some_floats(random, k, 0, 0.3);
         EmbedNormArgs args{};
-        args.words = table.args;
+        args.words = table.weight;
         args.ids = ids.data();
         args.position_ids = place.data();
         args.token_type_ids = kind.data();
-        args.positions = positions.bytes.data();
-        args.positions_type = positions.type;
-        args.token_types = kinds.bytes.data();
-        args.token_types_type = kinds.type;
+        args.positions = float_rows(positions, places, k);
+        args.token_types = float_rows(kinds, types, k);
         args.gamma = gamma.data();
         args.beta = beta.data();
         args.eps = 1e-6f;
@@ -337,7 +344,7 @@ TEST(rows_drivers_give_the_same_bits_with_any_number_of_threads) {
     Random random(15);
     const int64_t t = 700, k = 100, rows = 30;
     const Floats x = some_rows(random, FloatType::f32, t, k, k, false), residual = some_rows(random, FloatType::bf16, t, k, k, false);
-    const Table table(random, TableFormat::dict3_rows, rows, k);
+    const Table table(random, WeightFormat::dict3_rows, rows, k);
     const Buffer<int64_t> ids = some_ids(random, t, rows);
     const Buffer<float> gamma = some_floats(random, k, 1, 0.3), beta = some_floats(random, k, 0, 0.3);
     std::unique_ptr<Normed> first_codes, first_norm, first_embedding;
@@ -346,16 +353,15 @@ TEST(rows_drivers_give_the_same_bits_with_any_number_of_threads) {
         auto embedding = std::make_unique<Normed>(FloatType::f32, t, k);
         const QuantizeRowsArgs quantize_args{k, x.bytes.data(), k, x.type, codes->codes.data(), codes->scale.data()};
         quantize_rows(quantize_args, t, threads);
-        const LookUpArgs look_up_args{table.args, ids.data(), codes->out.bytes.data(), FloatType::f32};
+        const LookUpArgs look_up_args{table.weight, ids.data(), codes->out.bytes.data(), FloatType::f32};
         look_up_rows(look_up_args, t, threads);
         const AddNormArgs add_args{k, x.bytes.data(), x.type, residual.bytes.data(), residual.type, gamma.data(), beta.data(), 1e-5f,
                                    norm->out.bytes.data(), norm->codes.data(), norm->scale.data()};
         add_norm_rows(add_args, t, threads);
         EmbedNormArgs embed_args{};
-        embed_args.words = table.args;
+        embed_args.words = table.weight;
         embed_args.ids = embed_args.position_ids = embed_args.token_type_ids = ids.data();
-        embed_args.positions = embed_args.token_types = x.bytes.data();
-        embed_args.positions_type = embed_args.token_types_type = x.type;
+        embed_args.positions = embed_args.token_types = float_rows(x, t, k);
         embed_args.gamma = gamma.data();
         embed_args.beta = beta.data();
         embed_args.eps = 1e-5f;
@@ -383,10 +389,10 @@ TEST(rows_indices_are_judged) {
     }
     Buffer<int64_t> ids(rows);
     for (int64_t i = 0; i < rows; ++i) ids[i] = i;
-    Table table(random, TableFormat::dict4_rows, rows, k);
-    while (table.outliers.delta.size() < 2) table = Table(random, TableFormat::dict4_rows, rows, k);
+    Table table(random, WeightFormat::dict4_rows, rows, k);
+    while (table.outliers.delta.size() < 2) table = Table(random, WeightFormat::dict4_rows, rows, k);
     const data::Outliers& outliers = table.outliers;
-    const auto judged_good = [&] { return outliers_are_inside(table.args, ids.data(), rows, outliers.delta.size()); };
+    const auto judged_good = [&] { return outliers_are_inside(table.weight, ids.data(), rows); };
     CHECK(judged_good());
     for (int64_t row = 0; row <= rows; ++row) {
         const int32_t right = outliers.rowptr[row];

@@ -96,6 +96,23 @@ TEST(threads_run_a_region_inside_a_region_inline) {
     run_and_check(100, 4);
 }
 
+TEST(threads_hand_on_what_a_task_throws) {
+    for (int threads : {1, 4}) {
+        for (int i = 0; i < 100; ++i) {
+            std::string caught;
+            try {
+                parallel_for(50, threads, [&](int64_t task, int) {
+                    if (task >= 7) throw std::runtime_error(std::string("from a task"));
+                });
+            } catch (const std::runtime_error& error) {
+                caught = error.what();
+            }
+            CHECK(caught == "from a task");
+            run_and_check(20, threads);
+        }
+    }
+}
+
 TEST(threads_run_inline_inside_a_foreign_openmp_region) {
     using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
     auto parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));

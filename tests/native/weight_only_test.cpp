@@ -28,91 +28,89 @@ struct Problem {
     std::string name;
 
     Problem(Random& random, WeightFormat format, int64_t t) {
-        args.format = format;
+        Weight& w = args.weight;
+        w.format = format;
         args.t = t;
-        args.n = random.one_of<int64_t>({1, 15, 16, 17, 33, 48, 64, 65, 100, 150});
-        args.k = random.one_of<int64_t>({1, 3, 63, 64, 65, 100, 128, 130, 192, 257});
+        w.n = random.one_of<int64_t>({1, 15, 16, 17, 33, 48, 64, 65, 100, 150});
+        w.k = random.one_of<int64_t>({1, 3, 63, 64, 65, 100, 128, 130, 192, 257});
         if (format == WeightFormat::int4_panels) {
-            args.groups = random.between(1, 3);
-            args.k = args.groups * random.one_of<int64_t>({32, 64, 96, 128});
+            w.groups = random.between(1, 3);
+            w.k = w.groups * random.one_of<int64_t>({32, 64, 96, 128});
         }
         make_weight(random);
         make_floats(random);
-        name = "format " + std::to_string(static_cast<int>(format)) + " t " + std::to_string(t) + " n " + std::to_string(args.n) + " k " +
-               std::to_string(args.k) + " groups " + std::to_string(args.groups) + " type " + std::to_string(static_cast<int>(x.type));
+        name = "format " + std::to_string(static_cast<int>(format)) + " t " + std::to_string(t) + " n " + std::to_string(w.n) + " k " +
+               std::to_string(w.k) + " groups " + std::to_string(w.groups) + " type " + std::to_string(static_cast<int>(x.type));
     }
 
     void make_weight(Random& random) {
-        const int64_t n = args.n, k = args.k;
+        const int64_t n = args.weight.n, k = args.weight.k;
         weight.resize(static_cast<size_t>(n * k));
-        if (args.format == WeightFormat::int8_panels) {
+        if (args.weight.format == WeightFormat::int8_panels) {
             std::vector<int8_t> values(weight.size());
             for (int8_t& value : values) value = static_cast<int8_t>(random.between(-127, 127));
             scale = Buffer<float>(n);
             for (int64_t i = 0; i < n; ++i) scale[i] = static_cast<float>(random.uniform(0.001, 0.01));
             for (int64_t i = 0; i < n * k; ++i) weight[i] = values[i] * static_cast<double>(scale[i / k]);
             int8_weight = data::pack_int8_panels(values.data(), n, k);
-            args.weight = int8_weight.data();
-            args.scale = scale.data();
+            args.weight.codes = int8_weight.data();
+            args.weight.scale = scale.data();
             return;
         }
-        const int bits = args.format == WeightFormat::dict3_panels ? 3 : 4;
+        const int bits = args.weight.format == WeightFormat::dict3_panels ? 3 : 4;
         std::vector<uint8_t> codes(weight.size());
         for (uint8_t& code : codes) code = static_cast<uint8_t>(random.between(0, (1 << bits) - 1));
         packed_weight = bits == 3 ? data::pack_int3_panels(codes.data(), n, k) : data::pack_int4_panels(codes.data(), n, k);
-        args.weight = packed_weight.data();
-        if (args.format == WeightFormat::int4_panels) {
-            group_scale = Buffer<uint16_t>(n * args.groups);
+        args.weight.codes = packed_weight.data();
+        if (args.weight.format == WeightFormat::int4_panels) {
+            group_scale = Buffer<uint16_t>(n * args.weight.groups);
             for (int64_t i = 0; i < group_scale.size(); ++i) group_scale[i] = data::to_half(random.uniform(0.01, 0.1), FloatType::bf16);
             for (int64_t i = 0; i < n * k; ++i) {
-                const uint16_t group = group_scale[i / k * args.groups + i % k / (k / args.groups)];
+                const uint16_t group = group_scale[i / k * args.weight.groups + i % k / (k / args.weight.groups)];
                 weight[i] = ((codes[i] ^ 8) - 8) * data::to_double(group, FloatType::bf16);
             }
-            args.group_scale = group_scale.data();
+            args.weight.group_scale = group_scale.data();
             return;
         }
         codebook = Buffer<float>(1 << bits);
         for (int64_t i = 0; i < codebook.size(); ++i) codebook[i] = static_cast<float>(random.normal());
         for (int64_t i = 0; i < n * k; ++i) weight[i] = codebook[codes[i]];
-        args.codebook = codebook.data();
+        args.weight.codebook = codebook.data();
         if (random.once_in(4)) return;
         outliers = data::Outliers(random, n, k, 3);
         for (int64_t row = 0; row < n; ++row) {
             for (int64_t e = outliers.rowptr[row]; e < outliers.rowptr[row + 1]; ++e) weight[row * k + outliers.column(e)] += outliers.delta[e];
         }
-        args.outlier_rowptr = outliers.rowptr.data();
-        args.outlier_col = outliers.columns();
-        args.outlier_col_wide = outliers.is_wide;
-        args.outlier_delta = outliers.delta.data();
-        args.outliers = outliers.delta.size();
+        args.weight.outliers = outliers.as_argument();
     }
 
     void make_floats(Random& random) {
-        args.x_stride = args.k + random.one_of<int64_t>({0, 0, 1, 40});
+        args.x_stride = args.weight.k + random.one_of<int64_t>({0, 0, 1, 40});
         args.float_type = random.one_of({FloatType::f32, FloatType::bf16, FloatType::f16});
-        const int64_t size = (args.t - 1) * args.x_stride + args.k;
+        const int64_t size = (args.t - 1) * args.x_stride + args.weight.k;
         x = Floats(args.float_type, size, random.between(0, 3));
         const int64_t bad = random.once_in(3) ? random.between(0, args.t - 1) : -1;
         for (int64_t i = 0; i < size; ++i) {
-            const bool inside = i % args.x_stride < args.k;
+            const bool inside = i % args.x_stride < args.weight.k;
             x.set(i, inside && i / args.x_stride != bad ? random.normal() : std::numeric_limits<double>::quiet_NaN());
         }
         args.x = x.bytes.data();
         if (random.once_in(2)) {
             args.bias_type = random.one_of({FloatType::f32, FloatType::bf16, FloatType::f16});
-            bias = Floats(args.bias_type, args.n);
-            for (int64_t i = 0; i < args.n; ++i) bias.set(i, random.normal());
+            bias = Floats(args.bias_type, args.weight.n);
+            for (int64_t i = 0; i < args.weight.n; ++i) bias.set(i, random.normal());
             args.bias = bias.bytes.data();
         }
         args.activation = random.one_of({Activation::none, Activation::gelu});
     }
 
     void check_against_loops(const Floats& out) const {
-        for (int64_t i = 0; i < args.t * args.n; ++i) {
-            const int64_t token = i / args.n, channel = i % args.n;
+        const int64_t n = args.weight.n, k = args.weight.k;
+        for (int64_t i = 0; i < args.t * n; ++i) {
+            const int64_t token = i / n, channel = i % n;
             double y = args.bias ? bias.get(channel) : 0, magnitude = std::fabs(y);
-            for (int64_t c = 0; c < args.k; ++c) {
-                const double term = x.get(token * args.x_stride + c) * weight[channel * args.k + c];
+            for (int64_t c = 0; c < k; ++c) {
+                const double term = x.get(token * args.x_stride + c) * weight[channel * k + c];
                 y += term;
                 magnitude += std::fabs(term);
             }
@@ -134,9 +132,9 @@ const WeightFormat kFormats[] = {WeightFormat::int8_panels, WeightFormat::int4_p
 
 // What the driver does, in one thread, with memory of exactly the sizes that the kernels asked for.
 Floats run_kernel(const Kernels& kernels, WeightOnlyArgs args, int64_t tokens_per_task, int64_t panels_per_task) {
-    Floats out(args.float_type, args.t * args.n);
+    Floats out(args.float_type, args.t * args.weight.n);
     args.out = out.bytes.data();
-    const int64_t padded = data::round_up(args.k, kPanelInputs), panels = data::round_up(args.n, kPanelLanes) / kPanelLanes;
+    const int64_t padded = data::round_up(args.weight.k, kPanelInputs), panels = data::round_up(args.weight.n, kPanelLanes) / kPanelLanes;
     const Buffer<float> wide(args.t * padded);
     kernels.weight_only_widen(args, 0, args.t, wide.data());
     args.wide_x = wide.data();
@@ -177,7 +175,7 @@ TEST(weight_only_driver_gives_the_same_bits_with_any_number_of_threads) {
         Problem problem(random, kFormats[i % 4], random.one_of<int64_t>({1, 5, 33, 70, 700}));
         std::unique_ptr<Floats> first;
         for (int threads : {1, 2, 5}) {
-            Floats out(problem.args.float_type, problem.args.t * problem.args.n);
+            Floats out(problem.args.float_type, problem.args.t * problem.args.weight.n);
             problem.args.out = out.bytes.data();
             weight_only(problem.args, threads);
             if (first == nullptr) problem.check_against_loops(out);
@@ -190,9 +188,9 @@ TEST(weight_only_driver_gives_the_same_bits_with_any_number_of_threads) {
 TEST(weight_only_driver_refuses_outliers_that_would_lead_it_astray) {
     Random random(23);
     Problem problem(random, WeightFormat::dict4_panels, 3);
-    while (problem.args.outliers < 2) problem = Problem(random, WeightFormat::dict4_panels, 3);
+    while (problem.args.weight.outliers.count < 2) problem = Problem(random, WeightFormat::dict4_panels, 3);
     const data::Outliers& outliers = problem.outliers;
-    const Floats out(problem.args.float_type, problem.args.t * problem.args.n);
+    const Floats out(problem.args.float_type, problem.args.t * problem.args.weight.n);
     problem.args.out = out.bytes.data();
     const auto refuses = [&] {
         try {

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES, W4A8_GROUP_SCALE_MAX
-from qbert.layout import Layout, unpack_codes
-from qbert.qtensor import QuantizedTensor
 from qbert.quantizers import quantize
-from qbert.reference import dequantize
 from qbert.testing import random_weight
+from qbert.weight import Weight
+from qbert.weight.codec import decode
+from qbert.weight.layout import Layout, unpack_codes
 
 PER_ROW = pytest.mark.parametrize("name", ["w8a8", "w8a16", "w8"])
 PER_GROUP = pytest.mark.parametrize("name", ["w4a16", "w4a16-g32", "w4-g128"])
@@ -27,7 +27,7 @@ def _wide(tensor: Tensor) -> NDArray[np.float64]:
     return tensor.to(torch.float64).numpy()
 
 
-def _codes(weight: QuantizedTensor) -> NDArray[np.float64]:
+def _codes(weight: Weight) -> NDArray[np.float64]:
     return _wide(unpack_codes(weight.tensors["qdata"], weight.scheme.weight, weight.shape[1]))
 
 
@@ -90,7 +90,7 @@ def test_group_scale_is_bfloat16_and_codes_are_taken_with_it(name: str, shape: t
 def test_an_outlier_costs_its_own_group_only() -> None:
     w = torch.full((1, 128), 0.01)
     w[0, 40] = 0.05
-    error = (dequantize(quantize(w, SCHEMES["w4a16-g32"])) - w).abs()[0]
+    error = (decode(quantize(w, SCHEMES["w4a16-g32"])) - w).abs()[0]
     others = torch.cat((error[:32], error[64:]))
     assert float(others.max()) < 1e-4
     assert float(error[32:64].max()) > 1e-3
@@ -170,7 +170,7 @@ def test_rows_of_next_to_nothing_are_zeros_with_a_usable_scale(name: str, value:
     held = quantize(w, SCHEMES[name])
     scale = held.tensors["scale"].to(torch.float32)
     assert bool((scale >= torch.finfo(torch.float32).tiny).all())
-    restored = dequantize(held)
+    restored = decode(held)
     assert not restored[[0, 2]].any()
     assert torch.allclose(restored[1], w[1], rtol=0.01)
 

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES
-from qbert.layout import Layout, unpack_codes
-from qbert.qtensor import QuantizedTensor
 from qbert.quantizers import gobo, quantize
 from qbert.quantizers.gobo import learn_dictionary
-from qbert.reference import dequantize, outlier_positions
 from qbert.testing import random_weight, sqnr_db
-from qbert.validate import check_plain_tensors
+from qbert.weight import Weight
+from qbert.weight.codec import decode, outlier_positions
+from qbert.weight.layout import Layout, unpack_codes
+from qbert.weight.validate import check_plain_tensors
 
 Float64 = NDArray[np.float64]
 NAMES = ["gobo3", "gobo4", "gobo3a8", "gobo4a8"]
@@ -39,17 +39,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _codes(held: QuantizedTensor) -> Tensor:
+def _codes(held: Weight) -> Tensor:
     return unpack_codes(held.tensors["qdata"], held.scheme.weight, held.shape[1]).to(torch.int64)
 
 
-def _is_outlier(held: QuantizedTensor) -> Tensor:
+def _is_outlier(held: Weight) -> Tensor:
     mask = torch.zeros(held.shape, dtype=torch.bool)
-    mask[outlier_positions(held.tensors["outlier_rowptr"], held.tensors["outlier_col"])] = True
+    mask[outlier_positions(held.sparse)] = True
     return mask
 
 
-def _centroids(held: QuantizedTensor) -> Tensor:
+def _centroids(held: Weight) -> Tensor:
     """Float32, with the scale of int8 centroids."""
     return held.tensors["codebook"].to(torch.float32) * held.tensors.get("scale", torch.ones(1))
 
@@ -58,7 +58,7 @@ def _same_bits(first: Tensor, second: Tensor) -> bool:
     return torch.equal(first.view(torch.int32), second.view(torch.int32))
 
 
-def _assert_same_bytes(first: QuantizedTensor, second: QuantizedTensor) -> None:
+def _assert_same_bytes(first: Weight, second: Weight) -> None:
     assert list(first.tensors) == list(second.tensors)
     for name, tensor in first.tensors.items():
         assert tensor.numpy().tobytes() == second.tensors[name].numpy().tobytes(), name
@@ -199,7 +199,7 @@ def test_outliers_come_back_bit_for_bit(name: str, shape: tuple[int, int]) -> No
     expected = torch.from_numpy(_log_density(w.to(torch.float64).flatten().numpy()) < -4.0).view(shape)
     assert torch.equal(mask, expected)
     assert held.outliers == int(mask.sum())
-    restored = dequantize(held)
+    restored = decode(held)
     assert _same_bits(restored[mask], w[mask])
     assert torch.equal(restored[~mask], _centroids(held)[_codes(held)][~mask])
     check_plain_tensors(held.scheme, held.shape, held.tensors)
@@ -216,7 +216,7 @@ def test_outliers_of_any_magnitude_come_back_bit_for_bit(name: str) -> None:
     held = quantize(w, SCHEMES[name])
     mask = _is_outlier(held)
     assert int(mask.sum()) > 50
-    assert _same_bits(dequantize(held)[mask], w[mask])
+    assert _same_bits(decode(held)[mask], w[mask])
 
 
 def test_an_outlier_that_its_centroid_cannot_give_back_takes_another() -> None:
@@ -258,7 +258,7 @@ def test_centroids_that_snap_to_one_share_the_lowest_code(name: str) -> None:
     check_plain_tensors(held.scheme, held.shape, held.tensors)
     _assert_same_bytes(held.to_layout(Layout.INT8_EXPANDED).to_layout(Layout.PLAIN), held)
     mask = _is_outlier(held)
-    assert _same_bits(dequantize(held)[mask], w[mask])
+    assert _same_bits(decode(held)[mask], w[mask])
 
 
 # ---- determinism ----------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_constant_matrix(name: str, value: float, shape: tuple[int, int]) -> Non
     held = quantize(w, SCHEMES[name])
     assert held.outliers == 0
     check_plain_tensors(held.scheme, held.shape, held.tensors)
-    restored = dequantize(held)
+    restored = decode(held)
     if held.scheme.activation is None:
         assert torch.equal(restored, w)
     else:
@@ -308,7 +308,7 @@ def test_two_values_come_back_exactly(name: str, low: int, values: tuple[float, 
     w = torch.full((4096,), values[1])
     w[torch.randperm(4096, generator=torch.Generator().manual_seed(0))[:low]] = values[0]
     held = quantize(w.view(64, 64), SCHEMES[name])
-    assert torch.equal(dequantize(held), w.view(64, 64))
+    assert torch.equal(decode(held), w.view(64, 64))
     check_plain_tensors(held.scheme, held.shape, held.tensors)
 
 
@@ -316,7 +316,7 @@ def test_two_values_come_back_exactly(name: str, low: int, values: tuple[float, 
 @pytest.mark.parametrize("count", [2, 3, 5, 8])
 def test_no_more_weights_than_entries_are_exact(name: str, count: int) -> None:
     w = random_weight(1, count, seed=count)
-    assert torch.equal(dequantize(quantize(w, SCHEMES[name])), w)
+    assert torch.equal(decode(quantize(w, SCHEMES[name])), w)
 
 
 @SCHEME
@@ -325,7 +325,7 @@ def test_tiny_weights_make_a_valid_weight(name: str, magnitude: float) -> None:
     w = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)) * magnitude
     held = quantize(w, SCHEMES[name])
     check_plain_tensors(held.scheme, held.shape, held.tensors)
-    restored = dequantize(held)
+    restored = decode(held)
     assert bool(restored.isfinite().all())
     if held.scheme.activation is None or magnitude > 1e-30:  # below, int8 centroids have no normal scale: zeros
         assert sqnr_db(w, restored) > 10
@@ -350,7 +350,7 @@ def test_an_outlier_that_no_difference_gives_back_is_an_error(name: str) -> None
     with pytest.raises(QBertError, match=r"gobo: 1 outliers, the first 1.00000001e-07, cannot be kept exactly"):
         quantize(w, SCHEMES[name])
     w[3, 4] = 0.0
-    assert float(dequantize(quantize(w, SCHEMES[name]))[3, 4]) == 0.0
+    assert float(decode(quantize(w, SCHEMES[name]))[3, 4]) == 0.0
 
 
 # ---- a real encoder -------------------------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ def _encoder_matrices() -> dict[str, Tensor]:
 
 
 @functools.cache
-def _quantized_encoder(name: str) -> dict[str, QuantizedTensor]:
+def _quantized_encoder(name: str) -> dict[str, Weight]:
     return {key: quantize(tensor, SCHEMES[name]) for key, tensor in _encoder_matrices().items()}
 
 
@@ -387,7 +387,7 @@ def test_minilm_outliers_are_exact(name: str) -> None:
     for key, held in _quantized_encoder(name).items():
         w, mask = _encoder_matrices()[key], _is_outlier(held)
         assert 0.001 < float(mask.float().mean()) < 0.006, key
-        assert _same_bits(dequantize(held)[mask], w[mask]), key
+        assert _same_bits(decode(held)[mask], w[mask]), key
         check_plain_tensors(held.scheme, held.shape, held.tensors)
 
 

@@ -3,10 +3,9 @@
 
 #include <cstdint>
 
-namespace qbert::cuda {
+#include "enums.h"
 
-// As qbert/ops/cpu_native.py counts them.
-enum class FloatType : int { f32 = 0, bf16 = 1, f16 = 2 };
+namespace qbert::cuda {
 
 constexpr int64_t bytes_of(FloatType type) { return type == FloatType::f32 ? 4 : 2; }
 

@@ -1,4 +1,4 @@
-// The end of a linear, value by value, in the order of qbert/reference.py: every kernel of an operation rounds alike.
+// The end of a linear, value by value, in the order of qbert/ops/reference.py: every kernel of an operation rounds alike.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "bind_enums.h"
 #include "cuda/common/bind.h"
 #include "cuda/common/device.h"
 #include "cuda/common/error.h"
@@ -44,6 +45,7 @@ PYBIND11_MODULE(_cuda, module) {
     py::register_local_exception_translator(&translate);
     module.def("device_problem", &device_problem, py::arg("rows") = false,
                "Why the kernels, or with `rows` the row kernels, cannot run on the current device; empty where they can.");
+    module.attr("ENUMS") = qbert::enums();
     bind_w8a8(module);
     bind_rows(module);
     bind_lowbit(module);

@@ -7,9 +7,6 @@
 
 namespace qbert::cuda {
 
-// As qbert/ops/cpu_native.py counts them.
-enum class Activation : int { none = 0, gelu = 1 };
-
 // What becomes of a float32 result: none or exact GELU, then one rounding.
 struct Finish {
     Activation activation = Activation::none;

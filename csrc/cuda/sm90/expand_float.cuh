@@ -1,4 +1,4 @@
-// Packed codes to 16-bit floats in registers, as wgmma takes its A operand: Layout.FRAGMENTS_F16 (qbert/layout/fragments.py).
+// Packed codes to 16-bit floats in registers, as wgmma takes its A operand: Layout.FRAGMENTS_F16 (qbert/weight/layout/fragments.py).
 //
 // A thread has words of a block of 64 x 128; step s of its eight multiplies 16 columns and takes four registers of two weights:
 // a[h] and a[h + 2] of row g + 8 h. Integers become floats by way of the bits of 2**e + integer, less 2**e: conversions have a

@@ -1,4 +1,4 @@
-// Weights in the order in which wgmma's A operand lies in registers: qbert/layout/fragments.py, in C++.
+// Weights in the order in which wgmma's A operand lies in registers: qbert/weight/layout/fragments.py, in C++.
 #pragma once
 
 #include <cstdint>

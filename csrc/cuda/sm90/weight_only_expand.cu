@@ -17,7 +17,7 @@ struct Parameters {
     bool wide;
 };
 
-// Code `i` (of four) of a thread's quad of its words, see qbert/layout/fragments.py.
+// Code `i` (of four) of a thread's quad of its words, see qbert/weight/layout/fragments.py.
 template <Code kCode>
 __device__ int code_at(const uint32_t (&words)[thread_words(kCode)], int quad, int i) {
     const int nibble = quad % 2 * 4 + i;

@@ -1,4 +1,4 @@
-"""L5. What every launcher of the compiled extension needs: the module, the machine, the stream, arguments of all kernels.
+"""What every launcher of the compiled extension needs: the module, the machine, the stream, arguments of all kernels.
 
 Launchers reach these through this module, so a test that stands another extension or machine in does it in one place.
 """
@@ -6,55 +6,80 @@ Launchers reach these through this module, so a test that stands another extensi
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qbert.dispatch import COMPILED_LAYOUTS, compiled_obstacle
-from qbert.ops import checks
-from qbert.ops.cpu_native import FLOAT_TYPES, activation_code
+from qbert.ops import abi, checks
+from qbert.ops.abi import FLOAT_TYPES, pointer
+from qbert.ops.cuda.choice import compiled_obstacle
+from qbert.ops.kernel import Problem
+from qbert.ops.operands import require_operands
+from qbert.ops.operations import Linear, Out
 from qbert.target import Target, load_cuda, target_of
+from qbert.weight import Layout, Weight
 
 __all__ = [
-    "PackedWeight", "aligned_rows", "extension", "finish", "fragments_obstacle", "out_of", "pointer", "stream_of", "target_of",
+    "Family", "aligned_rows", "asked", "end", "extension", "fragments_obstacle", "out_of", "packed", "stream_of", "target_of",
 ]  # fmt: skip
 
 _ALIGNMENT = 16  # bytes: what the copy engine asks of addresses and of the distance of rows
 
-# Groups must not cut what a thread expands at once, or be whole blocks: csrc/cuda/lowbit.cpp.
+# Groups must not cut what a thread expands at once, or be whole blocks: csrc/cuda/sm90/lowbit.cpp.
 _GROUP_SIZES, _BLOCK_COLUMNS = (32, 64), 128
 
-extension = functools.cache(load_cuda)
 
+@functools.cache
+def extension() -> Any:
+    """The compiled extension `qbert._cuda`.
 
-def fragments_obstacle(operation: str, k: int, groups: int, layout: str, target: Target) -> str | None:
-    """Why the compiled kernels cannot run a linear of packed weights; None where they can. Pure, as `linear_obstacle`.
-
-    Args:
-        operation: of `COMPILED_LAYOUTS`.
-        k: input channels.
-        groups: scales of a row's groups; 1 where there are no groups.
-        layout: of the weight.
+    Raises:
+        MissingDependency: it was not built, or does not load.
+        ImportError: it was built by another version.
     """
-    own = COMPILED_LAYOUTS[operation].value
-    if layout != own:
-        return f"the CUDA kernels do not read layout {layout}; they read {own}"
-    size = k // max(1, groups)
-    if size * groups != k or (groups > 1 and size not in _GROUP_SIZES and size % _BLOCK_COLUMNS):
-        return f"{groups} groups of {size}; the CUDA kernels take one, or groups of 32, 64 or multiples of 128"
-    return compiled_obstacle(operation, target)
+    module = load_cuda()
+    abi.require_same_enums(module)
+    return module
+
+
+class Family(NamedTuple):
+    """Linears of one kind of weight.
+
+    Attributes:
+        call: computes one; `tile`, one of the extension's, is for tests and measurements.
+        obstacle, reason: as of a `Kernel`.
+        layout: its own for weights, where it has one.
+    """
+
+    call: Callable[..., Tensor]
+    obstacle: Callable[[Problem, Target], str | None]
+    reason: Callable[[Problem, Target], str]
+    layout: Layout | None
+
+
+def fragments_obstacle(own: Layout, problem: Problem, target: Target) -> str | None:
+    """Why the compiled kernels of a layout of their own cannot run a linear; None where they can."""
+    scheme, layout, k = problem.scheme, problem.layout, problem.k
+    assert scheme is not None
+    assert layout is not None
+    missing, size = compiled_obstacle("linear", target), scheme.group_size
+    if layout is not own:
+        return missing or f"the weight lies in {layout.value}, the CUDA kernels read {own.value}"
+    if size is not None and k > size and size not in _GROUP_SIZES and size % _BLOCK_COLUMNS:
+        return f"{k // size} groups of {size}; the CUDA kernels take one, or groups of 32, 64 or multiples of {_BLOCK_COLUMNS}"
+    return missing
+
+
+def asked(target: Target) -> str:
+    """The beginning of a reason where QBERT_KERNEL asks for the extension."""
+    return "QBERT_KERNEL=cuda; " if target.prefer == "cuda" else ""
 
 
 def stream_of(device: torch.device) -> int:
     """The stream that torch works on there."""
     return torch.cuda.current_stream(device).cuda_stream
-
-
-def pointer(tensor: Tensor | None) -> int:
-    """The tensor's address; 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def aligned_rows(matrix: Tensor) -> tuple[Tensor, int]:
@@ -72,58 +97,47 @@ def aligned_rows(matrix: Tensor) -> tuple[Tensor, int]:
     return padded, pitch
 
 
-def finish(y: Tensor, bias: Tensor | None, activation: str) -> dict[str, Any]:
+def end(a: Linear, y: Tensor) -> dict[str, Any]:
     """How a linear ends and where its result `y` (t, n) goes, in the words of every linear's binding.
 
     Raises:
-        QBertError: an unknown activation, or a bias that is no float.
+        QBertError: a bias that is no float.
     """
+    bias = a.bias
     if bias is not None:
         checks.float_dtype("bias is", bias.dtype)
     return {
         "bias": pointer(bias),
         "bias_type": 0 if bias is None else FLOAT_TYPES[bias.dtype],
-        "activation": activation_code(activation),
+        "activation": a.activation,
         "out": y.data_ptr(),
         "out_pitch": y.shape[1],
         "stream": stream_of(y.device),
     }
 
 
-def out_of(out: torch.dtype | float) -> dict[str, Any]:
-    """The type of a result, or one over its static scale, which says that it is int8."""
-    return {
-        "out_type": FLOAT_TYPES[out] if isinstance(out, torch.dtype) else extension().REQUANTIZE,
-        "inverse_out_scale": 0.0 if isinstance(out, torch.dtype) else 1.0 / out,
+def out_of(out: Out) -> dict[str, Any]:
+    """The type of a result, or one over its static scale."""
+    return {"out_type": abi.out_type(out), "inverse_out_scale": abi.inverse_scale(out)}
+
+
+def packed(weight: Weight) -> dict[str, Any]:
+    """A weight in fragments, in the words of the bindings that take one: made once, for addresses do not change."""
+    tensors = weight.tensors
+    require_operands("linear", weight.device, **tensors)
+    size, column = weight.scheme.group_size, tensors.get("outlier_col")
+    held = {
+        "code": weight.scheme.weight.name,
+        "codes": pointer(weight.qdata),
+        "scale": pointer(weight.scale),
+        "groups": max(1, weight.k // size) if size else 1,
+        "codebook": pointer(weight.codebook),
+        "rowptr": pointer(tensors.get("outlier_rowptr")),
+        "col": pointer(column),
+        "col_bytes": 0 if column is None else column.itemsize,
+        "delta": pointer(tensors.get("outlier_delta")),
+        "outliers": weight.outliers,
     }
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight (n, k) in fragments, in the words of the bindings that take one.
-
-    Attributes:
-        code: ``"int8"``, ``"int4"``, ``"dict4"`` or ``"dict3"``.
-        n: output channels.
-        tensors: the arguments that are addresses.
-        counts: the arguments that are numbers.
-    """
-
-    code: str
-    n: int
-    tensors: dict[str, Tensor | None]
-    counts: dict[str, int]
-
-    @property
-    def outliers(self) -> int:
-        """How many weights are kept exactly."""
-        col = self.tensors.get("col")
-        return 0 if col is None else col.numel()
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Those of a binding."""
-        col = self.tensors.get("col")
-        outliers = {"rowptr": 0, "col": 0, "delta": 0, "col_bytes": 0 if col is None else col.itemsize}
-        addresses = {name: pointer(tensor) for name, tensor in self.tensors.items()}
-        return {"code": self.code, **outliers, "outliers": self.outliers, **addresses, **self.counts}
+    if weight.scheme.activation is not None:
+        held |= {"group_scale": pointer(weight.group_scale), "matrices": weight.matrices}
+    return held

@@ -1,71 +1,77 @@
-"""L5. Parts of an encoder layer of few tokens in one launch: csrc/cuda/layer.h says what the arguments mean."""
+"""Parts of an encoder layer of few tokens in one launch: csrc/cuda/sm90/layer.h says what the arguments mean."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from qbert.errors import MissingDependency
+from qbert.formats import INT8
 from qbert.ops import checks
-from qbert.ops.cpu_native import FLOAT_TYPES
-from qbert.ops.cuda import launch
-from qbert.ops.cuda.linear import linear_obstacle
-from qbert.ops.triton.launch import require_operands
+from qbert.ops.abi import FLOAT_TYPES, pointer
+from qbert.ops.cuda import launch, w8a8
+from qbert.ops.cuda.choice import norms_obstacle
+from qbert.ops.kernel import Kernel, Problem
+from qbert.ops.operands import require_operands
+from qbert.ops.operations import LinearAddNorm
 from qbert.target import Target
 
-# Channels that a block computes, and how many blocks share a row: csrc/cuda/layer.h.
+# Channels that a block computes, and how many blocks share a row: csrc/cuda/sm90/layer.h.
 _CHANNELS, _MAX_BLOCKS = 128, 8
 
 
-def add_norm_obstacle(n: int, k: int, out: torch.dtype, layout: str, target: Target) -> str | None:
-    """Why no compiled kernel computes a W8A8 linear and the norm after it at once; None where one can.
-
-    Args:
-        n, k: output and input channels.
-        out: type of the residual stream.
-        layout: of the weight.
-    """
+def shape_obstacle(problem: Problem, target: Target) -> str | None:
+    """Why no compiled kernel computes a linear and the norm after it at once; None where one can."""
+    scheme, n = problem.scheme, problem.n
+    if scheme is None or scheme.weight != INT8 or scheme.activation is None:
+        return "the CUDA kernel of a linear and its norm is for W8A8"
     if n % _CHANNELS or not 2 <= n // _CHANNELS <= _MAX_BLOCKS:
         return f"n is {n}; a cluster of blocks takes multiples of {_CHANNELS}, 2 to {_MAX_BLOCKS} of them"
-    return linear_obstacle(n, k, out, layout, target)
+    return w8a8.shape_obstacle(problem, target)
 
 
-def w8a8_linear_add_norm(
-    q: Tensor, s: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor,
-    beta: Tensor, eps: float, layout: str, *, tile: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`NotImplemented` also where two launches are faster, by a model.
+def obstacle(problem: Problem, target: Target) -> str | None:
+    """What `shape_obstacle` and `norms_obstacle` say, or that two launches are faster, by the extension's model."""
+    found = norms_obstacle("linear_add_norm", target) or shape_obstacle(problem, target)
+    if found is not None:
+        return found
+    try:
+        tile = _chosen(problem.t or 0, problem.n, problem.k, target)
+    except MissingDependency as error:  # a machine that is not here, where nobody can ask the model
+        return str(error)
+    return None if tile else "two launches are faster, by a model"
 
-    Args:
-        tile: one of `extension().add_norm_tiles()`; by default what the extension chooses (for tests and measurements).
-    """
-    n = checks.w8a8_linear_add_norm(q, s, qdata, scale, bias, residual, gamma, beta, layout)
-    t, k = q.shape
-    target = launch.target_of(q.device)
-    if add_norm_obstacle(n, k, residual.dtype, layout, target) is not None:
-        return NotImplemented
-    tile = tile or launch.extension().add_norm_choose(max(t, 1), n, k, target.sm_count)
-    if not tile:
-        return NotImplemented
-    scale = scale.to(torch.float32)
-    floats = {"bias": bias, "residual": residual, "gamma": gamma, "beta": beta}
-    for name, operand in floats.items():
-        if operand is not None:
-            checks.float_dtype(f"{name} is", operand.dtype)
-    require_operands("w8a8_linear_add_norm", q.device, q=q, s=s, weight=qdata, scale=scale, **floats)
+
+def _chosen(t: int, n: int, k: int, target: Target) -> str:
+    tile: str = launch.extension().add_norm_choose(max(t, 1), n, k, target.sm_count)
+    return tile
+
+
+def linear_add_norm(a: LinearAddNorm, *, tile: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    """`tile` is one of `extension().add_norm_tiles()`; by default what the extension chooses."""
+    x, weight, residual = a.x, a.weight, a.residual
+    (t, k), n = x.shape, weight.n
+    floats = {"bias": a.bias, "residual": residual, "gamma": a.norm.gamma, "beta": a.norm.beta}
+    if a.bias is not None:
+        checks.float_dtype("bias is", a.bias.dtype)
+    require_operands("linear_add_norm", x.device, x=x, s=a.s, qdata=weight.qdata, **floats)
     normed, codes = torch.empty_like(residual), residual.new_empty(t, n, dtype=torch.int8)
     out_scale = residual.new_empty(t, dtype=torch.float32)
     if t:
         launch.extension().w8a8_linear_add_norm(
-            t=t, n=n, k=k, q=q.data_ptr(), q_pitch=k, s=s.data_ptr(), weight=qdata.data_ptr(),
-            weight_pitch=qdata.stride(0), scale=scale.data_ptr(), eps=eps, normed=normed.data_ptr(),
-            codes=codes.data_ptr(), out_scale=out_scale.data_ptr(), stream=launch.stream_of(q.device), tile=tile,
-            **{name: launch.pointer(operand) for name, operand in floats.items()},
+            t=t, n=n, k=k, q=x.data_ptr(), q_pitch=k, s=a.s.data_ptr(), eps=a.norm.eps, normed=normed.data_ptr(),
+            codes=codes.data_ptr(), out_scale=out_scale.data_ptr(), stream=launch.stream_of(x.device),
+            tile=tile or _chosen(t, n, k, launch.target_of(x.device)), **weight.prepared(w8a8.rows),
+            **{name: pointer(operand) for name, operand in floats.items()},
             **{f"{name}_type": 0 if each is None else FLOAT_TYPES[each.dtype] for name, each in floats.items()},
         )  # fmt: skip
     return normed, codes, out_scale
 
 
-KERNELS: dict[str, Callable[..., Any]] = {"w8a8_linear_add_norm": w8a8_linear_add_norm}
+KERNEL = Kernel(
+    "linear_add_norm",
+    "cuda linear_add_norm",
+    linear_add_norm,
+    obstacle,
+    reason=lambda problem, target: "one launch where that is faster by a model, else linear and add_norm",
+)

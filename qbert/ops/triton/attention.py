@@ -1,16 +1,15 @@
-"""L5. Launcher of attention."""
+"""Launcher of attention, `kernels/attention.py`."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qbert.errors import QBertError
 from qbert.ops import checks
+from qbert.ops.abi import inverse_scale
+from qbert.ops.kernel import Problem
+from qbert.ops.operations import Attention
 from qbert.ops.triton.launch import require_operands, target_for
 from qbert.target import Target
 from qbert.tiles import TileConfig, select_tile
@@ -27,8 +26,8 @@ def attention_tile(head_dim: int, average_length: int, per_token: bool, target: 
         average_length: tokens a sequence; the host does not know how long each is.
         per_token: whether each token has scales of its own, which take registers.
     """
-    operation = "attention_int8_per_token" if per_token else "attention_int8"
-    return select_tile(operation, average_length, 0, block_d(head_dim), target)
+    key = "attention_int8_per_token" if per_token else "attention_int8"
+    return select_tile(key, average_length, 0, block_d(head_dim), target)
 
 
 def block_d(head_dim: int) -> int:
@@ -42,58 +41,33 @@ def max_registers(head_dim: int, per_token: bool, warps: int, int8_out: bool) ->
     return 168 if per_token or (warps == 4 and not int8_out) else 128
 
 
-def attention_int8(
-    qkv: Tensor, scales: Tensor, cu_seqlens: Tensor, num_heads: int, softmax_scale: float, out_dtype: torch.dtype
-) -> Tensor:
-    """`attention_int8` by `kernels/attention.py`. Values of `cu_seqlens` are not looked at: that would wait for the GPU.
-
-    Returns:
-        (t, num_heads * head_dim). What a token in no sequence gets is left open, and tokens of a sequence that is longer than
-        int32 sums allow (66,311) are NaN. `NotImplemented` for heads wider than 128.
-    """
-    checks.out_type(out_dtype)
-    return _attention(qkv, scales, cu_seqlens, num_heads, softmax_scale, out_dtype, 1.0)
-
-
-def attention_int8_requant(
-    qkv: Tensor, scales: Tensor, cu_seqlens: Tensor, num_heads: int, softmax_scale: float, out_scale: float
-) -> Tensor:
-    """`attention_int8_requant`, likewise; NaN becomes code 0."""
-    return _attention(qkv, scales, cu_seqlens, num_heads, softmax_scale, torch.int8, 1.0 / out_scale)
-
-
-def _attention(
-    qkv: Tensor, scales: Tensor, cu_seqlens: Tensor, num_heads: int, softmax_scale: float, out_dtype: torch.dtype,
-    inverse_out_scale: float,
-) -> Tensor:  # fmt: skip
+def attention(a: Attention) -> Tensor:
+    """Values of `cu_seqlens` are not looked at: that would wait for the GPU. What a token in no sequence gets is left open, and
+    tokens of a sequence that is longer than int32 sums allow (66,311) are NaN."""
     from qbert.kernels.attention import attention_int8_kernel
+    from qbert.ops.triton.arguments import AttentionMeta, Heads
 
-    checks.attention(qkv, scales, cu_seqlens, num_heads)
-    if not (0 < softmax_scale < math.inf):
-        raise QBertError(f"softmax_scale is {softmax_scale}; allowed: finite and above 0")
-    require_operands("attention_int8", qkv.device, qkv=qkv, scales=scales, cu_seqlens=cu_seqlens)
-    t, width, sequences = qkv.shape[0], qkv.shape[1] // 3, cu_seqlens.shape[0] - 1
-    head_dim, per_token = width // num_heads, scales.dim() == 2
-    if head_dim > MAX_HEAD_DIM:
-        return NotImplemented
-    out = qkv.new_empty(t, width, dtype=out_dtype)
+    qkv, scales, cu_seqlens = a.qkv, a.scales, a.cu_seqlens
+    require_operands("attention", qkv.device, qkv=qkv, scales=scales, cu_seqlens=cu_seqlens)
+    t, sequences = qkv.shape[0], cu_seqlens.shape[0] - 1
+    head_dim, per_token = a.head_dim, scales.dim() == 2
+    out = qkv.new_empty(t, a.heads * head_dim, dtype=checks.out_type(a.out))
     if out.numel() == 0:
         return out
     if sequences == 0:
         raise QBertError(f"cu_seqlens must ascend from 0 to {t}, got a single bound: no sequence")
     tile = attention_tile(head_dim, -(-t // sequences), per_token, target_for(qkv))
-    registers = max_registers(head_dim, per_token, tile.warps, out_dtype == torch.int8)
+    registers = max_registers(head_dim, per_token, tile.warps, out.dtype == torch.int8)
     tiles = t // tile.block_t + sequences
     columns = min(tiles, _MAX_GRID_Y)
-    attention_int8_kernel[(num_heads, columns, -(-tiles // columns))](
-        qkv, scales, cu_seqlens, out, t, sequences, num_heads, softmax_scale, inverse_out_scale, HEAD_DIM=head_dim,
-        BLOCK_D=block_d(head_dim), BLOCK_Q=tile.block_t, PER_TOKEN=per_token, num_warps=tile.warps,
+    attention_int8_kernel[(a.heads, columns, -(-tiles // columns))](
+        (qkv, scales), cu_seqlens, out, t, sequences, Heads(a.heads, a.softmax_scale, inverse_scale(a.out)),
+        META=AttentionMeta(head_dim, block_d(head_dim), tile.block_t, per_token), num_warps=tile.warps,
         num_stages=tile.stages, maxnreg=registers, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
-KERNELS: dict[str, Callable[..., Any]] = {
-    "attention_int8": attention_int8,
-    "attention_int8_requant": attention_int8_requant,
-}
+def obstacle(problem: Problem) -> str | None:
+    """Why not this problem on a GPU that the kernels run on; None where they compute it."""
+    return f"heads of {problem.k}; it takes up to {MAX_HEAD_DIM}" if problem.k > MAX_HEAD_DIM else None

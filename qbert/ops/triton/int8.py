@@ -1,22 +1,23 @@
-"""L5. Launchers of the int8 linears: the tile of `tiles`, or one for any shape where the tile's road cannot be taken."""
+"""Launcher of the int8 linears, `kernels/int8_gemm.py`: the tile of `tiles`, or one for any shape where that cannot run."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from qbert.layout import Layout
 from qbert.ops import checks
-from qbert.ops.cpu_native import activation_code
-from qbert.ops.triton.launch import require_operands, target_for
+from qbert.ops.abi import Activation, inverse_scale
+from qbert.ops.kernel import Problem
+from qbert.ops.operations import Linear
+from qbert.ops.triton.arguments import End, Int8Meta
+from qbert.ops.triton.launch import descriptor, layout_obstacle, require_operands, require_weight, target_for
 from qbert.target import Target
 from qbert.tiles import TMA_SM, TileConfig, select_tile
+from qbert.weight import Layout
 
-_LAYOUTS = (Layout.INT8_ROWS.value, Layout.PLAIN.value)
+LAYOUTS = frozenset({Layout.INT8_ROWS, Layout.PLAIN})
+_KEY = "w8a8_linear"  # of the tiles' table
 # What the copy engine asks of a row, in bytes.
 _ROW_MULTIPLE = 16
 # For shapes that no descriptor can say, and for GPUs with too little shared memory for the table's tile. Eight warps and short
@@ -30,47 +31,32 @@ _RESERVED_BYTES = 1024  # of shared memory, that each resident program costs bes
 _RESIDENT_WARPS = 8
 
 
-def w8a8_linear(
-    q: Tensor, s: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype,
-    layout: str,
-) -> Tensor:  # fmt: skip
-    """`w8a8_linear` by `kernels/int8_gemm.py`; `NotImplemented` for a layout other than rows of codes."""
-    return _linear(q, s, qdata, scale, bias, activation, checks.out_type(out_dtype), 1.0, layout)
-
-
-def w8a8_linear_requant(
-    q: Tensor, s: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, activation: str, out_scale: float, layout: str
-) -> Tensor:  # fmt: skip
-    """`w8a8_linear_requant`, likewise."""
-    return _linear(q, s, qdata, scale, bias, activation, torch.int8, 1.0 / out_scale, layout)
-
-
-def _linear(
-    q: Tensor, s: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype,
-    inverse_out_scale: float, layout: str,
-) -> Tensor:  # fmt: skip
-    n = checks.w8a8_linear(q, s, qdata, scale, bias, layout)
-    gelu = bool(activation_code(activation))
-    if layout not in _LAYOUTS:
-        return NotImplemented
-    require_operands("w8a8_linear", q.device, q=q, s=s, qdata=qdata, scale=scale, bias=bias)
+def linear(a: Linear) -> Tensor:
+    q, s, weight, bias, activation, out = a
+    assert s is not None
+    require_operands("linear", q.device, q=q, s=s, bias=bias)
+    require_weight("linear", q.device, weight)
     target = target_for(q)
-    t, k = q.shape
-    out = q.new_empty(t, n, dtype=dtype)
-    if t and n:
-        tile = tile_for(t, n, k, dtype.itemsize, target)
+    (t, k), n = q.shape, weight.n
+    y = q.new_empty(t, n, dtype=checks.out_type(out))
+    if y.numel():
+        tile = tile_for(t, n, k, y.element_size(), target)
         # Without fused multiply-adds: the reference rounds the product with a scale before it adds the bias.
         options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
-        vectors = (s, scale, bias, inverse_out_scale)
-        blocks = {"BLOCK_T": tile.block_t, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-        epilogue = {"HAS_BIAS": bias is not None, "GELU": gelu}
-        _LAUNCH[tile.road](q, qdata, out, vectors, tile, target, **blocks, **epilogue, **options)
-    return out
+        end = End(s, weight.scale, bias, inverse_scale(out))
+        meta = Int8Meta(tile.block_t, tile.block_n, tile.block_k, activation is Activation.GELU)
+        _LAUNCH[tile.road](_Operands(q, weight.qdata, y, end), tile, meta, target, options)
+    return y
+
+
+def obstacle(problem: Problem) -> str | None:
+    """Why not this problem on a GPU that the kernels run on; None where they compute it."""
+    return layout_obstacle(problem, LAYOUTS)
 
 
 def tile_for(t: int, n: int, k: int, out_bytes: int, target: Target) -> TileConfig:
     """The tile that runs t tokens, n output and k input channels with results of `out_bytes` each."""
-    tile = select_tile("w8a8_linear", t, n, k, target)
+    tile = select_tile(_KEY, t, n, k, target)
     fits = shared_bytes(tile, out_bytes) <= target.shared_memory
     if tile.road != "pointer":
         rows = (k, n * out_bytes) if tile.road == "tma" else (k,)  # bytes of a row of what is copied by descriptor
@@ -104,57 +90,45 @@ def _tiles(tile: TileConfig, t: int, n: int) -> int:
     return -(-t // tile.block_t) * -(-n // tile.block_n)
 
 
-def _launch_tma(
-    q: Tensor, qdata: Tensor, out: Tensor, vectors: tuple[Any, ...], tile: TileConfig, target: Target, **options: Any
-) -> None:
+class _Operands(NamedTuple):
+    """What a product is of: tokens (t, k), rows of codes (n, row), the result (t, n), and how it ends."""
+
+    q: Tensor
+    qdata: Tensor
+    y: Tensor
+    end: End
+
+
+def _launch_tma(a: _Operands, tile: TileConfig, meta: Int8Meta, target: Target, options: dict[str, Any]) -> None:
     from qbert.kernels.int8_gemm import int8_gemm_tma
 
-    (t, n), k, out_bytes = out.shape, q.shape[1], out.element_size()
+    (t, n), k, out_bytes = a.y.shape, a.q.shape[1], a.y.element_size()
     parts = subtiles(tile, out_bytes)
     int8_gemm_tma[(programs(tile, t, n, out_bytes, target),)](
-        _descriptor(q, tile.block_t, tile.block_k), _descriptor(qdata, tile.block_n, tile.block_k),
-        _descriptor(out, tile.block_t, tile.block_n // parts), *vectors, t, n, k,
-        GROUP=tile.group, SUBTILES=parts, **options,
+        descriptor(a.q, tile.block_t, tile.block_k), descriptor(a.qdata, tile.block_n, tile.block_k),
+        descriptor(a.y, tile.block_t, tile.block_n // parts), a.end, t, (n, k),
+        META=meta._replace(GROUP=tile.group, SUBTILES=parts), **options,
     )  # fmt: skip
 
 
-def _launch_few(
-    q: Tensor, qdata: Tensor, out: Tensor, vectors: tuple[Any, ...], tile: TileConfig, target: Target, **options: Any
-) -> None:
+def _launch_few(a: _Operands, tile: TileConfig, meta: Int8Meta, target: Target, options: dict[str, Any]) -> None:
     from qbert.kernels.int8_gemm import int8_gemm_few
 
-    (t, n), k = out.shape, q.shape[1]
+    (t, n), k = a.y.shape, a.q.shape[1]
     int8_gemm_few[(-(-n // tile.block_n), -(-t // tile.block_t))](
-        _descriptor(q, tile.block_t, tile.block_k), _descriptor(qdata, tile.block_n, tile.block_k), out, *vectors, t, n, k,
-        **options,
+        descriptor(a.q, tile.block_t, tile.block_k), descriptor(a.qdata, tile.block_n, tile.block_k), a.y, a.end, t,
+        (n, k), META=meta, **options,
     )  # fmt: skip
 
 
-def _launch_pointer(
-    q: Tensor, qdata: Tensor, out: Tensor, vectors: tuple[Any, ...], tile: TileConfig, target: Target, **options: Any
-) -> None:
+def _launch_pointer(a: _Operands, tile: TileConfig, meta: Int8Meta, target: Target, options: dict[str, Any]) -> None:
     from qbert.kernels.int8_gemm import int8_gemm_pointer
 
-    (t, n), k = out.shape, q.shape[1]
+    (t, n), k = a.y.shape, a.q.shape[1]
+    meta = meta._replace(GROUP=tile.group, EVEN_K=k % tile.block_k == 0)
     int8_gemm_pointer[(_tiles(tile, t, n),)](
-        q, qdata, out, *vectors, t, n, k, qdata.shape[1], GROUP=tile.group, EVEN_K=k % tile.block_k == 0, **options
-    )
+        a.q, a.qdata, a.y, a.end, t, (n, k, a.qdata.shape[1]), META=meta, **options
+    )  # fmt: skip
 
 
 _LAUNCH = {"tma": _launch_tma, "few": _launch_few, "pointer": _launch_pointer}
-
-
-def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
-    """How the copy engine reads or writes blocks (rows, columns) of a contiguous matrix."""
-    (height, width) = matrix.shape
-    return _descriptor_class()(matrix, [height, width], [width, 1], [rows, columns])
-
-
-@functools.cache
-def _descriptor_class() -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor
-
-
-KERNELS: dict[str, Callable[..., Any]] = {"w8a8_linear": w8a8_linear, "w8a8_linear_requant": w8a8_linear_requant}

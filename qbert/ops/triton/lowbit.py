@@ -1,141 +1,90 @@
-"""L5. Launchers of the integer linears with packed weights: int4 with group scales, and dictionaries with outliers."""
+"""Launchers of the integer linears with packed weights: int4 with group scales, and dictionaries with outliers."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qbert.formats import DICT4
-from qbert.layout import Layout
-from qbert.layout.rows import HALF, K_BLOCK, ROW_ALIGNMENT
 from qbert.ops import checks
-from qbert.ops.cpu_native import activation_code
-from qbert.ops.triton.launch import INTERPRETED, require_operands, target_for
-from qbert.tiles import TMA_SM, TileConfig, select_tile
+from qbert.ops.abi import Activation, inverse_scale
+from qbert.ops.kernel import Problem
+from qbert.ops.operations import Linear
+from qbert.ops.triton.arguments import Dictionaries, End, Groups, LowbitMeta, Shape
+from qbert.ops.triton.launch import (
+    INTERPRETED,
+    descriptor,
+    layout_obstacle,
+    require_operands,
+    require_weight,
+    target_for,
+)
+from qbert.tiles import TMA_SM, TileConfig, select_tile, tile_key
+from qbert.weight import Layout
+from qbert.weight.layout.rows import HALF, K_BLOCK, ROW_ALIGNMENT
 
+# Whether a scheme has a dictionary -> layouts.
+LAYOUTS = {False: frozenset({Layout.NIBBLE_HALVES}), True: frozenset({Layout.SELECT_HALVES})}
 # Registers of a thread such that a multiprocessor holds sixteen warps, two of the largest programs: the matrix unit works
 # for one program while the other expands weights or ends a tile, for Triton lets neither overlap with its own program's.
 MAX_REGISTERS = 65_536 // (16 * 32)
 # NVIDIA's byte permutation, in inline assembly, which neither other GPUs nor Triton's interpreter have.
 _PRMT = torch.version.hip is None and not INTERPRETED
 _TURNED_TOKENS = 128  # of a tile whose outliers read tokens column by column; see `kernels/outliers.py`
-_FINISH_TILE = {"BLOCK_T": 16, "BLOCK_N": 128}
+_FINISH_T, _FINISH_N = 16, 128  # tile of the kernel that adds partial sums up
 
 
-def w4a8_linear(
-    q: Tensor, s: Tensor, qdata: Tensor, group_scale: Tensor, scale: Tensor, bias: Tensor | None, activation: str,
-    out_dtype: torch.dtype, layout: str,
-) -> Tensor:  # fmt: skip
-    """`w4a8_linear` by `kernels/int4_gemm.py`.
-
-    `NotImplemented` for another layout than nibble halves, and for groups that are neither 32 or 64 weights nor whole blocks.
-    """
-    out_type = checks.out_type(out_dtype)
-    return _w4a8(q, s, qdata, group_scale, scale, bias, activation, out_type, 1.0, layout)
-
-
-def w4a8_linear_requant(
-    q: Tensor, s: Tensor, qdata: Tensor, group_scale: Tensor, scale: Tensor, bias: Tensor | None, activation: str,
-    out_scale: float, layout: str,
-) -> Tensor:  # fmt: skip
-    """`w4a8_linear_requant`, likewise."""
-    return _w4a8(q, s, qdata, group_scale, scale, bias, activation, torch.int8, 1.0 / out_scale, layout)
-
-
-def gobo_linear(
-    q: Tensor, s: Tensor, qdata: Tensor, codebook: Tensor, scale: Tensor, outlier_rowptr: Tensor, outlier_col: Tensor,
-    outlier_delta: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype, layout: str,
-) -> Tensor:  # fmt: skip
-    """`gobo_linear` by `kernels/gobo_gemm.py`; `NotImplemented` for another layout than select halves."""
-    outliers, out_type = (outlier_rowptr, outlier_col, outlier_delta), checks.out_type(out_dtype)
-    return _gobo(q, s, qdata, codebook, scale, outliers, bias, activation, out_type, 1.0, layout)
-
-
-def gobo_linear_requant(
-    q: Tensor, s: Tensor, qdata: Tensor, codebook: Tensor, scale: Tensor, outlier_rowptr: Tensor, outlier_col: Tensor,
-    outlier_delta: Tensor, bias: Tensor | None, activation: str, out_scale: float, layout: str,
-) -> Tensor:  # fmt: skip
-    """`gobo_linear_requant`, likewise."""
-    outliers = outlier_rowptr, outlier_col, outlier_delta
-    return _gobo(q, s, qdata, codebook, scale, outliers, bias, activation, torch.int8, 1.0 / out_scale, layout)
-
-
-KERNELS: dict[str, Callable[..., Any]] = {
-    "w4a8_linear": w4a8_linear,
-    "w4a8_linear_requant": w4a8_linear_requant,
-    "gobo_linear": gobo_linear,
-    "gobo_linear_requant": gobo_linear_requant,
-}
-
-
-def _w4a8(
-    q: Tensor, s: Tensor, qdata: Tensor, group_scale: Tensor, scale: Tensor, bias: Tensor | None, activation: str,
-    out_type: torch.dtype, inverse_out_scale: float, layout: str,
-) -> Tensor:  # fmt: skip
-    n = checks.w4a8_linear(q, s, qdata, group_scale, scale, bias, layout)
-    gelu = bool(activation_code(activation))
-    if layout != Layout.NIBBLE_HALVES.value:
-        return NotImplemented
-    groups = group_scale.shape[1]
-    group_size = q.shape[1] // groups if q.shape[1] else K_BLOCK
-    if group_size not in (HALF // 2, HALF) and group_size % K_BLOCK:
-        return NotImplemented
-    require_operands("w4a8_linear", q.device, q=q, s=s, qdata=qdata, group_scale=group_scale, scale=scale, bias=bias)
-    y = q.new_empty(q.shape[0], n, dtype=out_type)
-    if y.numel() == 0:
-        return y
-    from qbert.kernels.int4_gemm import int4_finish_kernel, int4_gemm_kernel
-
-    plan = _plan("w4a8_linear", q, qdata, n)
-    (t, k), vectors, flags = plan.q.shape, (scale, bias), {"HAS_BIAS": bias is not None, "GELU": gelu}
-    int4_gemm_kernel[plan.grid](
-        plan.tokens, s, plan.codes, group_scale, *vectors, plan.out(y), inverse_out_scale, t, n, k, groups,
-        GROUP_SIZE=group_size, **flags, **plan.options,
-    )  # fmt: skip
-    if plan.sums is not None:
-        int4_finish_kernel[_finish_grid(t, n)](
-            plan.sums, s, *vectors, y, inverse_out_scale, t, n, **flags, **plan.finish_options
-        )
+def linear(a: Linear) -> Tensor:
+    """`kernels/int4_gemm.py` or, of dictionaries, `kernels/gobo_gemm.py`."""
+    assert a.s is not None
+    require_operands("linear", a.x.device, q=a.x, s=a.s, bias=a.bias)
+    require_weight("linear", a.x.device, a.weight)
+    y = a.x.new_empty(a.x.shape[0], a.weight.n, dtype=checks.out_type(a.out))
+    if y.numel():
+        plan = _plan(a)
+        (_dictionary if a.weight.scheme.has_dictionary else _int4)(a, y, plan)
     return y
 
 
-def _gobo(
-    q: Tensor, s: Tensor, qdata: Tensor, codebook: Tensor, scale: Tensor, outliers: tuple[Tensor, Tensor, Tensor],
-    bias: Tensor | None, activation: str, out_type: torch.dtype, inverse_out_scale: float, layout: str,
-) -> Tensor:  # fmt: skip
-    n = checks.gobo_linear(q, s, qdata, codebook, scale, *outliers, bias, layout)
-    gelu = bool(activation_code(activation))
-    if layout != Layout.SELECT_HALVES.value:
-        return NotImplemented
-    rowptr, col, delta = outliers
-    require_operands(
-        "gobo_linear", q.device, q=q, s=s, qdata=qdata, codebook=codebook, scale=scale, outlier_rowptr=rowptr,
-        outlier_col=col, outlier_delta=delta, bias=bias,
-    )  # fmt: skip
-    y = q.new_empty(q.shape[0], n, dtype=out_type)
-    if y.numel() == 0:
-        return y
+def obstacle(problem: Problem) -> str | None:
+    """Why not this problem on a GPU that the kernels run on; None where they compute it."""
+    assert problem.scheme is not None
+    group = problem.scheme.group_size
+    if group is not None and group not in (HALF // 2, HALF) and group % K_BLOCK:
+        return f"groups of {group}; it takes groups of {HALF // 2}, {HALF} or multiples of {K_BLOCK}"
+    return layout_obstacle(problem, LAYOUTS[problem.scheme.has_dictionary])
+
+
+def _int4(a: Linear, y: Tensor, plan: _Plan) -> None:
+    from qbert.kernels.int4_gemm import int4_finish_kernel, int4_gemm_kernel
+
+    group_scale = a.weight.tensors["group_scale"]
+    (t, n), groups = y.shape, Groups(group_scale, group_scale.shape[1])
+    end, shape = End(a.s, a.weight.scale, a.bias, inverse_scale(a.out)), Shape(t, n, plan.q.shape[1])
+    meta = plan.meta._replace(GROUP_SIZE=a.weight.scheme.group_size or 0)
+    int4_gemm_kernel[plan.grid](plan.tokens, plan.codes, groups, plan.out(y), end, shape, META=meta, **plan.options)
+    if plan.sums is not None:
+        int4_finish_kernel[_finish_grid(t, n)](plan.sums, y, end, shape, META=plan.finish_meta, enable_fp_fusion=False)
+
+
+def _dictionary(a: Linear, y: Tensor, plan: _Plan) -> None:
     from qbert.kernels.gobo_gemm import gobo_finish_kernel, gobo_gemm_kernel
 
-    plan = _plan("gobo_linear", q, qdata, n)
-    (t, k), bits = plan.q.shape, 4 if codebook.shape[-1] == DICT4.codes else 3
-    turned = bool(col.numel()) and plan.sums is None and _turns(plan.tile)
-    flags = {"OUTLIERS": bool(col.numel()), "HAS_BIAS": bias is not None, "GELU": gelu}
+    (t, n), weight = y.shape, a.weight
+    outliers = weight.sparse if weight.outliers else None
+    turned = outliers is not None and plan.sums is None and _turns(plan.tile)
+    books = weight.tensors["codebook"].view(torch.int32)
+    dictionaries = Dictionaries(books, weight.matrices, outliers, _columns(plan.q) if turned else plan.q)
+    end, shape = End(a.s, weight.scale, a.bias, inverse_scale(a.out)), Shape(t, n, plan.q.shape[1])
+    meta = plan.meta._replace(BITS=weight.scheme.weight_bits, TURNED=turned, WARPS=plan.tile.warps)
     gobo_gemm_kernel[plan.grid](
-        plan.tokens, s, plan.codes, codebook.view(torch.int32), scale, *outliers, _columns(plan.q) if turned else plan.q,
-        bias, plan.out(y), inverse_out_scale, t, n, k, scale.numel(),
-        BITS=bits, TURNED=turned, WARPS=plan.tile.warps, **flags, **plan.options,
+        plan.tokens, plan.codes, dictionaries, plan.out(y), end, shape, META=meta, **plan.options
     )  # fmt: skip
     if plan.sums is not None:
         gobo_finish_kernel[_finish_grid(t, n)](
-            plan.sums, s, scale, *outliers, plan.q, bias, y, inverse_out_scale, t, n, k, scale.numel(),
-            **flags, **plan.finish_options,
+            plan.sums, dictionaries._replace(codebook=None), y, end, shape, META=plan.finish_meta, enable_fp_fusion=False
         )  # fmt: skip
-    return y
 
 
 class _Plan(NamedTuple):
@@ -146,7 +95,8 @@ class _Plan(NamedTuple):
         q: (t, k) codes, k a multiple of 16.
         tokens, codes: q and the packed weight as the kernel takes them.
         sums: (split, t, n) int32 where programs share a tile's input channels, else None.
-        grid, options, finish_options: of the launches.
+        grid, options: of the launch.
+        meta: what the kernel is compiled for, without what its codes are.
     """
 
     tile: TileConfig
@@ -156,34 +106,39 @@ class _Plan(NamedTuple):
     sums: Tensor | None
     grid: tuple[int, int]
     options: dict[str, Any]
-    finish_options: dict[str, Any]
+    meta: LowbitMeta
+
+    @property
+    def finish_meta(self) -> LowbitMeta:
+        """Of the kernel that adds partial sums up."""
+        return LowbitMeta(_FINISH_T, _FINISH_N, self.meta.SPLIT_K, self.meta.GELU)
 
     def out(self, y: Tensor) -> Tensor:
         """Where the product goes."""
         return y if self.sums is None else self.sums
 
 
-def _plan(operation: str, q: Tensor, qdata: Tensor, n: int) -> _Plan:
-    target = target_for(q)
+def _plan(a: Linear) -> _Plan:
+    q, qdata, n, target = a.x, a.weight.qdata, a.weight.n, target_for(a.x)
     # Rows of 16 bytes, as copies want them: a copy of q costs less than copying it byte by byte.
     q = q if q.shape[1] % ROW_ALIGNMENT == 0 else torch.nn.functional.pad(q, (0, -q.shape[1] % ROW_ALIGNMENT))
     t, k = q.shape
-    tile = select_tile(operation, t, n, k, target)
+    tile = select_tile(tile_key(a.weight.scheme), t, n, k, target)
     tma = tile.road != "pointer" and target.sm >= TMA_SM and k > 0
     split = max(1, min(tile.split_k, -(-k // K_BLOCK)))
     launch = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
     if tile.road == "tma" and tile.block_t * tile.block_n <= MAX_REGISTERS // 2 * 32 * tile.warps:
         launch["maxnreg"] = MAX_REGISTERS  # half of them hold sums
-    options = {"BLOCK_T": tile.block_t, "BLOCK_N": tile.block_n, "GROUP": tile.group, "TMA": tma, "PRMT": _PRMT}
+    gelu = a.activation is Activation.GELU
     return _Plan(
         tile,
         q,
-        _descriptor(q, tile.block_t, K_BLOCK) if tma else q,
-        _descriptor(qdata, tile.block_n, HALF) if tma else qdata,
+        descriptor(q, tile.block_t, K_BLOCK) if tma else q,
+        descriptor(qdata, tile.block_n, HALF) if tma else qdata,
         q.new_empty(split, t, n, dtype=torch.int32) if split > 1 else None,
         (-(-t // tile.block_t) * -(-n // tile.block_n), split),
-        {**options, "SPLIT_K": split, **launch},
-        {**_FINISH_TILE, "SPLIT_K": split, "enable_fp_fusion": False},
+        launch,
+        LowbitMeta(tile.block_t, tile.block_n, split, gelu, tile.group, TMA=tma, PRMT=_PRMT),
     )
 
 
@@ -203,17 +158,4 @@ def _columns(q: Tensor) -> Tensor:
 
 
 def _finish_grid(t: int, n: int) -> tuple[int, int]:
-    return -(-t // _FINISH_TILE["BLOCK_T"]), -(-n // _FINISH_TILE["BLOCK_N"])
-
-
-def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
-    """How the copy engine reads blocks (rows, columns) of a contiguous matrix."""
-    (height, width) = matrix.shape
-    return _descriptor_class()(matrix, [height, width], [width, 1], [rows, columns])
-
-
-@functools.cache
-def _descriptor_class() -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor
+    return -(-t // _FINISH_T), -(-n // _FINISH_N)

@@ -1,4 +1,4 @@
-"""L5. Launchers of the weight-only linears: float activations, packed weights.
+"""Launchers of the weight-only linears: float activations, packed weights.
 
 Two roads, chosen by `streams`, before anything is launched:
 
@@ -9,19 +9,17 @@ Two roads, chosen by `streams`, before anything is launched:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from qbert.formats import DICT3, DICT4, INT4, INT8, Format
-from qbert.layout import Layout
-from qbert.ops import checks
-from qbert.ops.cpu_native import activation_code
-from qbert.ops.triton.launch import INTERPRETED, require_operands, target_for
-from qbert.tiles import TileConfig, select_tile
+from qbert.formats import Format
+from qbert.ops.abi import Activation
+from qbert.ops.kernel import Problem
+from qbert.ops.operations import Linear
+from qbert.ops.triton.arguments import ExpandMeta, Packed, Shape, WeightOnlyMeta
+from qbert.ops.triton.launch import INTERPRETED, layout_obstacle, require_operands, require_weight, target_for
+from qbert.tiles import TileConfig, select_tile, tile_key
+from qbert.weight import Layout, Weight
 
 STREAMED_LAYOUTS = frozenset({Layout.INT8_ROWS, Layout.NIBBLE_HALVES, Layout.SELECT_HALVES, Layout.DICT3_WORDS})
 EXPANDED_LAYOUTS = STREAMED_LAYOUTS | {Layout.PLAIN}
@@ -39,29 +37,14 @@ _EXPAND_BLOCK, _EXPAND_WARPS = 1024, 4
 _PRMT = torch.version.hip is None and not INTERPRETED
 
 
-@dataclass(frozen=True)
-class _Weight:
-    """A packed (n, k) weight: its codes, and what makes weights of them."""
-
-    fmt: Format
-    layout: Layout
-    n: int
-    qdata: Tensor
-    scale: Tensor | None = None
-    group: int = 0
-    codebook: Tensor | None = None
-    outliers: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-
-    @property
-    def has_outliers(self) -> bool:
-        return self.outliers[1] is not None and self.outliers[1].numel() > 0
-
-
 def streams(t: int, fmt: Format, layout: Layout, group: int, dtype: torch.dtype) -> bool:
     """Whether t tokens of `dtype` multiply the packed weights themselves, rather than a weight that is expanded first.
 
     By bytes a weight: streaming reads the codes once for `FEW_TOKENS` tokens; expanding reads them once, writes a weight of
     `dtype` and reads it.
+
+    Args:
+        group: weights that share a scale, 0 where a row or none has one.
     """
     if layout not in STREAMED_LAYOUTS or group % GROUP_MULTIPLE:
         return False
@@ -82,87 +65,66 @@ def outliers_of(tokens: int) -> int:
     return _OUTLIERS.get(tokens, 2)
 
 
-def w8a16_linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, activation: str, layout: str) -> Tensor:
-    """`w8a16_linear`; layouts: int8 rows, and expanded, plain. Others give `NotImplemented`."""
-    n = checks.w8a16_linear(x, qdata, scale, bias, layout)
-    return _linear("w8a16_linear", x, _Weight(INT8, Layout(layout), n, qdata, scale), bias, activation)
-
-
-def w4a16_linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, activation: str, layout: str) -> Tensor:
-    """`w4a16_linear`; layouts: nibble halves, and expanded, plain. Others give `NotImplemented`.
-
-    Groups of other than multiples of 32 input channels are expanded, too.
-    """
-    n = checks.w4a16_linear(x, qdata, scale, bias, layout)
-    group = x.shape[1] // max(1, scale.shape[1])
-    return _linear("w4a16_linear", x, _Weight(INT4, Layout(layout), n, qdata, scale, group), bias, activation)
-
-
-def gobo_a16_linear(
-    x: Tensor, qdata: Tensor, codebook: Tensor, outlier_rowptr: Tensor, outlier_col: Tensor, outlier_delta: Tensor,
-    bias: Tensor | None, activation: str, layout: str,
-) -> Tensor:  # fmt: skip
-    """`gobo_a16_linear`; layouts: words of 3 bits, select halves, and expanded, plain. Others give `NotImplemented`."""
-    outliers = outlier_rowptr, outlier_col, outlier_delta
-    n = checks.gobo_a16_linear(x, qdata, codebook, *outliers, bias, layout)
-    fmt = DICT3 if codebook.numel() == DICT3.codes else DICT4
-    weight = _Weight(fmt, Layout(layout), n, qdata, codebook=codebook, outliers=outliers)
-    return _linear("gobo_a16_linear", x, weight, bias, activation)
-
-
-KERNELS: dict[str, Callable[..., Any]] = {
-    "w8a16_linear": w8a16_linear,
-    "w4a16_linear": w4a16_linear,
-    "gobo_a16_linear": gobo_a16_linear,
-}
-
-
-def _linear(operation: str, x: Tensor, weight: _Weight, bias: Tensor | None, activation: str) -> Tensor:
-    gelu = bool(activation_code(activation))
-    if weight.layout not in EXPANDED_LAYOUTS:
-        return NotImplemented
-    rowptr, col, delta = weight.outliers
-    require_operands(
-        operation, x.device, qdata=weight.qdata, scale=weight.scale, codebook=weight.codebook, outlier_rowptr=rowptr,
-        outlier_col=col, outlier_delta=delta, bias=bias,
-    )  # fmt: skip
+def linear(a: Linear) -> Tensor:
+    x, weight, bias = a.x, a.weight, a.bias
+    require_operands("linear", x.device, bias=bias)
+    require_weight("linear", x.device, weight)
     t, k = x.shape
-    if k and streams(t, weight.fmt, weight.layout, weight.group, x.dtype):
-        return _streamed(operation, x.contiguous(), weight, bias, gelu)
+    if k and streams(t, weight.scheme.weight, weight.layout, weight.scheme.group_size or 0, x.dtype):
+        return _streamed(a._replace(x=x.contiguous()))
     y = torch.nn.functional.linear(x, _expanded(x, weight), None if bias is None else bias.to(x.dtype))
-    return torch.nn.functional.gelu(y) if gelu else y
+    return torch.nn.functional.gelu(y) if a.activation is Activation.GELU else y
 
 
-def _streamed(operation: str, x: Tensor, weight: _Weight, bias: Tensor | None, gelu: bool) -> Tensor:
+def obstacle(problem: Problem) -> str | None:
+    """Why not this problem on a GPU that the kernels run on; None where they compute it."""
+    return layout_obstacle(problem, EXPANDED_LAYOUTS)
+
+
+def _streamed(a: Linear) -> Tensor:
     import triton
 
     from qbert.kernels.weight_only import ROWS, weight_only_kernel
 
-    (t, k), n = x.shape, weight.n
+    x, weight, scheme = a.x, a.weight, a.weight.scheme
+    (t, k), n, group = x.shape, weight.n, scheme.group_size or 0
     y = x.new_empty(t, n)
-    tile = select_tile(operation, min(t, FEW_TOKENS), n, k, target_for(x))
-    block_t, repeats = tokens_of(tile, t, weight.group, x.dtype), tile.block_n // ROWS.value
+    tile = select_tile(tile_key(scheme), min(t, FEW_TOKENS), n, k, target_for(x))
+    block_t, repeats = tokens_of(tile, t, group, x.dtype), tile.block_n // ROWS.value
+    meta = WeightOnlyMeta(
+        weight.layout.value, scheme.weight_bits, group, outliers_of(block_t), a.activation is Activation.GELU, block_t, repeats,
+        tile.warps, _PRMT,
+    )  # fmt: skip
     if y.numel():
         weight_only_kernel[(triton.cdiv(t, block_t) * triton.cdiv(n, ROWS.value * repeats),)](
-            x, weight.qdata.view(torch.int32), weight.codebook, weight.scale, *weight.outliers, bias, y, t, n, k,
-            weight.qdata.shape[1] // 16, LAYOUT=weight.layout.value, BITS=weight.fmt.bits, GROUP=weight.group,
-            OUTLIERS=outliers_of(block_t) if weight.has_outliers else 0, HAS_BIAS=bias is not None, GELU=gelu,
-            BLOCK_T=block_t, REPEATS=repeats, WARPS=tile.warps, PRMT=_PRMT, num_warps=tile.warps, num_stages=tile.stages,
+            x, weight.prepared(_in_words), a.bias, y, Shape(t, n, k), META=meta, num_warps=tile.warps,
+            num_stages=tile.stages,
         )  # fmt: skip
     return y
 
 
-def _expanded(x: Tensor, weight: _Weight) -> Tensor:
+def _expanded(x: Tensor, weight: Weight) -> Tensor:
     """The weight (n, k) in x's type."""
     from qbert.kernels.dequantize import dequantize_kernel
 
-    n, k = weight.n, x.shape[1]
+    n, k = weight.shape
     out = x.new_empty(n, k)
     target_for(x)
     if out.numel():
-        dequantize_kernel[(n,)](
-            weight.qdata.view(torch.uint8), weight.codebook, weight.scale, *weight.outliers, out, k, weight.qdata.shape[1],
-            LAYOUT=weight.layout.value, BITS=weight.fmt.bits, DICTIONARY=weight.codebook is not None, GROUP=weight.group,
-            OUTLIERS=weight.has_outliers, BLOCK_K=_EXPAND_BLOCK, num_warps=_EXPAND_WARPS,
-        )  # fmt: skip
+        meta = ExpandMeta(weight.layout.value, weight.scheme.weight_bits, weight.scheme.group_size or 0, _EXPAND_BLOCK)
+        dequantize_kernel[(n,)](weight.prepared(_in_bytes), out, k, META=meta, num_warps=_EXPAND_WARPS)
     return out
+
+
+def _in_words(weight: Weight) -> Packed:
+    """As `weight_only_kernel` takes a weight."""
+    return _packed(weight, weight.qdata.view(torch.int32), weight.qdata.shape[1] // 16)
+
+
+def _in_bytes(weight: Weight) -> Packed:
+    """As `dequantize_kernel` takes a weight."""
+    return _packed(weight, weight.qdata.view(torch.uint8), weight.qdata.shape[1])
+
+
+def _packed(weight: Weight, codes: Tensor, pitch: int) -> Packed:
+    return Packed(codes, pitch, weight.codebook, weight.scale, weight.sparse if weight.outliers else None)

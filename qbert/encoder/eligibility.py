@@ -1,0 +1,199 @@
+"""Which encoders can be fused, and why others cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from qbert.encoder.build import head_size
+from qbert.encoder.calibration import Calibration
+from qbert.encoder.parts import LayerParts, parts_of
+from qbert.errors import QBertError
+from qbert.families import FAMILIES, EncoderFamily, family_of
+from qbert.modules import QEmbedding, QLinear
+
+HEAD_SIZES = (32, 64)  # what the attention operator is made for
+GELU = "gelu"  # the exact one; every other name is an approximation or another function
+FORWARD = "forward"
+# Hooks that transformers itself puts on layers to collect hidden states: the fused forward collects them without.
+_CAPTURE = "transformers.utils.output_capturing"
+
+
+def encoders(model: nn.Module) -> Iterator[tuple[str, nn.Module, EncoderFamily]]:
+    """Qualified name, module and family of every encoder of a known family in a model, the model itself included."""
+    for name, module in model.named_modules():
+        family = family_of(module)
+        if family is not None:
+            yield name, module, family
+
+
+def layer_names(base: nn.Module, family: EncoderFamily) -> list[str]:
+    """Names of an encoder's layers, as a calibration has them."""
+    layers: Any = base.get_submodule(family.layers)
+    return [f"{family.layers}.{index}" for index in range(len(layers))]
+
+
+def check_calibration(base: nn.Module, calibration: Calibration) -> None:
+    """Holds a calibration to an encoder.
+
+    Raises:
+        QBertError: a layer or a slot is missing or unknown, or an overflow neuron does not exist.
+    """
+    family = family_of(base)
+    assert family is not None
+    names = layer_names(base, family)
+    for name in calibration.layers:
+        if name not in names:
+            raise QBertError(f"calibration has a layer {name!r}; {type(base).__name__} has {names[0]} ... {names[-1]}")
+    for name in names:
+        if name not in calibration.layers:
+            raise QBertError(f"calibration lacks layer {name!r}; it has {len(calibration.layers)} of {len(names)}")
+        _check_slots(base, name, calibration, parts_of(family))
+
+
+def _check_slots(base: nn.Module, name: str, calibration: Calibration, parts: LayerParts) -> None:
+    scales, overflow = calibration.layers[name].scales, calibration.layers[name].overflow
+    for slot in scales.keys() ^ parts.slots.keys():
+        problem = "lacks" if slot in parts.slots else "has"
+        raise QBertError(f"calibration: {name} {problem} a slot {slot!r}; allowed: {', '.join(parts.slots)}")
+    for slot, excess in overflow.items():
+        if not parts.slots[slot].activated:
+            raise QBertError(f"calibration: {name} has overflow in {slot!r}, which comes out of no activation")
+        linear: Any = base.get_submodule(f"{name}.{parts.slots[slot].path}")
+        if excess.neurons[-1] >= linear.in_features:
+            last = linear.in_features - 1
+            raise QBertError(f"calibration: {name} has no neuron {excess.neurons[-1]}; allowed: 0 ... {last}")
+
+
+# ---- why not --------------------------------------------------------------------------------------------------------
+
+
+def obstacle(base: nn.Module) -> str | None:
+    """Why a model cannot be fused, None if it can. Looks at modules and types, not at values: a skeleton will do."""
+    family = family_of(base)
+    if family is None:
+        known = ", ".join(each.name for each in FAMILIES)
+        return f"{type(base).__name__} is of no family that can be fused ({known})"
+    try:
+        reason = _configuration_obstacle(base.config, family) or _module_obstacle(base, family)
+    except AttributeError as error:  # of get_submodule, for a model that somebody took apart
+        return f"it is not built like {family.name}: {error}"
+    return reason or _hook_obstacle(base, family)
+
+
+def _configuration_obstacle(config: Any, family: EncoderFamily) -> str | None:
+    for flag in ("is_decoder", "add_cross_attention", "is_causal"):
+        if getattr(config, flag, False):
+            return f"{flag} is set: only encoders are fused"
+    position_type = getattr(config, "position_embedding_type", None) or "absolute"
+    if position_type != "absolute":
+        return f"its position embeddings are {position_type!r}, not 'absolute'"
+    for name in parts_of(family).activations:
+        activation = family.setting(config, name)
+        if activation != GELU:
+            return f"its activation is {activation!r}, not the exact {GELU!r}"
+    return None
+
+
+def _module_obstacle(base: nn.Module, family: EncoderFamily) -> str | None:
+    paths = family.embeddings
+    tables = [each for each in (paths.words, paths.positions, paths.token_types) if each is not None]
+    width = _normed_width(base, paths.norm)
+    reason = _norm_obstacle(base, paths.norm, width)
+    if reason is not None:
+        return reason
+    for path in tables:
+        table: Any = base.get_submodule(path)
+        if type(table) is not QEmbedding and (type(table) is not nn.Embedding or table.max_norm is not None):
+            return f"{path} is not a plain table"
+        if table.embedding_dim != width:
+            return f"{path} has {table.embedding_dim} columns, {paths.norm} is over {width}"
+    if not layer_names(base, family):
+        return "it has no layers"
+    if paths.projection and hasattr(base, paths.projection):
+        projection: Any = base.get_submodule(paths.projection)
+        reason = _linear_obstacle(base, paths.projection) or _takes(projection, paths.projection, width)
+        width = getattr(projection, "out_features", width)
+    for name in layer_names(base, family):
+        reason = reason or _layer_obstacle(base, name, parts_of(family), width) or _head_obstacle(base, name, family)
+    return reason
+
+
+def _layer_obstacle(base: nn.Module, name: str, parts: LayerParts, hidden: int) -> str | None:
+    for path in parts.linears:
+        reason = _linear_obstacle(base, f"{name}.{path}")
+        if reason is not None:
+            return reason
+    together: list[Any] = [base.get_submodule(f"{name}.{path}") for path in parts.together]
+    schemes = [str(each.scheme.name) for each in together]
+    if len(set(schemes)) > 1:
+        return f"query, key and value of {name} have different schemes: {', '.join(schemes)}"
+    reasons = (_norm_obstacle(base, f"{name}.{path}", hidden) for path in parts.norms)
+    return next((reason for reason in reasons if reason is not None), None) or _width_obstacle(
+        base, name, parts, hidden
+    )
+
+
+def _width_obstacle(base: nn.Module, name: str, parts: LayerParts, hidden: int) -> str | None:
+    """A linear that does not fit what fills its slot: torch says so at the call, a kernel would read what is not there."""
+    widths = {"hidden": hidden}
+    for paths, reads, writes in parts.flow:
+        for path in paths:
+            linear: Any = base.get_submodule(f"{name}.{path}")
+            reason = _takes(linear, f"{name}.{path}", widths[reads])
+            if reason is not None:
+                return reason
+            if linear.out_features != widths.setdefault(writes, linear.out_features):
+                return f"{name}.{path} gives {linear.out_features} channels, not {widths[writes]}"
+    return None
+
+
+def _takes(linear: Any, path: str, width: int) -> str | None:
+    return None if linear.in_features == width else f"{path} takes {linear.in_features} channels, not {width}"
+
+
+def _linear_obstacle(base: nn.Module, path: str) -> str | None:
+    module = base.get_submodule(path)
+    if type(module) is not QLinear:
+        return f"{path} is {'float' if type(module) is nn.Linear else type(module).__name__}"
+    if module.scheme.activation is None:
+        return f"{path} has scheme {module.scheme.name}, which has no integer activations"
+    return None
+
+
+def _norm_obstacle(base: nn.Module, path: str, width: int) -> str | None:
+    norm = base.get_submodule(path)
+    if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None:
+        return f"{path} is not a LayerNorm with weight and bias"
+    found = _normed_width(base, path)
+    return None if found == width else f"{path} is over {found} channels, not {width}"
+
+
+def _normed_width(base: nn.Module, path: str) -> int:
+    """Channels that a norm is over, 0 of what is no norm."""
+    shape = getattr(base.get_submodule(path), "normalized_shape", ())
+    return int(shape[-1]) if shape else 0
+
+
+def _head_obstacle(base: nn.Module, name: str, family: EncoderFamily) -> str | None:
+    query: Any = base.get_submodule(f"{name}.{family.layer.query}")
+    attention = base.get_submodule(f"{name}.{family.layer.query}".rpartition(".")[0])
+    width, heads = query.out_features, int(family.setting(base.config, "heads"))
+    size = head_size(attention, width, heads)
+    if size not in HEAD_SIZES:
+        return f"its heads are of size {size:g}; fused are {HEAD_SIZES[0]} and {HEAD_SIZES[1]}"
+    return None if width % size == 0 else f"{name} is {width} wide, which heads of {size} do not make"
+
+
+def _hook_obstacle(base: nn.Module, family: EncoderFamily) -> str | None:
+    for name, module in base.named_modules():
+        if not name or name.partition(".")[0] == family.pooler:  # these two are called as ever
+            continue
+        if FORWARD in module.__dict__:
+            return f"{name} has a forward of its own, which a fused encoder would not call"
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if getattr(hook, "__module__", None) != _CAPTURE:
+                return f"{name} has a hook, which a fused encoder would not call"
+    return None

@@ -1,0 +1,220 @@
+"""The `forward` that a fused encoder has in place of its class's.
+
+The fused encoder is an attribute of one model object: its class, its modules and the names in its `state_dict` stay what they
+were, so a checkpoint does not depend on it, and taking the attribute away gives the unfused model back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qbert.encoder.batch import Batch, Inputs
+from qbert.encoder.calibration import Calibration
+from qbert.encoder.eligibility import FORWARD, encoders, obstacle
+from qbert.encoder.graphs import GraphCache
+from qbert.encoder.run import Encoder
+from qbert.errors import QBertError
+from qbert.families import EncoderFamily, family_of
+
+# Handed down by heads and tokenizers, and of no meaning to an encoder.
+_IGNORED = ("num_items_in_batch",)
+_preparing = threading.Lock()
+
+
+class _SignatureOfTheClass:
+    """`inspect.signature(model.forward)` is that of the model's class: libraries look there for what a model takes."""
+
+    def __get__(self, fused: FusedForward | None, owner: type) -> inspect.Signature:
+        if fused is None:
+            raise AttributeError("__signature__")
+        signature = inspect.signature(type(fused.base).forward)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+class FusedForward:
+    """The `forward` of one encoder object. Copies and pickles go with their model, without what was prepared from it.
+
+    Args:
+        base: a bare encoder of `family`.
+        calibration: its static scales; None to take scales token by token.
+
+    Attributes:
+        graphs: CUDA graphs of its sizes of batches, where `qbert.compile` asked for them.
+    """
+
+    __name__ = FORWARD
+    __signature__ = _SignatureOfTheClass()
+
+    def __init__(self, base: nn.Module, family: EncoderFamily, calibration: Calibration | None) -> None:
+        self.base = base
+        self.family = family
+        self.calibration = calibration
+        self.graphs: GraphCache | None = None
+        self.__doc__ = type(base).forward.__doc__
+        self.__setstate__({})
+
+    @property
+    def variant(self) -> str:
+        """``"static"`` with calibration, ``"dynamic"`` without."""
+        return "dynamic" if self.calibration is None else "static"
+
+    def extra_bytes(self) -> int:
+        """Memory held beside the modules' own tensors; 0 before the first call."""
+        return 0 if self._encoder is None else self._encoder.extra_bytes()
+
+    def encoder(self) -> Encoder:
+        """What runs, prepared anew if a module or a tensor of the model was replaced, moved or written to.
+
+        Raises:
+            QBertError: the model is no longer one that can be fused.
+        """
+        encoder = self._encoder
+        if encoder is None or not encoder.watch.unchanged():
+            with _preparing:
+                encoder = self._prepare()
+        return encoder
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._untraced(args, kwargs)
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = self._by_name(args, kwargs)
+        config: Any = self.base.config
+        return_dict = given.pop("return_dict", getattr(config, "return_dict", True))
+        hidden_states = given.pop("output_hidden_states", getattr(config, "output_hidden_states", False))
+        if given.pop("output_attentions", getattr(config, "output_attentions", False)):
+            raise QBertError(_refusal("output_attentions=True", "the attention weights are never in memory"))
+        if self.base.training:
+            raise QBertError(_refusal("training mode", "call model.eval() first"))
+        inputs = Inputs(*(given.pop(name, None) for name in Inputs._fields))
+        self._refuse(given)
+        encoder = self.encoder()
+        layers = len(encoder.program.layers)
+        wanted = _selected(hidden_states, layers + 1)
+        with torch.no_grad():
+            states = _run(encoder, self.graphs, inputs, wanted)
+        last = states[-1]
+        fields: dict[str, Any] = {"last_hidden_state": last}
+        if self.family.pooler is not None:
+            pooler = getattr(self.base, self.family.pooler)
+            fields["pooler_output"] = None if pooler is None else pooler(last)
+        if hidden_states:
+            fields["hidden_states"] = (*states[:-1], last if layers in wanted else None)
+        output = getattr(importlib.import_module("transformers.modeling_outputs"), self.family.output)(**fields)
+        return output.to_tuple() if return_dict is False else output
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_encoder", "_untraced")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._encoder: Encoder | None = None
+        # There is nothing left to compile, and a compiler would take what `Watch` compares for constants.
+        self._untraced = torch.compiler.disable(self._forward)
+
+    def _prepare(self) -> Encoder:
+        why = obstacle(self.base)
+        if why is not None:
+            name = type(self.base).__name__
+            raise QBertError(f"{name} is fused, but now {why}; undo that or call qbert.unfuse_(model)")
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be moved or loaded into later
+            encoder = Encoder(self.base, self.family, self.calibration)
+        if encoder.device.type == "cuda":  # other threads' streams will read what this one's is still writing
+            torch.cuda.current_stream(encoder.device).synchronize()
+        self._encoder = encoder
+        return encoder
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        names = self.family.arguments
+        if len(args) > len(names):
+            raise TypeError(f"forward() takes at most {len(names)} positional arguments, got {len(args)}")
+        given = dict(zip(names, args, strict=False))
+        twice = given.keys() & kwargs.keys()
+        if twice:
+            raise TypeError(f"forward() got several values for argument {sorted(twice)[0]!r}")
+        return given | kwargs
+
+    def _refuse(self, rest: Mapping[str, Any]) -> None:
+        for name, value in rest.items():
+            if value is not None and value is not False and name not in _IGNORED:
+                raise QBertError(_refusal(name, "call qbert.unfuse_(model) first if you need it"))
+
+
+def _run(encoder: Encoder, graphs: GraphCache | None, inputs: Inputs, wanted: set[int]) -> list[Tensor | None]:
+    """The wanted hidden states (batch, width, h) in the model's type, zeros at padding; the last is always there."""
+    program = encoder.program
+    batch = Batch.of(inputs, program.family, program.positions, encoder.device)
+    if batch.size == 0:
+        nothing = torch.zeros(0, encoder.hidden_size, device=encoder.device)
+        return [batch.unpack(nothing, encoder.dtype, copy=True) for _ in range(len(program.layers) + 1)]
+    if graphs is not None:
+        last = _replayed(encoder, graphs, batch, wanted)
+        if last is not None:
+            return [*[None] * len(program.layers), last]
+    streams = encoder.run(batch, wanted)
+    return [None if stream is None else batch.unpack(stream, encoder.dtype) for stream in streams]
+
+
+def _replayed(encoder: Encoder, graphs: GraphCache, batch: Batch, wanted: set[int]) -> Tensor | None:
+    """The last hidden state (batch, width, h) by a CUDA graph, None where the batch is for none."""
+    if batch.by_row or wanted - {len(encoder.program.layers)}:
+        graphs.decline("inputs_embeds were given" if batch.by_row else "hidden states were asked for")
+        return None
+    return graphs.run(encoder, batch.tokens, lambda hidden: batch.unpack(hidden, encoder.dtype, copy=True))
+
+
+def _selected(hidden_states: bool | int | Sequence[int] | None, count: int) -> set[int]:
+    """Which of `count` hidden states transformers would give: all, one or some, negative from the end."""
+    if not hidden_states:
+        return set()
+    if hidden_states is True:
+        return set(range(count))
+    chosen = [hidden_states] if isinstance(hidden_states, int) else hidden_states
+    return {index % count for index in chosen if -count <= index < count}
+
+
+def _refusal(what: str, why: str) -> str:
+    return f"a fused encoder does not take {what}: {why}"
+
+
+def fused_forward(base: nn.Module) -> FusedForward | None:
+    """The fused forward of an encoder, None if it is not fused."""
+    forward = base.__dict__.get(FORWARD)
+    return forward if isinstance(forward, FusedForward) else None
+
+
+def set_fused(base: nn.Module, calibration: Calibration | None) -> None:
+    """Fuses an encoder that has no `obstacle`. One that was fused and compiled stays compiled."""
+    family, former = family_of(base), fused_forward(base)
+    assert family is not None
+    forward = base.__dict__[FORWARD] = FusedForward(base, family, calibration)
+    if former is not None and former.graphs is not None:
+        forward.graphs = GraphCache(former.graphs.limits)
+
+
+def remove_fused(base: nn.Module) -> None:
+    """Gives an encoder its class's forward back."""
+    if fused_forward(base) is not None:
+        del base.__dict__[FORWARD]
+
+
+@contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Every encoder in the model runs module by module inside, so that hooks see what passes."""
+    taken = [(base, fused_forward(base)) for _, base, _ in encoders(model)]
+    try:
+        for base, _ in taken:
+            remove_fused(base)
+        yield
+    finally:
+        for base, forward in taken:
+            if forward is not None:
+                base.__dict__[FORWARD] = forward

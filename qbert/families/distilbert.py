@@ -1,0 +1,29 @@
+"""DistilBERT (Sanh et al., 2019): BERT's layers under other names, without token types and pooler."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qbert.families import bert
+from qbert.families.family import EncoderFamily, LayerPaths
+
+FAMILY = EncoderFamily(
+    name="DistilBERT",
+    models=("transformers.models.distilbert.modeling_distilbert.DistilBertModel",),
+    arguments=("input_ids", "attention_mask", "inputs_embeds", "position_ids"),
+    output="BaseModelOutput",
+    embeddings=replace(bert.FAMILY.embeddings, token_types=None),
+    layers="transformer.layer",
+    layer=LayerPaths(
+        query="attention.q_lin",
+        key="attention.k_lin",
+        value="attention.v_lin",
+        attention_output="attention.out_lin",
+        attention_norm="sa_layer_norm",
+        ffn_in="ffn.lin1",
+        ffn_out="ffn.lin2",
+        output_norm="output_layer_norm",
+    ),
+    pooler=None,
+    settings={"heads": "n_heads", "activation": "activation"},
+)

@@ -1,0 +1,16 @@
+"""ELECTRA (Clark et al., 2020): BERT without a pooler, with a projection from the embeddings' size where that is smaller."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qbert.families import bert
+
+FAMILY = replace(
+    bert.FAMILY,
+    name="ELECTRA",
+    models=("transformers.models.electra.modeling_electra.ElectraModel",),
+    output="BaseModelOutputWithPastAndCrossAttentions",
+    embeddings=replace(bert.FAMILY.embeddings, projection="embeddings_project"),
+    pooler=None,
+)

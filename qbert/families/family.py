@@ -1,0 +1,146 @@
+"""What a family of encoders is, as data: where its parts are, what its forward takes, and the program of one of its layers.
+
+Nothing here knows torch's modules beyond their attribute paths: `qbert.encoder` follows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EmbeddingPaths:
+    """Where an encoder's embeddings are, as attribute paths from the encoder.
+
+    Attributes:
+        words, positions, token_types: tables; the third is None where a family has no token types.
+        norm: LayerNorm over their sum.
+        projection: linear to the hidden size; None where there never is one.
+    """
+
+    words: str
+    positions: str
+    token_types: str | None
+    norm: str
+    projection: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerPaths:
+    """Where the parts of one encoder layer are, as attribute paths from the layer, in the order in which a token meets them."""
+
+    query: str
+    key: str
+    value: str
+    attention_output: str
+    attention_norm: str
+    ffn_in: str
+    ffn_out: str
+    output_norm: str
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """All linears of the layer."""
+        return self.query, self.key, self.value, self.attention_output, self.ffn_in, self.ffn_out
+
+
+class LayerBuilder(Protocol):
+    """What a family's program writes a layer's steps with; `qbert.encoder.build` makes them, static or dynamic.
+
+    Values go from step to step in named slots. "hidden" is the residual stream, which every layer begins and ends with. A
+    quantized slot is int8 with scales: static where it is calibrated, else one a token.
+    """
+
+    def attention(self, query: str, key: str, value: str) -> None:
+        """Three linears of "hidden" as one product, and attention over them, into "context"."""
+
+    def linear(self, path: str, reads: str, writes: str, activation: str | None = None) -> None:
+        """A linear from one quantized slot to another; `activation` names a setting of the model's configuration."""
+
+    def linear_add_norm(self, linear: str, norm: str, reads: str) -> None:
+        """LayerNorm(linear + "hidden"), into "hidden"."""
+
+
+def post_norm_layer(b: LayerBuilder, paths: LayerPaths) -> None:
+    """BERT's layer (Devlin et al., 2019): attention, then a feed-forward network, each added to its input and normed."""
+    b.attention(paths.query, paths.key, paths.value)
+    b.linear_add_norm(paths.attention_output, paths.attention_norm, reads="context")
+    b.linear(paths.ffn_in, reads="hidden", writes="inner", activation="activation")
+    b.linear_add_norm(paths.ffn_out, paths.output_norm, reads="inner")
+
+
+@dataclass(frozen=True)
+class PositionTable:
+    """What the counting of positions must know of a model's position table.
+
+    Attributes:
+        rows: of the table.
+        padding_idx: of the table, where positions start after it.
+    """
+
+    rows: int
+    padding_idx: int | None
+
+
+# (columns (t,) of packed tokens, input_ids (batch, width) or None, how to pack (batch, width), table) -> positions (t,)
+Positions = Callable[[Tensor, "Tensor | None", Callable[[Tensor], Tensor], PositionTable], Tensor]
+
+
+def positions_by_column(
+    columns: Tensor, input_ids: Tensor | None, pack: Callable[[Tensor], Tensor], table: PositionTable
+) -> Tensor:
+    """Columns of the padded batch, from 0 on."""
+    return columns
+
+
+def positions_after_padding(
+    columns: Tensor, input_ids: Tensor | None, pack: Callable[[Tensor], Tensor], table: PositionTable
+) -> Tensor:
+    """Tokens that are not padding, counted from padding_idx + 1 on (RoBERTa); columns where no ids say what is padding."""
+    padding = int(table.padding_idx or 0)
+    if input_ids is None:
+        return columns + padding + 1
+    there = input_ids.ne(padding).to(torch.int64)
+    return pack(there.cumsum(1) * there + padding)
+
+
+@dataclass(frozen=True)
+class EncoderFamily:
+    """One architecture of encoder.
+
+    Attributes:
+        name: as people call it.
+        models: qualified names of the classes of the bare encoder. A subclass may compute something else, so it is not one.
+        arguments: names of the positional arguments of its `forward`.
+        output: class in ``transformers.modeling_outputs`` that `forward` returns.
+        embeddings, layers, layer: attribute paths; `layers` is the list of layers.
+        pooler: attribute of the module that pools the last hidden states; None where a family has none.
+        positions: how it counts positions.
+        skips_padding: positions start after the table's padding_idx.
+        program: writes the steps of one layer.
+        settings: names in the model's configuration: of "heads" and "activation".
+    """
+
+    name: str
+    models: tuple[str, ...]
+    arguments: tuple[str, ...]
+    output: str
+    embeddings: EmbeddingPaths
+    layers: str
+    layer: LayerPaths
+    pooler: str | None
+    positions: Positions = positions_by_column
+    skips_padding: bool = False
+    program: Callable[[LayerBuilder, LayerPaths], None] = post_norm_layer
+    settings: dict[str, str] = field(
+        default_factory=lambda: {"heads": "num_attention_heads", "activation": "hidden_act"}
+    )
+
+    def setting(self, config: Any, name: str) -> Any:
+        """A setting of the model's configuration."""
+        return getattr(config, self.settings[name])

@@ -1,0 +1,185 @@
+"""What quantized modules share: one stored matrix as plain buffers, kept in the layout that its device's kernel reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from qbert.errors import CheckpointError, QBertError
+from qbert.formats import Role, Scheme
+from qbert.ops.kernel import Problem
+from qbert.ops.table import KernelChoice, explain, select_layout
+from qbert.target import target_of
+from qbert.weight import Layout, Weight, plain_specs
+from qbert.weight.codec import decode
+from qbert.weight.tensor import tensor_names
+from qbert.weight.validate import check_plain_tensors
+
+# Stored empty under the float weight's name: a loader that does not know qbert finds a shape that cannot be right and fails,
+# where it would otherwise leave the weight at its random initialization and only warn.
+GUARD = "weight"
+
+
+class DecodedWeight:
+    """The `weight` of a quantized module, as an attribute: decoded anew whenever somebody reads it, which is slow.
+
+    Libraries and models read a linear's `weight` for its type, shape and device, sometimes for its values, and all four are
+    right. It is a copy: writing to it changes nothing, so putting another weight in its place is an error.
+    """
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        if module is None:
+            return self
+        guard = module._buffers.get(GUARD)
+        if guard is not None:  # a skeleton that waits for its file
+            return guard
+        return decode(module.quantized).to(module.output_like.dtype)
+
+    def __set__(self, module: Any, value: object) -> None:
+        module.refuse_weight(value)
+
+
+class QuantizedModule(nn.Module):
+    """A module that holds one quantized matrix as buffers, in the layout that its device's kernel reads.
+
+    `state_dict` always holds the PLAIN layout, so what is saved does not depend on where the model ran; loading checks every
+    value. Casts of the model (`half()`, `bfloat16()`) leave scales, dictionaries and outliers in their own types.
+
+    Attributes:
+        weight: (n, k), what the codes stand for, in the model's float type (see `DecodedWeight`).
+        operation: what its forward computes.
+    """
+
+    role: Role
+    operation: str
+    weight = DecodedWeight()
+    output_like: Tensor  # empty; its type is that of the model's floats and follows casts of the model
+
+    def __init__(self, weight: Weight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.scheme: Scheme = weight.scheme
+        self.shape = weight.shape
+        self._hold(weight)
+        self.register_buffer("output_like", torch.empty(0, dtype=dtype, device=weight.device), persistent=False)
+        if weight.device.type == "meta":  # loaders look for a place for everything that a file holds
+            self._buffers[GUARD] = torch.empty(0, dtype=torch.uint8, device=weight.device)
+        self.use_best_layout()
+
+    @property
+    def quantized(self) -> Weight:
+        """The matrix as it lies in memory now."""
+        buffers = self._buffers
+        tensors = {name: cast(Tensor, buffers[name]) for name in tensor_names(self.scheme)}
+        return Weight(self.scheme, self.shape, self.layout, tensors)
+
+    @property
+    def kernel(self) -> KernelChoice:
+        """What runs `operation` on the module's device, and why."""
+        return kernel_of(self.operation, self, self.scheme, self.output_like.dtype)
+
+    def weight_nbytes(self) -> int:
+        """Bytes of the weight as it lies in memory."""
+        return self.quantized.nbytes
+
+    def use_best_layout(self) -> None:
+        """Moves the codes into the layout that this device's kernel reads. Exact, and exactly undone when saving."""
+        device = self.get_buffer("qdata").device
+        if device.type != "meta":  # a skeleton waits for its file, which is PLAIN
+            self._buffers.pop(GUARD, None)
+            self._hold(self.quantized.to_layout(select_layout(self.scheme, self.role, target_of(device))))
+
+    def refuse_weight(self, value: object) -> None:
+        """What becomes of a value that somebody puts in the weight's place: only a file's guard passes, and is forgotten.
+
+        Raises:
+            QBertError: the weight is quantized.
+        """
+        if _is_guard(value):
+            return
+        shown = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:40]
+        raise QBertError(
+            f"the weight of a quantized {type(self).__name__} ({self.scheme.name}, {self.shape}) cannot be replaced by "
+            f"{shown}; call qbert.dequantize_(model), change it, and quantize again"
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == GUARD and GUARD not in self._buffers:
+            self.refuse_weight(value)
+        else:
+            super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == GUARD:
+            self.refuse_weight(param)
+        else:
+            super().register_parameter(name, param)
+
+    def _hold(self, weight: Weight) -> None:
+        self.layout = weight.layout
+        for name, tensor in weight.tensors.items():
+            self.register_buffer(name, tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
+        before = dict(self.quantized.tensors)
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            after = self.get_buffer(name)
+            if after.dtype != tensor.dtype:  # a cast: take the move, leave the rounding
+                self.register_buffer(name, tensor.to(after.device))
+        if self.get_buffer("qdata").device.type != before["qdata"].device.type:
+            self.use_best_layout()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        plain = self.quantized.to_layout(Layout.PLAIN)
+        destination[prefix + GUARD] = torch.empty(0, dtype=torch.uint8, device=plain.device)
+        for name, tensor in plain.tensors.items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        guard = state_dict.get(prefix + GUARD)
+        if guard is not None and not _is_guard(guard):
+            error_msgs.append(
+                f"{prefix}{GUARD} is {guard.dtype} {tuple(guard.shape)}: a float weight does not fit a quantized module"
+            )
+            return
+        names = plain_specs(self.scheme, self.shape)
+        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        if found and all(tensor.device.type != "meta" for tensor in found.values()):
+            try:
+                check_plain_tensors(self.scheme, self.shape, {name: each.cpu() for name, each in found.items()}, prefix)
+            except CheckpointError as error:
+                error_msgs.append(str(error))
+                return
+        if found:  # else it is not about this module: the weight stays, and its names are reported missing
+            device = self.get_buffer("qdata").device
+            outliers = found["outlier_col"].numel() if "outlier_col" in found else 0
+            specs = plain_specs(self.scheme, self.shape, outliers)
+            empty = {name: torch.zeros(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
+            self._hold(Weight(self.scheme, self.shape, Layout.PLAIN, empty))
+        rest = dict(state_dict)
+        if GUARD not in self._buffers:  # a skeleton has a place for it
+            rest.pop(prefix + GUARD, None)
+            if guard is None:
+                missing_keys.append(prefix + GUARD)
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if found:
+            self.use_best_layout()
+
+
+def _is_guard(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.uint8 and value.shape == (0,)
+
+
+def kernel_of(operation: str, held: QuantizedModule, scheme: Scheme, dtype: torch.dtype) -> KernelChoice:
+    """What runs an operation with the weight that a module holds, and why."""
+    return explain(
+        operation, Problem(scheme, held.layout, *held.shape, dtype), target_of(held.get_buffer("qdata").device)
+    )

@@ -1,0 +1,85 @@
+"""What a model's quantized modules are, as data: enough to rebuild them empty and to know every tensor's shape."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import nn
+
+from qbert.formats import Role, Scheme, get_scheme, scheme_names
+from qbert.modules.base import QuantizedModule
+from qbert.modules.embedding import QEmbedding
+from qbert.modules.linear import QLinear, QTiedLinear
+from qbert.weight import Layout, Weight, plain_specs
+
+_MAX_DIMENSION = 2**31 - 1
+
+
+class ModuleSpec(BaseModel):
+    """One quantized module, as it stands in a checkpoint's configuration.
+
+    Attributes:
+        kind: which module stands there.
+        scheme: of the weight; of the owner's, for a tied linear.
+        shape: (n, k) of the weight.
+        outliers: weights kept exactly (dictionary schemes).
+        tied_to: qualified name of the module that holds a tied linear's weight.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    kind: Literal["linear", "embedding", "tied_linear"]
+    scheme: str
+    shape: tuple[int, int] = Field(strict=False)
+    outliers: int = Field(default=0, ge=0, le=_MAX_DIMENSION)
+    tied_to: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModuleSpec:
+        n, k = self.shape
+        if not (1 <= n <= _MAX_DIMENSION and 1 <= k <= _MAX_DIMENSION and self.outliers <= n * k):
+            raise ValueError(f"shape {self.shape} with {self.outliers} outliers is not a matrix")
+        if (self.kind == "tied_linear") != (self.tied_to is not None):
+            raise ValueError(f"tied_to is {self.tied_to!r} for a {self.kind}")
+        scheme = self.resolved_scheme
+        if scheme.group_size and k % scheme.group_size:
+            raise ValueError(f"k is {k}, which groups of {scheme.group_size} do not divide")
+        if self.outliers and not scheme.has_dictionary:
+            raise ValueError(f"{self.outliers} outliers, but scheme {scheme.name} keeps none")
+        return self
+
+    @property
+    def resolved_scheme(self) -> Scheme:
+        """The scheme itself."""
+        if self.kind == "tied_linear":  # the owner may be of either kind, and its own spec is checked where it stands
+            role = Role.LINEAR if self.scheme in scheme_names(Role.LINEAR) else Role.EMBEDDING
+            return get_scheme(self.scheme, role)
+        return get_scheme(self.scheme, Role(self.kind))
+
+    def empty_weight(self, device: torch.device | str = "meta") -> Weight:
+        """A weight of this shape without values, in the PLAIN layout."""
+        specs = plain_specs(self.resolved_scheme, self.shape, self.outliers)
+        tensors = {name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
+        return Weight(self.resolved_scheme, self.shape, Layout.PLAIN, tensors)
+
+
+def spec_of(module: nn.Module) -> ModuleSpec | None:
+    """The spec of a quantized module, None for any other."""
+    if isinstance(module, QTiedLinear):
+        return ModuleSpec(
+            kind="tied_linear", scheme=module.owner.scheme.name, shape=module.shape, tied_to=module.owner_name
+        )
+    if not isinstance(module, QuantizedModule):
+        return None
+    kind: Literal["linear", "embedding"] = "linear" if isinstance(module, QLinear) else "embedding"
+    assert isinstance(module, QLinear | QEmbedding)
+    weight = module.quantized
+    return ModuleSpec(kind=kind, scheme=module.scheme.name, shape=module.shape, outliers=weight.outliers)
+
+
+def collect_specs(model: nn.Module) -> dict[str, ModuleSpec]:
+    """Qualified name -> spec of every quantized module, in the model's order. A shared module goes by its first name."""
+    specs = {name: spec_of(module) for name, module in model.named_modules()}
+    return {name: spec for name, spec in specs.items() if spec is not None}

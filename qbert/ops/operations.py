@@ -1,0 +1,375 @@
+"""One record an operation: the class of its arguments. Everything that needs to know them reads them there.
+
+The schema of ``torch.ops.qbert.<name>`` follows from the fields' types, checks and result shapes stand beside the fields, and
+every implementation takes the record itself: `def linear(a: Linear) -> Tensor`. Shapes in words: t tokens, n output channels,
+k input channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+from torch import Tensor
+
+from qbert.errors import QBertError
+from qbert.formats import SCHEMES, Role, get_scheme, scheme_names
+from qbert.ops import checks
+from qbert.ops.abi import Activation
+from qbert.weight import Layout, Weight
+from qbert.weight.tensor import tensor_names
+
+# Type of a float result, or the static scale of an int8 one: value = code * scale.
+Out = torch.dtype | float
+# A word table: quantized, or a float tensor (rows, k).
+Table = Weight | Tensor
+# In place of a scheme's name where a table is float.
+FLOAT_TABLE = "float"
+
+
+class Norm(NamedTuple):
+    """A LayerNorm over k channels.
+
+    Attributes:
+        gamma, beta: (k,) float gains and shifts.
+        eps: added to the variance.
+    """
+
+    gamma: Tensor
+    beta: Tensor
+    eps: float
+
+
+class QuantizeRows(NamedTuple):
+    """Symmetric int8 codes with one scale per token (ZeroQuant, Yao et al., 2022).
+
+    Attributes:
+        x: (t, k) float32, bfloat16 or float16.
+
+    Returns:
+        codes (t, k) int8 in -127 ... 127 and scales (t,) float32 with x ~ codes * scale. A token with NaN or infinity in it
+        gets scale NaN and codes 0, so that it comes out as NaN whatever it is multiplied with, and no other token does.
+    """
+
+    x: Tensor
+
+    def check(self) -> None:
+        checks.activations(self.x)
+
+    def results(self) -> tuple[checks.Like, ...]:
+        return checks.Like(self.x.shape, torch.int8), checks.Like(self.x.shape[:1], torch.float32)
+
+
+class Linear(NamedTuple):
+    """y = activation(x @ weight.T + bias).
+
+    Attributes:
+        x: (t, k): int8 codes where the weight's scheme has int8 activations, else floats.
+        s: (t,) float32, the scale of each token's codes; None of float tokens.
+        weight: (n, k) of a linear scheme, in any of its layouts.
+        bias: (n,) float or None.
+        activation: applied to the float sum.
+        out: of y (t, n). Float tokens give floats of their own type. An int8 result clamps to -127 ... 127, and NaN becomes
+            code 0: the residual stream, not this, carries it.
+
+    The float epilogue of an integer product is float32: (sum * row scale + outliers) * s + bias.
+    """
+
+    x: Tensor
+    s: Tensor | None
+    weight: Weight
+    bias: Tensor | None
+    activation: Activation
+    out: Out
+
+    def check(self) -> None:
+        checks.linear(self.x, self.s, self.weight, self.bias)
+        if self.s is not None:
+            checks.out_type(self.out)
+        elif self.out != self.x.dtype:
+            raise QBertError(f"a linear of float activations gives their type, {self.x.dtype}, not {self.out}")
+
+    def results(self) -> tuple[checks.Like, ...]:
+        return (checks.Like((self.x.shape[0], self.weight.n), checks.out_type(self.out)),)
+
+
+class Embedding(NamedTuple):
+    """Rows of a table.
+
+    Attributes:
+        ids: any shape, int32 or int64.
+        weight: (rows, k) of an embedding scheme.
+        out: float type of the rows (*ids.shape, k).
+
+    Raises:
+        QBertError: an id outside the table (on a GPU its row is NaN: nobody looks).
+    """
+
+    ids: Tensor
+    weight: Weight
+    out: torch.dtype
+
+    def check(self) -> None:
+        checks.float_dtype("out_dtype is", self.out)
+        checks.table(self.weight)
+
+    def results(self) -> tuple[checks.Like, ...]:
+        return (checks.Like((*self.ids.shape, self.weight.k), self.out),)
+
+
+class Attention(NamedTuple):
+    """Self-attention of packed sequences on int8 queries, keys and values; tokens attend within their sequence only.
+
+    Both products are of integers: the probabilities are rounded to 8 bits, with a scale for each row. For query i and the
+    keys j of its sequence, W_i being the largest of w_ij = exp(score_ij - max_j score_ij) * s_value[j]:
+
+        p_ij = round(w_ij * (255 / W_i))        out_i = (sum_j p_ij * value_j) * (W_i / 255 / sum_j exp(...))
+
+    A token whose scale is NaN makes its own sequence NaN and no other: its row if the query's is, every row otherwise.
+
+    Attributes:
+        qkv: (t, 3 * heads * head_dim) int8: all queries, then all keys, then all values of a token.
+        scales: float32 scales of queries, keys and values, above 0: static (3,), or (t, 3) for each token.
+        cu_seqlens: (sequences + 1,) int32, ascending from 0 to t: sequence i is tokens cu_seqlens[i] ... cu_seqlens[i + 1] - 1.
+        heads: 1 or more.
+        softmax_scale: factor on the scores, usually head_dim**-0.5.
+        out: of the result (t, heads * head_dim).
+    """
+
+    qkv: Tensor
+    scales: Tensor
+    cu_seqlens: Tensor
+    heads: int
+    softmax_scale: float
+    out: Out
+
+    def check(self) -> None:
+        checks.attention(self.qkv, self.scales, self.cu_seqlens, self.heads, self.softmax_scale)
+        checks.out_type(self.out)
+
+    def results(self) -> tuple[checks.Like, ...]:
+        return (checks.Like((self.qkv.shape[0], self.qkv.shape[1] // 3), checks.out_type(self.out)),)
+
+    @property
+    def head_dim(self) -> int:
+        return self.qkv.shape[1] // (3 * self.heads)
+
+
+class AddNorm(NamedTuple):
+    """LayerNorm(y + residual) as float (t, k) of residual's type, and its `QuantizeRows` codes and scales.
+
+    The codes are those of the float32 norm before it is rounded to the residual's type.
+
+    Attributes:
+        y, residual: (t, k) float.
+        norm: over k channels.
+    """
+
+    y: Tensor
+    residual: Tensor
+    norm: Norm
+
+    def check(self) -> None:
+        checks.add_norm(self.y, self.residual, self.norm)
+
+    def results(self) -> tuple[checks.Like, ...]:
+        return checks.normed(self.residual.shape, self.residual.dtype)
+
+
+class EmbedNorm(NamedTuple):
+    """LayerNorm of word + token type + position rows: float (t, k) of `positions`' type, with codes and scales.
+
+    Attributes:
+        ids, position_ids, token_type_ids: (t,) integers.
+        words: the word table (rows, k).
+        positions, token_types: (p, k) and (types, k) float tables: small, so they stay float.
+        norm: over k channels.
+    """
+
+    ids: Tensor
+    position_ids: Tensor
+    token_type_ids: Tensor
+    words: Table
+    positions: Tensor
+    token_types: Tensor
+    norm: Norm
+
+    def check(self) -> None:
+        checks.embed_norm(
+            (self.ids, self.position_ids, self.token_type_ids), self.words, self.positions, self.token_types, self.norm
+        )
+
+    def results(self) -> tuple[checks.Like, ...]:
+        return checks.normed((self.ids.shape[0], self.positions.shape[1]), self.positions.dtype)
+
+
+class LinearAddNorm(NamedTuple):
+    """`AddNorm` of what `Linear` gives in residual's type: rounded to it, as if it had been stored.
+
+    Attributes:
+        x, s, weight, bias: of the linear, whose activations are int8.
+        residual: (t, n) float.
+        norm: over n channels.
+    """
+
+    x: Tensor
+    s: Tensor
+    weight: Weight
+    bias: Tensor | None
+    residual: Tensor
+    norm: Norm
+
+    def check(self) -> None:
+        checks.linear(self.x, self.s, self.weight, self.bias)
+        checks.result_like("residual", self.residual, (self.x.shape[0], self.weight.n), self.norm)
+
+    def results(self) -> tuple[checks.Like, ...]:
+        return checks.normed(self.residual.shape, self.residual.dtype)
+
+    @property
+    def linear(self) -> Linear:
+        """Its first half."""
+        return Linear(self.x, self.s, self.weight, self.bias, Activation.NONE, self.residual.dtype)
+
+
+Arguments = QuantizeRows | Linear | Embedding | Attention | AddNorm | EmbedNorm | LinearAddNorm
+
+
+# ---- a record's fields as arguments of a torch operator ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Field:
+    """How a field's type goes through a torch operator.
+
+    Attributes:
+        schema: what it is there, ``{}`` standing for the field's name.
+        pack: the field's value to the operator's arguments; None where it is the one argument itself.
+        unpack: the way back.
+    """
+
+    schema: tuple[str, ...]
+    pack: Callable[[Any], tuple[Any, ...]] | None = None
+    unpack: Callable[..., Any] | None = None
+
+
+def _pack_table(table: Table) -> tuple[Any, ...]:
+    if isinstance(table, Tensor):
+        return [table], FLOAT_TABLE, Layout.PLAIN.value, table.shape[-1]
+    tensors = [table.tensors[name] for name in tensor_names(table.scheme)]
+    return tensors, table.scheme.name, table.layout.value, table.k
+
+
+def _unpack_weight(tensors: list[Tensor], scheme: str, layout: str, k: int) -> Weight:
+    known = SCHEMES.get(scheme) or get_scheme(scheme, Role.LINEAR)
+    return checks.parse_weight(tensors, known, layout, k)
+
+
+def _unpack_table(tensors: list[Tensor], scheme: str, layout: str, k: int) -> Table:
+    if scheme != FLOAT_TABLE:
+        if scheme not in SCHEMES:
+            raise QBertError(
+                f"unknown scheme {scheme!r}; allowed: {', '.join((FLOAT_TABLE, *scheme_names(Role.EMBEDDING)))}"
+            )
+        return _unpack_weight(tensors, scheme, layout, k)
+    if len(tensors) != 1:
+        raise QBertError(f"a float table is 1 tensor, got {len(tensors)}")
+    return tensors[0]
+
+
+def _pack_out(out: Out) -> tuple[Any, ...]:
+    return (out, None) if isinstance(out, torch.dtype) else (torch.int8, out)
+
+
+def _unpack_out(dtype: torch.dtype, scale: float | None) -> Out:
+    if (dtype == torch.int8) != (scale is not None):
+        raise QBertError(
+            f"out_dtype is {dtype} and out_scale {scale}; allowed: a float type and None, or int8 and a scale"
+        )
+    return dtype if scale is None else scale
+
+
+_STORED = ("Tensor[] {}", "str {}_scheme", "str {}_layout", "int {}_k")
+_FIELDS: dict[Any, _Field] = {
+    Tensor: _Field(("Tensor {}",)),
+    Tensor | None: _Field(("Tensor? {}",)),
+    int: _Field(("int {}",)),
+    float: _Field(("float {}",)),
+    torch.dtype: _Field(("ScalarType {}_dtype",)),
+    Activation: _Field(("str {}",), lambda activation: (activation.text,), Activation.named),
+    Out: _Field(("ScalarType {}_dtype", "float? {}_scale"), _pack_out, _unpack_out),
+    Weight: _Field(_STORED, _pack_table, _unpack_weight),
+    Table: _Field(_STORED, _pack_table, _unpack_table),
+    Norm: _Field(("Tensor gamma", "Tensor beta", "float eps"), tuple, Norm),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """An operation: its name, and the class of its arguments with everything that follows from it.
+
+    Attributes:
+        arguments: one of the records above.
+    """
+
+    name: str
+    arguments: type[Any]
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(self.arguments)
+        fields = [(name, _FIELDS[hints[name]]) for name in self.arguments._fields]
+        object.__setattr__(self, "_fields", [field for _, field in fields])
+        object.__setattr__(self, "_flat", [part.format(name) for name, field in fields for part in field.schema])
+
+    @property
+    def results(self) -> int:
+        """How many tensors it gives."""
+        return {QuantizeRows: 2, AddNorm: 3, EmbedNorm: 3, LinearAddNorm: 3}.get(self.arguments, 1)
+
+    @property
+    def schema(self) -> str:
+        """Of its torch operator, without the name."""
+        gives = "Tensor" if self.results == 1 else f"({', '.join(['Tensor'] * self.results)})"
+        return f"({', '.join(self._flat)}) -> {gives}"  # type: ignore[attr-defined]
+
+    def flatten(self, arguments: Any) -> tuple[Any, ...]:
+        """The record as arguments of the torch operator."""
+        flat: list[Any] = []
+        for field, value in zip(self._fields, arguments, strict=True):  # type: ignore[attr-defined]
+            flat.extend((value,) if field.pack is None else field.pack(value))
+        return tuple(flat)
+
+    def bind(self, *values: Any) -> Any:
+        """The record that the torch operator's arguments say.
+
+        Raises:
+            QBertError: a name that is none, or a weight whose tensors are not those of its scheme.
+        """
+        built, at = [], 0
+        for field in self._fields:  # type: ignore[attr-defined]
+            after = at + len(field.schema)
+            built.append(values[at] if field.unpack is None else field.unpack(*values[at:after]))
+            at = after
+        return self.arguments(*built)
+
+
+OPERATIONS: dict[str, Operation] = {
+    name: Operation(name, arguments)
+    for name, arguments in (
+        ("quantize_rows", QuantizeRows),
+        ("linear", Linear),
+        ("embedding", Embedding),
+        ("attention", Attention),
+        ("add_norm", AddNorm),
+        ("embed_norm", EmbedNorm),
+        ("linear_add_norm", LinearAddNorm),
+    )
+}
+_BY_ARGUMENTS = {operation.arguments: operation for operation in OPERATIONS.values()}
+
+
+def operation_of(arguments: Any) -> Operation:
+    """The operation that a record is the arguments of."""
+    return _BY_ARGUMENTS[type(arguments)]

@@ -1,0 +1,173 @@
+"""What every kernel must compute: one plain-torch function per operation.
+
+Integer sums are exact (float64 holds every int8 dot product below 2**53). The float epilogue of an integer product is float32
+in the order written here; sums of floats (weight-only products, outliers, softmax) are float64 and rounded once, so that a
+kernel's error can be told from the reference's. Slow on purpose: read it, compare with it, do not run a model on it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qbert.formats import INT8
+from qbert.ops.abi import Activation
+from qbert.ops.operations import (
+    AddNorm,
+    Attention,
+    Embedding,
+    EmbedNorm,
+    Linear,
+    LinearAddNorm,
+    Norm,
+    Out,
+    QuantizeRows,
+    Table,
+)
+from qbert.weight import codec
+from qbert.weight.codec import MIN_ABSMAX
+
+# Largest 8-bit code of an attention probability: unsigned, so that the largest of a row is exact.
+PROBABILITY_MAX = 255
+
+
+def quantize_rows(a: QuantizeRows) -> tuple[Tensor, Tensor]:
+    """See `QuantizeRows`."""
+    return codes_and_scales(a.x)
+
+
+def codes_and_scales(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Floats (t, k) to int8 codes and float32 scales (t,)."""
+    x = x.to(torch.float32)
+    absmax = x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
+    finite = absmax.isfinite()
+    absmax = torch.where(finite, absmax.clamp(min=MIN_ABSMAX), torch.ones_like(absmax))
+    # Two divisions a token, then products only: every step is an IEEE operation, so all targets give the same codes. Torch
+    # divides a number by a tensor, and on CUDA a tensor by a number, as a product with a rounded reciprocal: hence `qmax`.
+    qmax = torch.full_like(absmax, INT8.qmax)
+    codes = torch.round(x * (qmax / absmax)[:, None]).clamp(-INT8.qmax, INT8.qmax)
+    codes = torch.where(finite[:, None], codes, torch.zeros_like(codes))
+    scale = torch.where(finite, absmax / qmax, torch.full_like(absmax, torch.nan))
+    return codes.to(torch.int8), scale
+
+
+def integer_product(q: Tensor, operand: Tensor) -> Tensor:
+    """(t, k) int8 times (n, k) int8 transposed: (t, n) int32, exact."""
+    return (q.to(torch.float64) @ operand.to(torch.float64).t()).to(torch.int32)
+
+
+def linear(a: Linear) -> Tensor:
+    """See `Linear`."""
+    if a.s is None:
+        y = a.x.to(torch.float64) @ codec.decode(a.weight, torch.float64).t()
+        return finish(y, a.bias, a.activation, a.out)
+    y = integer_product(a.x, codec.operand(a.weight)).to(torch.float32) * codec.row_scales(a.weight)
+    if a.weight.sparse is not None:
+        delta = codec.dense_outliers(a.weight.sparse, *a.weight.shape).to(torch.float64)
+        y = y + (a.x.to(torch.float64) @ delta.t()).to(torch.float32)
+    return finish(y * a.s[:, None], a.bias, a.activation, a.out)
+
+
+def finish(y: Tensor, bias: Tensor | None, activation: Activation, out: Out) -> Tensor:
+    """The end of every linear: bias and activation in float32 (or wider), then one rounding to the result's type."""
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    if activation is Activation.GELU:
+        y = torch.nn.functional.gelu(y)
+    return to_out(y, out)
+
+
+def to_out(y: Tensor, out: Out) -> Tensor:
+    """Floats to a result's type: rounded to it, or to int8 codes with one static scale. NaN becomes code 0."""
+    if isinstance(out, torch.dtype):
+        return y.to(out)
+    codes = torch.round(y.to(torch.float32) * (1.0 / out)).nan_to_num(0.0).clamp(-INT8.qmax, INT8.qmax)
+    return codes.to(torch.int8)
+
+
+def embedding(a: Embedding) -> Tensor:
+    """See `Embedding`."""
+    return codec.decode_rows(a.weight, a.ids.reshape(-1)).view(*a.ids.shape, a.weight.k).to(a.out)
+
+
+def attention(a: Attention) -> Tensor:
+    """See `Attention`."""
+    t, width = a.qkv.shape[0], a.qkv.shape[1] // 3
+    query, key, value = a.qkv.view(t, 3, a.heads, a.head_dim).to(torch.float64).permute(1, 2, 0, 3)
+    scales = a.scales.expand(t, 3)
+    out = torch.zeros_like(query)
+    for start, stop in itertools.pairwise(a.cu_seqlens.tolist()):
+        span = slice(start, stop)
+        weights, factor = attention_weights(
+            query[:, span] @ key[:, span].transpose(1, 2), scales[span], a.softmax_scale
+        )
+        out[:, span] = weights.round() @ value[:, span] * factor
+    return to_out(out.transpose(0, 1).reshape(t, width), a.out)
+
+
+def attention_weights(products: Tensor, scales: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """The softmax of one sequence of t tokens, in the type of `products`.
+
+    Args:
+        products: (heads, t, t) float, sums of query times key.
+        scales: (t, 3) of queries, keys and values.
+
+    Returns:
+        p (heads, t, t) in 0 ... 255 before it is rounded, and the factor (heads, t, 1) on the sum of round(p) times value.
+    """
+    if products.numel() == 0:
+        return products, products.new_zeros(*products.shape[:2], 1)
+    s_query, s_key, s_value = scales.to(products.dtype).unbind(1)
+    scores = products * (s_query[:, None] * s_key * softmax_scale)
+    powers = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    weights = powers * s_value
+    largest = weights.amax(dim=-1, keepdim=True)
+    factor = largest / PROBABILITY_MAX / powers.sum(dim=-1, keepdim=True)
+    return weights * (PROBABILITY_MAX / largest), factor
+
+
+def add_norm(a: AddNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """See `AddNorm`."""
+    return _normed(a.y.to(torch.float32) + a.residual.to(torch.float32), a.norm, a.residual.dtype)
+
+
+def embed_norm(a: EmbedNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """See `EmbedNorm`."""
+    total = (
+        table_rows(a.words, a.ids)
+        + a.token_types[a.token_type_ids].to(torch.float32)
+        + a.positions[a.position_ids].to(torch.float32)
+    )
+    return _normed(total, a.norm, a.positions.dtype)
+
+
+def table_rows(table: Table, ids: Tensor) -> Tensor:
+    """Float32 rows (t, k) of a table, quantized or float."""
+    return table[ids].to(torch.float32) if isinstance(table, Tensor) else codec.decode_rows(table, ids)
+
+
+def linear_add_norm(a: LinearAddNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """See `LinearAddNorm`."""
+    return add_norm(AddNorm(linear(a.linear), a.residual, a.norm))
+
+
+def _normed(total: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    gamma, beta = norm.gamma.to(total.dtype), norm.beta.to(total.dtype)
+    normed = torch.nn.functional.layer_norm(total, total.shape[-1:], gamma, beta, norm.eps)
+    return normed.to(dtype), *codes_and_scales(normed)
+
+
+# Operation -> its reference, which takes the operation's record.
+REFERENCES: dict[str, Callable[[Any], Any]] = {
+    "quantize_rows": quantize_rows,
+    "linear": linear,
+    "embedding": embedding,
+    "attention": attention,
+    "add_norm": add_norm,
+    "embed_norm": embed_norm,
+    "linear_add_norm": linear_add_norm,
+}
