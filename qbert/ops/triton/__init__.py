@@ -1,8 +1,8 @@
 """Triton kernels for GPUs: a room for each family of launchers, and their rows of the table.
 
 A launcher takes an operation's record, whose checks were made. It looks that the kernel may read the tensors where they lie
-(`launch.require_operands`), asks `tiles` for the tile, and launches; on CPU tensors it works in Triton's interpreter only. What
-it does not compute its row's obstacle says.
+(`operands.require_operands`), asks `tiles` for the tile, and launches; on CPU tensors it works in Triton's interpreter only.
+What it does not compute its row's obstacle says.
 """
 
 from __future__ import annotations

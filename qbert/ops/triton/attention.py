@@ -9,8 +9,9 @@ from qbert.errors import QBertError
 from qbert.ops import checks
 from qbert.ops.abi import inverse_scale
 from qbert.ops.kernel import Problem
+from qbert.ops.operands import require_operands
 from qbert.ops.operations import Attention
-from qbert.ops.triton.launch import require_operands, target_for
+from qbert.ops.triton.launch import target_for
 from qbert.target import Target
 from qbert.tiles import TileConfig, select_tile
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from qbert.ops import checks
 from qbert.ops.abi import Activation, inverse_scale
 from qbert.ops.kernel import Problem
+from qbert.ops.operands import require_operands
 from qbert.ops.operations import Linear
 from qbert.ops.triton.arguments import End, Int8Meta
-from qbert.ops.triton.launch import descriptor, layout_obstacle, require_operands, require_weight, target_for
+from qbert.ops.triton.launch import descriptor, layout_obstacle, require_weight, target_for
 from qbert.target import Target
 from qbert.tiles import TMA_SM, TileConfig, select_tile
 from qbert.weight import Layout

@@ -17,11 +17,11 @@ from torch import Tensor
 from qbert.devices import GPUS
 from qbert.errors import QBertError
 from qbert.ops.kernel import Problem
+from qbert.ops.operands import require_operands
 from qbert.target import Target, target_of
 from qbert.tiles import MIN_SM, require_supported
 from qbert.weight import Layout, Weight
 
-_ALIGNMENT = 16  # bytes: the widest load, and what the copy engine asks of an address
 # Triton's interpreter runs kernels on CPU tensors; they choose tiles as an H100 would.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _H100 = Target(**GPUS["h100"].limits)
@@ -41,26 +41,6 @@ def target_for(tensor: Tensor) -> Target:
         raise QBertError(f"a Triton kernel was given a tensor on {tensor.device}; allowed: cuda")
     require_supported(target)
     return target
-
-
-def require_operands(operation: str, device: torch.device, **operands: Tensor | None) -> None:
-    """
-    Raises:
-        QBertError: an operand on another device, not contiguous, or not aligned to 16 bytes: a kernel would read what is not
-            there, or fault.
-    """
-    for name, tensor in operands.items():
-        if tensor is None or tensor.numel() == 0:
-            continue
-        if tensor.device != device:
-            raise QBertError(f"{operation}: {name} is on {tensor.device}, the activations are on {device}")
-        if not tensor.is_contiguous():
-            raise QBertError(f"{operation}: {name} has strides {tensor.stride()}; allowed: contiguous")
-        if tensor.data_ptr() % _ALIGNMENT:
-            raise QBertError(
-                f"{operation}: {name} starts at an address {tensor.data_ptr() % _ALIGNMENT} bytes past a multiple of "
-                f"{_ALIGNMENT}; allowed: multiples of {_ALIGNMENT}"
-            )
 
 
 def require_weight(operation: str, device: torch.device, weight: Weight) -> None:

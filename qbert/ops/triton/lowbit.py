@@ -10,13 +10,13 @@ from torch import Tensor
 from qbert.ops import checks
 from qbert.ops.abi import Activation, inverse_scale
 from qbert.ops.kernel import Problem
+from qbert.ops.operands import require_operands
 from qbert.ops.operations import Linear
 from qbert.ops.triton.arguments import Dictionaries, End, Groups, LowbitMeta, Shape
 from qbert.ops.triton.launch import (
     INTERPRETED,
     descriptor,
     layout_obstacle,
-    require_operands,
     require_weight,
     target_for,
 )

@@ -15,9 +15,10 @@ from qbert.errors import QBertError
 from qbert.formats import DICT3, DICT4, INT4, INT8
 from qbert.ops import checks
 from qbert.ops.kernel import Problem
+from qbert.ops.operands import require_operands
 from qbert.ops.operations import AddNorm, Embedding, EmbedNorm, QuantizeRows
 from qbert.ops.triton.arguments import Normed, Table, TableMeta
-from qbert.ops.triton.launch import layout_obstacle, require_operands, require_weight, target_for
+from qbert.ops.triton.launch import layout_obstacle, require_weight, target_for
 from qbert.weight import Layout, Weight, codec
 
 _MIN_BLOCK = 32  # one element a thread of a warp

@@ -15,9 +15,10 @@ from torch import Tensor
 from qbert.formats import Format
 from qbert.ops.abi import Activation
 from qbert.ops.kernel import Problem
+from qbert.ops.operands import require_operands
 from qbert.ops.operations import Linear
 from qbert.ops.triton.arguments import ExpandMeta, Packed, Shape, WeightOnlyMeta
-from qbert.ops.triton.launch import INTERPRETED, layout_obstacle, require_operands, require_weight, target_for
+from qbert.ops.triton.launch import INTERPRETED, layout_obstacle, require_weight, target_for
 from qbert.tiles import TileConfig, select_tile, tile_key
 from qbert.weight import Layout, Weight
 
