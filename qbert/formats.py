@@ -285,8 +285,11 @@ def add_scheme(scheme: Scheme) -> Scheme:
     """Makes a scheme known under its name, with its format, to everything that takes a scheme's name in this process.
 
     Raises:
-        QBertError: the name, or that of its weight's format, stands for something else already.
+        QBertError: the name, or that of its weight's format, stands for something else already, or nothing computes it.
     """
+    problem = _problem_of(scheme)
+    if problem is not None:
+        raise QBertError(f"scheme {scheme.name!r}: {problem}")
     known: dict[str, tuple[object, object]] = {
         "scheme": (SCHEMES.get(SCHEME_ALIASES.get(scheme.name, scheme.name)), scheme),
         "format": (FORMATS.get(scheme.weight.name), scheme.weight),
@@ -297,6 +300,27 @@ def add_scheme(scheme: Scheme) -> Scheme:
     FORMATS[scheme.weight.name] = scheme.weight
     SCHEMES[scheme.name] = scheme
     return scheme
+
+
+def _problem_of(scheme: Scheme) -> str | None:
+    """Why nothing computes with a scheme; None where the reference does."""
+    fmt, share = scheme.weight, scheme.granularity
+    if scheme.name == "float":
+        return "that name stands for tables that are not quantized"
+    if scheme.activation not in (None, INT8):
+        return f"activations are {scheme.activation.name if scheme.activation else None}; allowed: float (None) or int8"
+    if fmt.kind is Kind.DICTIONARY and (not isinstance(share, PerTensor) or fmt.bits > 7):
+        return "a dictionary is of the whole matrix (PerTensor) and has at most 7 bits"
+    if fmt.kind is not Kind.DICTIONARY and isinstance(share, PerTensor):
+        return "one scale for a whole matrix is not stored; allowed: PerRow, PerGroup"
+    if isinstance(share, PerGroup):
+        if share.size < 2 or share.size % 2:
+            return f"groups of {share.size}; allowed: even numbers, because packed rows of k and k + 1 codes look alike"
+        if scheme.activation is not None and fmt is not INT4:
+            return "group scales under int8 activations are integers, made for int4 codes"
+    if scheme.activation is not None and fmt.kind not in (Kind.INTEGER, Kind.DICTIONARY):
+        return f"{fmt.name} codes are no int8 operand; allowed with int8 activations: integers, dictionaries"
+    return None
 
 
 def tied_linear_scheme(embedding: Scheme) -> Scheme:

@@ -115,4 +115,23 @@ def test_a_scheme_is_not_replaced_by_another(as_they_were):
         with pytest.raises(QBertError, match=rf"{name}.*known already"):
             formats.add_scheme(replace(W2A8, name=name))
     with pytest.raises(QBertError, match=r"dict2.*known already"):
-        formats.add_scheme(replace(W2A8, weight=replace(dictionary(2), bits=3)))
+        formats.add_scheme(replace(GOBO2, name="other", weight=replace(dictionary(2), bits=3)))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        (replace(W2A8, activation=formats.INT4), "activations are int4; allowed: float"),
+        (replace(GOBO2, granularity=PerRow()), "a dictionary is of the whole matrix"),
+        (replace(GOBO2, weight=dictionary(8)), "at most 7 bits"),
+        (replace(W2A8, granularity=PerTensor()), "one scale for a whole matrix"),
+        (replace(W3A16, granularity=PerGroup(3)), "groups of 3; allowed: even"),
+        (replace(W3A16, activation=INT8), "integers, made for int4 codes"),
+        (replace(W2A8, weight=formats.NF4), "nf4 codes are no int8 operand"),
+        (replace(W2A8, name="float"), "tables that are not quantized"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_scheme_that_nothing_computes_is_refused(scheme, message, as_they_were):
+    with pytest.raises(QBertError, match=message):
+        formats.add_scheme(scheme)

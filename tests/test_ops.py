@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qbert import ops, testing
 from qbert.errors import QBertError
-from qbert.formats import SCHEMES
+from qbert.formats import SCHEMES, Role
 from qbert.ops import call, checked_run, reference, reference_kernels, table
 from qbert.ops.abi import Activation
 from qbert.ops.cpu import by_torch
@@ -1048,3 +1048,39 @@ def test_sqnr_db() -> None:
     signal = torch.full((100,), 10.0)
     assert testing.sqnr_db(signal, signal + 1) == pytest.approx(20.0)
     assert testing.sqnr_db(signal, signal) == math.inf
+
+
+# ---- tensors where a kernel must not look ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", list(OPERATIONS))
+def test_tensors_on_several_devices_are_refused_by_name(operation: str) -> None:
+    """A kernel takes addresses: one of another device would be read as one of this."""
+    record = random_problem(operation, 3, 2 if operation == "attention" else 8, 32)
+    for name, value in zip(record._fields[1:], record[1:], strict=True):
+        if isinstance(value, Tensor):
+            moved = record._replace(**{name: value.to("meta")})
+            for run in (ops.checked_run, ops.call):
+                with pytest.raises(QBertError, match=f"{operation}: {name} is on meta, {record._fields[0]} is on cpu"):
+                    run(moved)
+
+
+@pytest.mark.parametrize("scheme", ["gobo3", "gobo4a8"])
+@pytest.mark.parametrize("layout", [Layout.PLAIN, Layout.BYTES], ids=str)
+def test_damaged_outliers_are_refused_by_torchs_kernels_too(scheme: str, layout: Layout) -> None:
+    for name, at, wrong in (("outlier_rowptr", 3, 10**6), ("outlier_col", 0, 30_000), ("outlier_col", 0, -30_000)):
+        record = random_problem("linear", 3, 16, 64, scheme=scheme, layout=layout)
+        record.weight.tensors[name][at] = wrong
+        with pytest.raises(QBertError, match="outliers are damaged"):
+            ops.checked_run(record)
+
+
+def test_swapped_memory_is_kept_while_a_kernel_has_its_address() -> None:
+    """Neither garbage nor a crash: a weight that was prepared stays what it was."""
+    layout = table.select_layout(SCHEMES["w8a8"], Role.LINEAR, cpu_target())
+    record = random_problem("linear", 5, 640, 320, scheme="w8a8", layout=layout)
+    expected = ops.checked_run(record)
+    record.weight.qdata.data = torch.zeros_like(record.weight.qdata)
+    filler = [torch.full((640, 320), 77, dtype=torch.int8) for _ in range(8)]
+    assert torch.equal(ops.checked_run(record), expected)
+    del filler

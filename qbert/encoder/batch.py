@@ -124,6 +124,9 @@ class Batch:
             QBertError: inputs of other shapes, both ids and rows or none, more tokens than the model has positions for.
         """
         words = _words(inputs)
+        for name, given in zip(inputs._fields, inputs, strict=True):
+            if given is not None and name != "attention_mask" and given.device != device:
+                raise QBertError(f"{name} is on {given.device}, the model on {device}")
         packing = packing_of(words.shape[0], words.shape[1], inputs.attention_mask, device)
         positions = _positions(packing, inputs, family, table)
         # Without a table of token types (DistilBERT) transformers takes them and forgets them.

@@ -13,6 +13,7 @@ from qbert.encoder.parts import LayerParts, parts_of
 from qbert.errors import QBertError
 from qbert.families import FAMILIES, EncoderFamily, family_of
 from qbert.modules import QEmbedding, QLinear
+from qbert.ops import FLOAT_DTYPES
 
 HEAD_SIZES = (32, 64)  # what the attention operator is made for
 GELU = "gelu"  # the exact one; every other name is an approximation or another function
@@ -110,6 +111,9 @@ def _module_obstacle(base: nn.Module, family: EncoderFamily) -> str | None:
             return f"{path} is not a plain table"
         if table.embedding_dim != width:
             return f"{path} has {table.embedding_dim} columns, {paths.norm} is over {width}"
+        dtype = table.output_like.dtype if type(table) is QEmbedding else table.get_parameter("weight").dtype
+        if dtype not in FLOAT_DTYPES:
+            return f"{path} is {dtype}; fused are {', '.join(str(each) for each in FLOAT_DTYPES)}"
     if not layer_names(base, family):
         return "it has no layers"
     if paths.projection and hasattr(base, paths.projection):

@@ -79,7 +79,9 @@ class FusedForward:
         encoder = self._encoder
         if encoder is None or not encoder.watch.unchanged():
             with _preparing:
-                encoder = self._prepare()
+                encoder = self._encoder  # another thread may have prepared it meanwhile
+                if encoder is None or not encoder.watch.unchanged():
+                    encoder = self._prepare()
         return encoder
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

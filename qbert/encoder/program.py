@@ -22,6 +22,10 @@ CU_SEQLENS = "cu_seqlens"  # (sequences + 1,) int32
 ONES = "ones"  # (t,) float32 ones: token scales of codes whose static scale is in the next weight already
 
 
+# Operation -> floats and codes that it reads and writes for each column of a row.
+_ROW_BYTES = {"quantize_rows": (1, 1), "add": (3, 0), "add_norm": (3, 1), "embed_norm": (3, 1)}
+
+
 def codes_of(slot: str) -> str:
     """Where the int8 codes of a quantized slot lie."""
     return f"{slot}.codes"
@@ -88,13 +92,15 @@ class Step:
 
     def cost(self, lengths: Sequence[int]) -> Cost:
         """For sequences of that many tokens."""
-        t, (n, k) = sum(lengths), self.shape
-        if self.operation == "attention":
-            width = n * k
-            return Cost(2 * width * sum(length * length for length in lengths), 0, t * width * (3 + self.float_bytes))
-        if "linear" in self.operation:
-            return Cost(t * n * k, self.weight_bytes, t * (k + n * self.float_bytes))
-        return Cost(0, min(self.weight_bytes, t * k * 4), t * k * (2 * self.float_bytes + 1))
+        t, (n, k), f = sum(lengths), self.shape, self.float_bytes
+        if self.operation == "attention":  # queries, keys and values are int8
+            return Cost(2 * n * k * sum(length * length for length in lengths), 0, t * n * k * (3 + f))
+        if self.operation == "linear":
+            return Cost(t * n * k, self.weight_bytes, t * (k + n * f))
+        if self.operation == "linear_add_norm":  # reads the residual, writes the norm and its codes
+            return Cost(t * n * k, self.weight_bytes, t * (k + n * (2 * f + 1)))
+        floats, codes = _ROW_BYTES[self.operation]
+        return Cost(0, min(self.weight_bytes, t * k * 4), t * k * (floats * f + codes))
 
     def __str__(self) -> str:
         n, k = self.shape

@@ -253,6 +253,8 @@ def norm_of_rows(tables: Tables, norm: Norm, target: Target) -> Step:
     call = runner("add_norm", problem, target)
 
     def run(slots: Slots) -> None:
+        if slots[IDS].shape[1] != k:
+            raise QBertError(f"inputs_embeds have {slots[IDS].shape[1]} columns; the model's tables have {k}")
         summed = slots[IDS].to(torch.float32) + _rows(tables.token_types, slots[TOKEN_TYPE_IDS])
         a = AddNorm(summed, _rows(tables.positions, slots[POSITION_IDS]), norm)
         a.check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from qbert.ops.table import KernelChoice, explain, select_layout
 from qbert.target import target_of
 from qbert.weight import Layout, Weight, plain_specs
 from qbert.weight.codec import decode
-from qbert.weight.tensor import tensor_names
+from qbert.weight.tensor import recall, tensor_names
 from qbert.weight.validate import check_plain_tensors
 
 # Stored empty under the float weight's name: a loader that does not know qbert finds a shape that cannot be right and fails,
@@ -71,9 +72,7 @@ class QuantizedModule(nn.Module):
     @property
     def quantized(self) -> Weight:
         """The matrix as it lies in memory now."""
-        buffers = self._buffers
-        tensors = {name: cast(Tensor, buffers[name]) for name in tensor_names(self.scheme)}
-        return Weight(self.scheme, self.shape, self.layout, tensors)
+        return weight_of(self, self.scheme, self)
 
     @property
     def kernel(self) -> KernelChoice:
@@ -172,6 +171,23 @@ class QuantizedModule(nn.Module):
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if found:
             self.use_best_layout()
+
+
+# Module -> its weight as it was last asked for, so that what kernels prepared of it is there at the next call.
+_weights: WeakKeyDictionary[nn.Module, Weight] = WeakKeyDictionary()
+
+
+def weight_of(module: nn.Module, scheme: Scheme, owner: QuantizedModule) -> Weight:
+    """The matrix that `owner` holds, as `module` computes with it under a scheme: the same object while nothing was moved."""
+    buffers = owner._buffers
+    tensors = [cast(Tensor, buffers[name]) for name in tensor_names(scheme)]
+    if torch.compiler.is_compiling():
+        return Weight(scheme, owner.shape, owner.layout, dict(zip(tensor_names(scheme), tensors, strict=True)))
+    found = recall(tensors, scheme, owner.layout.value, owner.shape[1])
+    if found is None:
+        found = Weight(scheme, owner.shape, owner.layout, dict(zip(tensor_names(scheme), tensors, strict=True)))
+        _weights[module] = found.remember()
+    return found
 
 
 def _is_guard(value: object) -> bool:

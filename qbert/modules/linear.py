@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qbert import ops
 from qbert.errors import QBertError
 from qbert.formats import Role, tied_linear_scheme
-from qbert.modules.base import DecodedWeight, QuantizedModule, kernel_of
+from qbert.modules.base import DecodedWeight, QuantizedModule, kernel_of, weight_of
 from qbert.ops.operations import Linear, QuantizeRows
 from qbert.ops.table import KernelChoice
 from qbert.weight import Weight
@@ -76,8 +76,7 @@ class QTiedLinear(nn.Module):
     @property
     def quantized(self) -> Weight:
         """The owner's matrix as it lies in memory now."""
-        held = self.owner.quantized
-        return Weight(self.scheme, held.shape, held.layout, held.tensors)
+        return weight_of(self, self.scheme, self.owner)
 
     @property
     def output_like(self) -> Tensor:

@@ -13,26 +13,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qbert.errors import QBertError
 from qbert.ops.abi import FLOAT_DTYPES, Activation
 from qbert.ops.checks import MAX_K
-from qbert.ops.operations import OPERATIONS, Operation, operation_of
+from qbert.ops.operations import OPERATIONS, Norm, Operation, operation_of
 from qbert.ops.table import run
+from qbert.weight import Weight
 
 __all__ = ["FLOAT_DTYPES", "MAX_K", "OPERATIONS", "Activation", "call", "checked_run", "run"]
 
 _library = torch.library.Library("qbert", "DEF")
+_DEVICES = ("cpu", "cuda")  # with kernels
 
 
 def call(a: Any) -> Any:
-    """An operation through torch's dispatcher, from its record: traced, checked, on any device."""
+    """An operation from its record, checked, on any device: through torch's dispatcher where that has anything to do.
+
+    It costs more than a small kernel, and without gradients, tracing or modes it only leads back here.
+    """
+    if type(a[0]) is Tensor and a[0].device.type in _DEVICES and not _watched():
+        return checked_run(a)
     operation = operation_of(a)
     return getattr(torch.ops.qbert, operation.name)(*operation.flatten(a))
 
 
+def _watched() -> bool:
+    """Whether somebody follows what torch is told: gradients, a compiler, a tracer, a dispatch mode, a transform."""
+    return (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 def checked_run(a: Any) -> Any:
     """Computes an operation, past torch's dispatcher; the record is checked."""
+    _check_devices(a)
     a.check()
     return run(a)
+
+
+def _check_devices(a: Any) -> None:
+    """
+    Raises:
+        QBertError: tensors on several devices: a kernel would take an address of one for an address of another.
+    """
+    device = a[0].device
+    for name, value in zip(a._fields, a, strict=True):
+        held = value[:2] if isinstance(value, Norm) else (value,)
+        for each in held:
+            if isinstance(each, Tensor | Weight) and each.device != device:
+                raise QBertError(f"{operation_of(a).name}: {name} is on {each.device}, {a._fields[0]} is on {device}")
 
 
 def _implementation(operation: Operation) -> Callable[..., Any]:
@@ -45,6 +78,7 @@ def _implementation(operation: Operation) -> Callable[..., Any]:
 def _fake(operation: Operation) -> Callable[..., Any]:
     def fake(*values: Any) -> Any:
         a = operation.bind(*values)
+        _check_devices(a)
         a.check()
         device = next(each for each in a if isinstance(each, Tensor)).device
         results = [torch.empty(tuple(like.shape), dtype=like.dtype, device=device) for like in a.results()]
@@ -56,8 +90,8 @@ def _fake(operation: Operation) -> Callable[..., Any]:
 def _register() -> None:
     for operation in OPERATIONS.values():
         _library.define(f"{operation.name}{operation.schema}")
-        for key in ("CPU", "CUDA"):
-            _library.impl(operation.name, _implementation(operation), key)
+        for device in _DEVICES:
+            _library.impl(operation.name, _implementation(operation), device.upper())
         torch.library.register_fake(f"qbert::{operation.name}", _fake(operation), lib=_library)
 
 

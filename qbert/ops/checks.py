@@ -20,7 +20,7 @@ from qbert.formats import INT8, Role, Scheme
 from qbert.ops.abi import FLOAT_DTYPES
 from qbert.weight import Layout, Weight, plain_specs
 from qbert.weight.layout import layouts_of, qdata_shape, qdata_type
-from qbert.weight.tensor import tensor_names
+from qbert.weight.tensor import recall, tensor_names
 
 # Longer rows could overflow the int32 sum of products of magnitude 127 * 127.
 MAX_K = (2**31 - 1) // (INT8.qmax * INT8.qmax)
@@ -119,6 +119,10 @@ def parse_weight(tensors: Sequence[Tensor], scheme: Scheme, layout: str, k: int)
     names = tensor_names(scheme)
     if len(tensors) != len(names):
         raise QBertError(f"a weight of scheme {scheme.name} is {len(names)} tensors, got {len(tensors)}")
+    if not torch.compiler.is_compiling():
+        known = recall(tensors, scheme, layout, k)
+        if known is not None:
+            return known
     allowed = _layouts(scheme)
     if layout not in allowed:
         raise QBertError(f"{scheme.name} codes have no layout {layout!r} here; allowed: {', '.join(allowed)}")
@@ -131,10 +135,14 @@ def _layouts(scheme: Scheme) -> dict[str, Layout]:
 
 
 def weight(held: Weight) -> None:
-    """Every tensor has the type and shape that scheme, shape and layout ask for.
+    """Every tensor has the type and shape that scheme, shape and layout ask for, all on one device. Looked at once a weight."""
+    if torch.compiler.is_compiling():
+        _check_weight(held)
+    else:
+        held.prepared(_check_weight)
 
-    Once a weight: who writes to its tensors' metadata afterwards is on his own.
-    """
+
+def _check_weight(held: Weight) -> bool:
     n, k = held.shape
     columns = held.tensors.get("outlier_col")
     outliers = 0 if columns is None else columns.shape[0] if columns.dim() else -1
@@ -147,6 +155,11 @@ def weight(held: Weight) -> None:
         _require(
             found.dtype in dtypes and found.shape == shape, functools.partial(_is_another, held, name, dtypes, shape)
         )
+        if found.device != held.device:
+            raise QBertError(
+                f"{name} of a {held.scheme.name} weight is on {found.device}, its qdata is on {held.device}"
+            )
+    return True
 
 
 def _is_another(held: Weight, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> str:

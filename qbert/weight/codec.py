@@ -35,6 +35,7 @@ def decode(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _with_outliers(values: Tensor, sparse: Outliers | None) -> Tensor:
     if sparse is not None:
+        check_outliers(sparse, values.shape[1])
         values[outlier_positions(sparse)] += sparse.delta
     return values
 
@@ -68,6 +69,22 @@ def row_scales(weight: Weight) -> Tensor:
     return scale.expand(weight.n) if scale.numel() == 1 else scale.repeat_interleave(weight.n // scale.numel())
 
 
+def check_outliers(sparse: Outliers, k: int) -> None:
+    """Looks at the values, on a CPU: torch's sparse product and its indexing would read or write elsewhere.
+
+    Raises:
+        QBertError: row pointers that do not ascend from 0 to the number of outliers, or a column outside of the row.
+    """
+    rowptr, col, _ = sparse
+    if rowptr.device.type != "cpu":
+        return
+    inside = col.numel() == 0 or (int(col.min()) >= 0 and int(col.max()) < k)
+    if int(rowptr[0]) != 0 or int(rowptr[-1]) != col.numel() or bool((rowptr.diff() < 0).any()) or not inside:
+        raise QBertError(
+            f"outliers are damaged: outlier_rowptr must ascend from 0 to {col.numel()}, and outlier_col lie in 0 ... {k - 1}"
+        )
+
+
 def outlier_positions(sparse: Outliers) -> tuple[Tensor, Tensor]:
     """Row and column (outliers,) int64 of each outlier."""
     counts = sparse.rowptr.diff().to(torch.int64)
@@ -77,6 +94,7 @@ def outlier_positions(sparse: Outliers) -> tuple[Tensor, Tensor]:
 
 def dense_outliers(sparse: Outliers, n: int, k: int) -> Tensor:
     """Float32 (n, k) of the outliers' differences, zero elsewhere."""
+    check_outliers(sparse, k)
     dense = torch.zeros(n, k, device=sparse.delta.device)
     dense[outlier_positions(sparse)] = sparse.delta
     return dense
@@ -111,6 +129,7 @@ _CODES_TO_FLOAT: dict[Kind, Callable[[Tensor, Weight, Tensor | None, torch.dtype
 
 def _patched(rows: Tensor, sparse: Outliers, chosen: Tensor) -> Tensor:
     """Looked-up rows (m, k) with their outliers' differences added."""
+    check_outliers(sparse, rows.shape[1])
     starts = sparse.rowptr[chosen].to(torch.int64)
     counts = sparse.rowptr[chosen + 1].to(torch.int64) - starts
     token = torch.arange(chosen.numel(), device=rows.device).repeat_interleave(counts)

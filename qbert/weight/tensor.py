@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any, NamedTuple, TypeVar, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -114,6 +116,7 @@ class Weight:
     layout: Layout
     tensors: dict[str, Tensor]
     _prepared: dict[Callable[..., Any], Any] = field(default_factory=dict, init=False, repr=False)
+    _addresses: list[int] = field(default_factory=list, init=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without what was prepared: it has the addresses of these tensors, and those of a copy lie elsewhere.
@@ -197,10 +200,20 @@ class Weight:
         return 8 * self.stored_bytes / max(1, self.shape[0] * self.shape[1])
 
     def prepared(self, make: Callable[[Weight], T]) -> T:
-        """What a backend makes of the weight before its first use, made once: its own struct of addresses, say."""
-        if make not in self._prepared:
-            self._prepared[make] = make(self)
-        return cast(T, self._prepared[make])
+        """What a backend makes of the weight before its first use, made once: its own struct of addresses, say.
+
+        The memory behind those addresses is kept, even when `tensor.data = ...` puts other under a tensor.
+        """
+        found = self._prepared.get(make)
+        if found is None:
+            found = self._prepared[make] = make(self), [tensor.detach() for tensor in self.tensors.values()]
+        return cast(T, found[0])
+
+    def remember(self) -> Weight:
+        """Itself, which `recall` finds by its tensors for as long as somebody holds it."""
+        _remembered[id(self.qdata), self.scheme.name] = self
+        self._addresses[:] = [tensor.data_ptr() for tensor in self.tensors.values()]
+        return self
 
     def to_layout(self, layout: Layout) -> Weight:
         """The same matrix in another layout; itself where it is in that layout already. On a GPU it is there on return."""
@@ -210,6 +223,18 @@ class Weight:
         tensors = _layout.from_plain(plain, self.scheme, self.shape, layout)
         _wait_for(tensors["qdata"].device)
         return Weight(self.scheme, self.shape, layout, tensors)
+
+
+_remembered: WeakValueDictionary[tuple[int, str], Weight] = WeakValueDictionary()
+
+
+def recall(tensors: Sequence[Tensor], scheme: Scheme, layout: str, k: int) -> Weight | None:
+    """The remembered weight of exactly these tensors in the memory where they were, with what was prepared of it."""
+    found = _remembered.get((id(tensors[0]), scheme.name)) if tensors else None
+    if found is None or found.scheme is not scheme or found.shape[1] != k or found.layout.value != layout:
+        return None
+    same = len(tensors) == len(found.tensors) and all(map(is_, tensors, found.tensors.values()))
+    return found if same and list(map(Tensor.data_ptr, tensors)) == found._addresses else None
 
 
 def _wait_for(device: torch.device) -> None:

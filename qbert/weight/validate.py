@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qbert.errors import CheckpointError
-from qbert.formats import INT8, W4A8_GROUP_SCALE_MAX, Scheme
+from qbert.formats import INT8, W4A8_GROUP_SCALE_MAX, Kind, Scheme
 from qbert.weight.layout import unpack_codes
 from qbert.weight.tensor import TensorSpec, plain_specs
 
@@ -62,9 +62,10 @@ def check_positive(name: str, tensor: Tensor) -> None:
 
 def _check_integer_codes(prefix: str, tensors: dict[str, Tensor], scheme: Scheme, k: int) -> None:
     fmt, qdata = scheme.weight, tensors["qdata"]
-    codes = unpack_codes(qdata, fmt, k)
-    allowed = f"codes must be {-fmt.qmax} ... {fmt.qmax}"
-    _require(prefix + "qdata", allowed, codes, codes >= -fmt.qmax)
+    if fmt.kind is Kind.INTEGER:  # of others every code is a value
+        codes = unpack_codes(qdata, fmt, k)
+        allowed = f"codes must be {-fmt.qmax} ... {fmt.qmax}"
+        _require(prefix + "qdata", allowed, codes, codes >= -fmt.qmax)
     _check_spare_bits(prefix, qdata, fmt.bits, k)
     if "group_scale" in tensors:
         scales = tensors["group_scale"]

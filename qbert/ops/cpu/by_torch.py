@@ -88,6 +88,7 @@ def _add_outliers(y: Tensor, q: Tensor, sparse: Outliers) -> Tensor:
     if not torch.backends.mkl.is_available():
         dense = codec.dense_outliers(sparse, *size)
         return y.add_((wide @ dense.to(torch.float64).t()).to(torch.float32))
+    codec.check_outliers(sparse, q.shape[1])
     _silence_sparse_csr_warning()
     rowptr, col, delta = sparse
     rows = torch.sparse_csr_tensor(rowptr, col.to(torch.int32), delta.to(torch.float64), size, check_invariants=False)
