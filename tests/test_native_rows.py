@@ -422,9 +422,12 @@ def test_a_weight_s_struct_is_made_once_and_keeps_its_tensors() -> None:
     strided = {name: tensor.repeat_interleave(2, -1)[..., ::2] for name, tensor in problem.weight.tensors.items()}
     held = problem._replace(weight=Weight(problem.weight.scheme, (19, 256), Layout.PLAIN, strided))
     expected = run(problem)
+    _assert_same_bits(run(held), expected)
+    made = dict(held.weight._prepared)
     for _ in range(3):
         _assert_same_bits(run(held), expected)
-    assert len(held.weight._prepared) == 1
+    assert held.weight._prepared.keys() == made.keys()
+    assert all(held.weight._prepared[each] is made[each] for each in made)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def test_tensors_in_the_wrong_place_are_named(t):
         ({"qdata": odd}, "qdata starts at an address"),
         ({"qdata": qdata.t().contiguous().t()}, "qdata has strides"),
         ({"qdata": qdata.to("meta")}, "qdata is on meta"),
-        ({"codebook": codebook.to("meta")}, "codebook is on meta"),
+        ({"codebook": codebook.to("meta")}, "codebook of a gobo3 weight is on meta"),
     ):
         with pytest.raises(QBertError, match=message):
             launch(a._replace(weight=changed(a.weight, **wrong)))
