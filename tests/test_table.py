@@ -656,7 +656,7 @@ def test_a_record_comes_back_from_the_operator_s_arguments(operation: str) -> No
         flat = known.flatten(a)
         assert len(flat) == len(getattr(torch.ops.qbert, operation).default._schema.arguments)
         _assert_same_record(known.bind(*flat), a)
-        assert len(a.results()) == known.results
+        assert len(a.results()) == known.gives
 
 
 def test_what_may_be_none_comes_back() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from qbert.formats import Scheme
 from qbert.ops.operations import (
+    OPERATIONS,
     AddNorm,
     Attention,
     Embedding,
@@ -99,3 +100,4 @@ _PROBLEMS: dict[type[Any], Callable[[Any], Problem]] = {
     EmbedNorm: _embed_norm,
     LinearAddNorm: _linear_add_norm,
 }
+assert set(_PROBLEMS) == {operation.arguments for operation in OPERATIONS.values()}  # a new operation poses one, too

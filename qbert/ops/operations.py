@@ -312,10 +312,12 @@ class Operation:
 
     Attributes:
         arguments: one of the records above.
+        gives: how many tensors.
     """
 
     name: str
     arguments: type[Any]
+    gives: int = 1
 
     def __post_init__(self) -> None:
         hints = get_type_hints(self.arguments)
@@ -324,14 +326,9 @@ class Operation:
         object.__setattr__(self, "_flat", [part.format(name) for name, field in fields for part in field.schema])
 
     @property
-    def results(self) -> int:
-        """How many tensors it gives."""
-        return {QuantizeRows: 2, AddNorm: 3, EmbedNorm: 3, LinearAddNorm: 3}.get(self.arguments, 1)
-
-    @property
     def schema(self) -> str:
         """Of its torch operator, without the name."""
-        gives = "Tensor" if self.results == 1 else f"({', '.join(['Tensor'] * self.results)})"
+        gives = "Tensor" if self.gives == 1 else f"({', '.join(['Tensor'] * self.gives)})"
         return f"({', '.join(self._flat)}) -> {gives}"  # type: ignore[attr-defined]
 
     def flatten(self, arguments: Any) -> tuple[Any, ...]:
@@ -356,15 +353,15 @@ class Operation:
 
 
 OPERATIONS: dict[str, Operation] = {
-    name: Operation(name, arguments)
-    for name, arguments in (
-        ("quantize_rows", QuantizeRows),
-        ("linear", Linear),
-        ("embedding", Embedding),
-        ("attention", Attention),
-        ("add_norm", AddNorm),
-        ("embed_norm", EmbedNorm),
-        ("linear_add_norm", LinearAddNorm),
+    operation.name: operation
+    for operation in (
+        Operation("quantize_rows", QuantizeRows, gives=2),
+        Operation("linear", Linear),
+        Operation("embedding", Embedding),
+        Operation("attention", Attention),
+        Operation("add_norm", AddNorm, gives=3),
+        Operation("embed_norm", EmbedNorm, gives=3),
+        Operation("linear_add_norm", LinearAddNorm, gives=3),
     )
 }
 _BY_ARGUMENTS = {operation.arguments: operation for operation in OPERATIONS.values()}
