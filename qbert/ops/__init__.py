@@ -61,11 +61,12 @@ def _check_devices(a: Any) -> None:
         QBertError: tensors on several devices: a kernel would take an address of one for an address of another.
     """
     device = a[0].device
-    for name, value in zip(a._fields, a, strict=True):
-        held = value[:2] if isinstance(value, Norm) else (value,)
-        for each in held:
-            if isinstance(each, Tensor | Weight) and each.device != device:
-                raise QBertError(f"{operation_of(a).name}: {name} is on {each.device}, {a._fields[0]} is on {device}")
+    for index, value in enumerate(a):
+        for each in value[:2] if type(value) is Norm else (value,):
+            held = each.qdata if type(each) is Weight else each
+            if isinstance(held, Tensor) and held.device != device:
+                name, first = a._fields[index], a._fields[0]
+                raise QBertError(f"{operation_of(a).name}: {name} is on {held.device}, {first} is on {device}")
 
 
 def _implementation(operation: Operation) -> Callable[..., Any]:

@@ -64,9 +64,12 @@ class Kernel:
     layout: Callable[[Scheme, Target], Layout | None] = lambda scheme, target: None
 
 
-def problem_of(a: Any) -> Problem:
-    """The problem that an operation's record poses."""
-    return _PROBLEMS[type(a)](a)
+def problem_of(a: Any, *, tokens: bool = True) -> Problem:
+    """The problem that an operation's record poses; without `tokens` for any number of them."""
+    problem = _PROBLEMS[type(a)](a)
+    if not tokens:
+        return problem
+    return problem._replace(t=a[0].numel() if isinstance(a, Embedding) else a[0].shape[0])
 
 
 def _out_dtype(out: torch.dtype | float) -> torch.dtype:
@@ -74,29 +77,29 @@ def _out_dtype(out: torch.dtype | float) -> torch.dtype:
 
 
 def _linear(a: Linear) -> Problem:
-    return Problem(a.weight.scheme, a.weight.layout, *a.weight.shape, _out_dtype(a.out), a.x.shape[0])
+    return Problem(a.weight.scheme, a.weight.layout, *a.weight.shape, _out_dtype(a.out))
 
 
 def _embed_norm(a: EmbedNorm) -> Problem:
-    words, k, t = a.words, a.positions.shape[1], a.ids.shape[0]
+    words, k = a.words, a.positions.shape[1]
     scheme, layout = (words.scheme, words.layout) if isinstance(words, Weight) else (None, None)
-    return Problem(scheme, layout, words.shape[0], k, a.positions.dtype, t)
+    return Problem(scheme, layout, words.shape[0], k, a.positions.dtype)
 
 
 def _embedding(a: Embedding) -> Problem:
-    return Problem(a.weight.scheme, a.weight.layout, *a.weight.shape, a.out, a.ids.numel())
+    return Problem(a.weight.scheme, a.weight.layout, *a.weight.shape, a.out)
 
 
 def _linear_add_norm(a: LinearAddNorm) -> Problem:
-    return Problem(a.weight.scheme, a.weight.layout, *a.weight.shape, a.residual.dtype, a.x.shape[0])
+    return Problem(a.weight.scheme, a.weight.layout, *a.weight.shape, a.residual.dtype)
 
 
 _PROBLEMS: dict[type[Any], Callable[[Any], Problem]] = {
-    QuantizeRows: lambda a: Problem(None, None, 0, a.x.shape[1], a.x.dtype, a.x.shape[0]),
+    QuantizeRows: lambda a: Problem(None, None, 0, a.x.shape[1], a.x.dtype),
     Linear: _linear,
     Embedding: _embedding,
-    Attention: lambda a: Problem(None, None, a.heads, a.head_dim, _out_dtype(a.out), a.qkv.shape[0]),
-    AddNorm: lambda a: Problem(None, None, 0, a.residual.shape[1], a.residual.dtype, a.residual.shape[0]),
+    Attention: lambda a: Problem(None, None, a.heads, a.head_dim, _out_dtype(a.out)),
+    AddNorm: lambda a: Problem(None, None, 0, a.residual.shape[1], a.residual.dtype),
     EmbedNorm: _embed_norm,
     LinearAddNorm: _linear_add_norm,
 }

@@ -84,10 +84,9 @@ def run(a: Any) -> Any:
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device, wherever its arguments are
             return run(a)
-    target, problem = target_of(device), problem_of(a)
-    if target.device == "cpu":  # where tokens make no difference, and would only fill the memory of choices
-        problem = problem._replace(t=None)
-    return select(operation_of(a).name, problem, target).call(a)
+    # On a CPU tokens make no difference, and would only fill the memory of choices.
+    problem = problem_of(a, tokens=device.type != "cpu")
+    return select(operation_of(a).name, problem, target_of(device)).call(a)
 
 
 def runner(operation: str, problem: Problem, target: Target) -> Callable[[Any], Any]:
