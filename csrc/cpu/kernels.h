@@ -16,6 +16,7 @@ constexpr int kPanelLanes = 16;   // weights are packed by this many output chan
 constexpr int kBlockPanels = 4;   // panels that a task of a product computes together
 constexpr int kBlockChannels = kPanelLanes * kBlockPanels;
 constexpr int kPanelInputs = 64;  // input channels of a packed weight are padded to a multiple of this
+constexpr int kMaxStripsPerTask = 64;  // strips that a task of a product takes at most
 constexpr int kWeightOnlyTokens = 64;  // tokens that a task of a weight-only product takes at most
 
 // What is added to a weight's codes, row by row.
@@ -57,7 +58,7 @@ struct LinearArgs {
     const float* bias;      // (n,) float32 or null
     Activation activation;
     void* out;              // (t, n)
-    int64_t blocks_ahead;   // the block so many further is read into the cache meanwhile; 0 for none
+    int64_t blocks_ahead;   // the block so many further is read into the cache meanwhile
     bool requantize;        // to int8 with inverse_out_scale; else to float_type
     FloatType float_type;
     float inverse_out_scale;
@@ -145,7 +146,7 @@ struct Kernels {
     int64_t (*strip_bytes)(int64_t k);
     void (*pack_strip)(const int8_t* q, int64_t rows, int64_t k, void* strip);
     int64_t (*linear_scratch_bytes)(const LinearArgs& args);
-    // Output channels block * kBlockChannels ..., for strips strip_begin ... strip_end - 1 of `strips`.
+    // Output channels block * kBlockChannels ..., for strips strip_begin ... strip_end - 1, of which `strips` is the first.
     void (*linear_block)(const LinearArgs& args, int64_t block, const void* strips, int64_t strip_begin, int64_t strip_end,
                          void* scratch);
     // Multiplies in registers only; returns how many products of two numbers it made.
