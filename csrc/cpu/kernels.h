@@ -112,6 +112,7 @@ struct AddNormArgs {
     const float* gamma;
     const float* beta;
     float eps;
+    Keeps keeps;                // what `out` gets: the norm, or the sum
     void* out;                  // (t, k)
     int8_t* codes;
     float* scale;

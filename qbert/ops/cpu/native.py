@@ -17,8 +17,6 @@ from qbert.formats import DICT3, DICT4, INT4, INT8, Format, PerGroup, PerRow, Pe
 from qbert.ops import checks
 from qbert.ops.abi import (
     FLOAT_TYPES,
-    Activation,
-    Keeps,
     WeightFormat,
     dense,
     inverse_scale,
@@ -182,7 +180,7 @@ def add_norm(a: AddNorm) -> tuple[Tensor, Tensor, Tensor]:
     out, (codes, scale) = residual.new_empty(t, k), _codes_and_scales(residual, t, k)
     _cpu.add_norm_rows(
         y.data_ptr(), FLOAT_TYPES[y.dtype], residual.data_ptr(), FLOAT_TYPES[residual.dtype], gamma.data_ptr(),
-        beta.data_ptr(), eps, out.data_ptr(), codes.data_ptr(), scale.data_ptr(), t, k, torch.get_num_threads(),
+        beta.data_ptr(), eps, a.keeps, out.data_ptr(), codes.data_ptr(), scale.data_ptr(), t, k, torch.get_num_threads(),
     )  # fmt: skip
     return out, codes, scale
 
@@ -268,8 +266,8 @@ def _known(scheme: Scheme) -> bool:
 def _linear_obstacle(problem: Problem) -> str | None:
     scheme, layout = problem.scheme, problem.layout
     assert scheme is not None
-    if problem.gated or problem.activation not in (Activation.NONE, Activation.GELU):
-        return "it does not gate, and its only activation is gelu"
+    if problem.gated:
+        return "it does not gate"
     if not _known(scheme):
         return f"it is not written for weights as {scheme.name} stores them"
     formats, multiple = (
@@ -295,16 +293,12 @@ def _row_obstacle(problem: Problem) -> str | None:
     return None if problem.k else "rows without columns"
 
 
-def _norm_obstacle(problem: Problem) -> str | None:
-    return "it does not keep the sum" if problem.keeps is not Keeps.NORM else _row_obstacle(problem)
-
-
 _CALLS: dict[str, tuple[Callable[[Any], Any], Callable[[Problem], str | None]]] = {
     "linear": (linear, _linear_obstacle),
     "quantize_rows": (quantize_rows, lambda problem: None),
     "embedding": (embedding, lambda problem: _row_obstacle(problem) or _table_obstacle(problem)),
     "attention": (attention, lambda problem: None),
-    "add_norm": (add_norm, _norm_obstacle),
+    "add_norm": (add_norm, _row_obstacle),
     "embed_norm": (embed_norm, lambda problem: _row_obstacle(problem) or _table_obstacle(problem)),
 }
 
