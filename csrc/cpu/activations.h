@@ -24,7 +24,7 @@ QBERT_INLINE f32x16 gelu(f32x16 x) {
 // 2^r for |r| <= 1/2, to 1.5e-8 of it.
 constexpr float kExp2[7] = {1.0f, 0.693147182f, 0.240226462f, 0.0555032901f, 0.00961847696f, 0.00133998692f, 0.000153494388f};
 constexpr float kLog2EHigh = 1.44269502f, kLog2ELow = 1.92596303e-8f;
-constexpr float kGeluTanh = 2.3022082f, kGeluTanhCubic = 0.102943240f;  // 2 sqrt(2 / pi) log2(e), and 0.044715 of it
+constexpr float kTanhLinear = 2.3022082f, kTanhCubic = 0.102943240f;  // 2 sqrt(2 / pi) log2(e), and 0.044715 of it
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: a small number added to it is rounded to an integer, in its lowest bits
 constexpr float kLeastPower = -125.0f;    // smaller powers of two count as 0
 
@@ -51,7 +51,7 @@ QBERT_INLINE f32x16 silu(f32x16 x) {
 // x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), which is x times a logistic function.
 QBERT_INLINE f32x16 gelu_tanh(f32x16 x) {
     const f32x16 magnitude = (f32x16)((u32x16)x & 0x7fffffff);
-    const f32x16 z = magnitude * madd(x * x, broadcast(-kGeluTanhCubic), broadcast(-kGeluTanh));
+    const f32x16 z = magnitude * madd(x * x, broadcast(-kTanhCubic), broadcast(-kTanhLinear));
     const f32x16 shifted = z + kRounding, n = shifted - kRounding;
     return times_logistic(x, power_of_two(shifted, n, z - n));
 }
