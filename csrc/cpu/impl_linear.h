@@ -4,6 +4,7 @@
 // qbert/ops/reference.py and written once for all instruction sets.
 #pragma once
 
+#include "cpu/activations.h"
 #include "cpu/expand.h"
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
@@ -148,6 +149,9 @@ static void multiply_and_finish(const BlockTask& task) {
     switch (task.args.activation) {
         case Activation::none: return multiply_and_finish<Activation::none>(task);
         case Activation::gelu: return multiply_and_finish<Activation::gelu>(task);
+        case Activation::gelu_tanh: return multiply_and_finish<Activation::gelu_tanh>(task);
+        case Activation::relu: return multiply_and_finish<Activation::relu>(task);
+        case Activation::silu: return multiply_and_finish<Activation::silu>(task);
     }
 }
 

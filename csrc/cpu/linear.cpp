@@ -31,25 +31,33 @@ void pack(const Kernels& kernels, const LinearArgs& args, int64_t first, int64_t
     }
 }
 
+// Blocks of channels of which the results are made, and what computes one.
+int64_t blocks_of(const LinearArgs& args) {
+    return args.gated ? ceil_div(args.weight.n / 2, kGatedChannels) : ceil_div(args.weight.n, kBlockChannels);
+}
+
+auto block_kernel(const Kernels& kernels, const LinearArgs& args) { return args.gated ? kernels.gated_block : kernels.linear_block; }
+
 // Each task takes a range of tokens through all blocks of channels: what it packs and what it writes stays in its core's cache.
 void linear_by_tokens(const Kernels& kernels, const LinearArgs& args, int64_t strips, int64_t most, int threads) {
-    const int64_t blocks = ceil_div(args.weight.n, kBlockChannels), bytes = kernels.strip_bytes(args.weight.k);
+    const int64_t blocks = blocks_of(args), bytes = kernels.strip_bytes(args.weight.k);
     int64_t per_task = ceil_div(strips, ceil_div(strips, most * threads) * threads);
     per_task += per_task % 2;  // some instruction sets take strips in pairs
     const int64_t scratch = kernels.linear_scratch_bytes(args);
+    const auto compute = block_kernel(kernels, args);
     parallel_for(ceil_div(strips, per_task), threads, [&](int64_t task, int) {
         const int64_t first = task * per_task, end = std::min(strips, first + per_task);
         uint8_t* packed = static_cast<uint8_t*>(worker_scratch.get(per_task * bytes + scratch));
         pack(kernels, args, first, end, packed);
         for (int64_t block = 0; block < blocks; ++block) {
-            kernels.linear_block(args, block, packed, first, end, packed + per_task * bytes);
+            compute(args, block, packed, first, end, packed + per_task * bytes);
         }
     });
 }
 
 // Each task takes a block of channels and as many tokens as leave enough tasks for all threads.
 void linear_by_blocks(const Kernels& kernels, const LinearArgs& args, int64_t strips, int64_t most, int threads) {
-    const int64_t blocks = ceil_div(args.weight.n, kBlockChannels), bytes = kernels.strip_bytes(args.weight.k);
+    const int64_t blocks = blocks_of(args), bytes = kernels.strip_bytes(args.weight.k);
     uint8_t* packed = static_cast<uint8_t*>(packed_activations.get(strips * bytes));
     const int64_t per_packing = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(bytes, 1));
     parallel_for(ceil_div(strips, per_packing), threads, [&](int64_t task, int) {
@@ -60,9 +68,10 @@ void linear_by_blocks(const Kernels& kernels, const LinearArgs& args, int64_t st
     int64_t per_task = std::clamp(ceil_div(strips, std::max(wanted, ceil_div(strips, most))), kMinStripsPerTask, most);
     per_task += per_task % 2;
     const int64_t scratch = kernels.linear_scratch_bytes(args);
+    const auto compute = block_kernel(kernels, args);
     parallel_for(blocks * ceil_div(strips, per_task), threads, [&](int64_t task, int) {
         const int64_t block = task % blocks, first = task / blocks * per_task, end = std::min(strips, first + per_task);
-        kernels.linear_block(args, block, packed + first * bytes, first, end, worker_scratch.get(scratch));
+        compute(args, block, packed + first * bytes, first, end, worker_scratch.get(scratch));
     });
 }
 

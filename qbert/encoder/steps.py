@@ -14,7 +14,7 @@ from torch import Tensor
 from qbert.encoder.program import CU_SEQLENS, HIDDEN, Slots, Step, codes_of, scales_of
 from qbert.errors import QBertError
 from qbert.ops import checks
-from qbert.ops.abi import Activation
+from qbert.ops.abi import Activation, Keeps
 from qbert.ops.composed import composes
 from qbert.ops.kernel import Problem
 from qbert.ops.operations import (
@@ -57,17 +57,21 @@ class BoundLinear:
         weight: (n, k) of a scheme with int8 activations.
         bias: (n,) float or None.
         out: type of the float result, or the static scale of an int8 one.
+        gated: whether the weight is (2 n, k): see `Linear`.
     """
 
     weight: Weight
     bias: Tensor | None
     activation: Activation
     out: Out
+    gated: bool = False
 
     def problem(self) -> Problem:
         """For the choice of a kernel."""
         dtype = self.out if isinstance(self.out, torch.dtype) else torch.int8
-        return Problem(self.weight.scheme, self.weight.layout, *self.weight.shape, dtype)
+        return Problem(
+            self.weight.scheme, self.weight.layout, *self.weight.shape, dtype, activation=self.activation, gated=self.gated
+        )  # fmt: skip
 
 
 def linear(label: Label, bound: BoundLinear, tokens: Tokens, writes: str, target: Target) -> Step:
@@ -75,10 +79,10 @@ def linear(label: Label, bound: BoundLinear, tokens: Tokens, writes: str, target
     checks.weight(bound.weight)
     call, problem = runner("linear", bound.problem(), target), bound.problem()
     codes, scales = tokens
-    weight, bias, activation, out = bound.weight, bound.bias, bound.activation, bound.out
+    weight, bias, activation, gated, out = bound.weight, bound.bias, bound.activation, bound.gated, bound.out
 
     def run(slots: Slots) -> None:
-        slots[writes] = call(Linear(slots[codes], slots[scales], weight, bias, activation, out))
+        slots[writes] = call(Linear(slots[codes], slots[scales], weight, bias, activation, gated, out))
 
     return Step(
         *label, "linear", explain("linear", problem, target).name, tokens, (writes,), run, weight.shape, weight.scheme,
@@ -86,18 +90,27 @@ def linear(label: Label, bound: BoundLinear, tokens: Tokens, writes: str, target
     )  # fmt: skip
 
 
-def linear_add_norm(label: Label, bound: BoundLinear, tokens: Tokens, norm: Norm, target: Target) -> list[Step]:
-    """LayerNorm(linear + hidden), whose type the linear's result has: one step where a kernel does both."""
-    problem = bound.problem()
+def linear_add_norm(
+    label: Label, bound: BoundLinear, tokens: Tokens, norm: Norm, target: Target, keeps: Keeps = Keeps.NORM
+) -> list[Step]:
+    """LayerNorm(linear + hidden), whose type the linear's result has: one step where a kernel does both.
+
+    Args:
+        keeps: what hidden becomes; its codes and scales are always the norm's.
+    """
+    problem = bound.problem()._replace(keeps=keeps)
     if composes(problem, target):
         summed = "sum"
-        return [linear(label, bound, tokens, summed, target), add_norm(label.name, summed, norm, bound.out, target)]
+        return [
+            linear(label, bound, tokens, summed, target),
+            add_norm(label.name, summed, norm, bound.out, target, keeps),
+        ]
     checks.weight(bound.weight)
     call, (codes, scales) = runner("linear_add_norm", problem, target), tokens
     weight, bias = bound.weight, bound.bias
 
     def run(slots: Slots) -> None:
-        a = LinearAddNorm(slots[codes], slots[scales], weight, bias, slots[HIDDEN], norm)
+        a = LinearAddNorm(slots[codes], slots[scales], weight, bias, slots[HIDDEN], norm, keeps)
         slots[HIDDEN], slots[codes_of(HIDDEN)], slots[scales_of(HIDDEN)] = call(a)
 
     return [
@@ -108,16 +121,16 @@ def linear_add_norm(label: Label, bound: BoundLinear, tokens: Tokens, norm: Norm
     ]  # fmt: skip
 
 
-def add_norm(name: str, reads: str, norm: Norm, dtype: Out, target: Target) -> Step:
-    """LayerNorm(slot + hidden) with its codes and scales, into hidden."""
+def add_norm(name: str, reads: str, norm: Norm, dtype: Out, target: Target, keeps: Keeps = Keeps.NORM) -> Step:
+    """LayerNorm(slot + hidden) with its codes and scales, into hidden, or where it `keeps` the sum that with them."""
     assert isinstance(dtype, torch.dtype)
     k = norm.gamma.shape[0]
-    problem = Problem(None, None, 0, k, dtype)
+    problem = Problem(None, None, 0, k, dtype, keeps=keeps)
     call = runner("add_norm", problem, target)
 
     def run(slots: Slots) -> None:
         slots[HIDDEN], slots[codes_of(HIDDEN)], slots[scales_of(HIDDEN)] = call(
-            AddNorm(slots[reads], slots[HIDDEN], norm)
+            AddNorm(slots[reads], slots[HIDDEN], norm, keeps)
         )
 
     kernel = explain("add_norm", problem, target).name
@@ -256,7 +269,7 @@ def norm_of_rows(tables: Tables, norm: Norm, target: Target) -> Step:
         if slots[IDS].shape[1] != k:
             raise QBertError(f"inputs_embeds have {slots[IDS].shape[1]} columns; the model's tables have {k}")
         summed = slots[IDS].to(torch.float32) + _rows(tables.token_types, slots[TOKEN_TYPE_IDS])
-        a = AddNorm(summed, _rows(tables.positions, slots[POSITION_IDS]), norm)
+        a = AddNorm(summed, _rows(tables.positions, slots[POSITION_IDS]), norm, Keeps.NORM)
         a.check()
         slots[HIDDEN], slots[codes_of(HIDDEN)], slots[scales_of(HIDDEN)] = call(a)
 

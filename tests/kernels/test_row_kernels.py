@@ -12,6 +12,7 @@ from interpreted import run
 from launchers import is_left_to_others, launch, obstacle_of
 
 from qbert.errors import QBertError
+from qbert.ops.abi import Keeps
 from qbert.ops.operations import AddNorm, Norm, QuantizeRows
 from qbert.ops.triton import rows
 from qbert.ops.triton.arguments import Normed, Outliers, Table, TableMeta
@@ -40,7 +41,10 @@ def test_results_are_the_references():
         {"operation": operation, "scheme": scheme, **shape}
         for operation, scheme in (*TABLES, NORM)
         for shape in shapes + ([] if scheme and scheme.startswith("w4") else odd)
-    ] + [{"operation": NORM[0], "t": 5, "n": 0, "k": 768, "dtype": "bfloat16"}])  # fmt: skip
+    ] + [{"operation": NORM[0], "t": 5, "n": 0, "k": 768, "dtype": "bfloat16"}] + [
+        {"operation": NORM[0], "n": 0, "keeps": Keeps.SUM.value, **shape}
+        for shape in ({"t": 3, "k": 70, "dtype": "float32"}, {"t": 2, "k": 768, "dtype": "float16"})
+    ])  # fmt: skip
 
 
 @pytest.mark.interpreter
@@ -77,11 +81,11 @@ def test_arguments_are_refused_by_name():
     with pytest.raises(QBertError, match="cpu; allowed: cuda"):
         launch(QuantizeRows(x))
     with pytest.raises(RuntimeError, match="y is"):
-        launch(AddNorm(x, x[:1], norm))
+        launch(AddNorm(x, x[:1], norm, Keeps.NORM))
     with pytest.raises(RuntimeError, match=r"y must be \(t, k\)"):
-        AddNorm(x[0], x[0], norm).check()
+        AddNorm(x[0], x[0], norm, Keeps.NORM).check()
     with pytest.raises(RuntimeError, match=r"gamma is torch\.int8"):
-        launch(AddNorm(x, x, norm._replace(gamma=torch.ones(8, dtype=torch.int8))))
+        launch(AddNorm(x, x, norm._replace(gamma=torch.ones(8, dtype=torch.int8)), Keeps.NORM))
     look_up = random_problem("embedding", 2, 4, 8, scheme="w8")
     with pytest.raises(RuntimeError, match=r"ids are torch\.uint8"):
         launch(look_up._replace(ids=torch.zeros(2, dtype=torch.uint8)))
@@ -98,8 +102,8 @@ def test_what_no_kernel_reads_is_left_to_others():
         (random_problem("embed_norm", 2, 4, 64, scheme="gobo4", layout=Layout.BYTES), "gobo4 weights in layout bytes"),
         (random_problem("embed_norm", 1, 1, 40_000, scheme="float"), "rows of 40000"),
         (QuantizeRows(long), "rows of 40000"),
-        (AddNorm(long, long, norm), "rows of 40000"),
-        (AddNorm(long[:, :0], long[:, :0], none), "without columns"),
+        (AddNorm(long, long, norm, Keeps.NORM), "rows of 40000"),
+        (AddNorm(long[:, :0], long[:, :0], none, Keeps.NORM), "without columns"),
     ):
         assert why in str(obstacle_of(a))
         assert is_left_to_others(a)
@@ -135,12 +139,13 @@ def test_quantize_per_token_compiles(k, dtype):
 NORM_TYPES = Norm("*fp32", "*fp32", "fp32")
 
 
-def compiled_norm(y, residual, k):
+def compiled_norm(y, residual, k, keeps=Keeps.NORM):
     from qbert.kernels.add_layer_norm_quantize import add_layer_norm_quantize_kernel
 
     arguments = {
         "y_ptr": f"*{y}", "residual_ptr": f"*{residual}", "norm": NORM_TYPES, "to": Normed(f"*{residual}", "*i8", "*fp32"),
         "k": "i32", "strides": ("i32", "i32"), "BLOCK": sm90.Constant(rows.block_of(k)),
+        "SUM": sm90.Constant(keeps is Keeps.SUM),
     }  # fmt: skip
     return compiled(add_layer_norm_quantize_kernel, arguments, k)
 
@@ -148,8 +153,9 @@ def compiled_norm(y, residual, k):
 @pytest.mark.compile
 @pytest.mark.parametrize("k", [768, 4096])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_add_layer_norm_quantize_compiles(k, dtype):
-    built = compiled_norm("fp32", dtype, k)
+@pytest.mark.parametrize("keeps", list(Keeps))
+def test_add_layer_norm_quantize_compiles(k, dtype, keeps):
+    built = compiled_norm("fp32", dtype, k, keeps)
     check(built)
     assert (built.count("BAR") == 0) == (k <= 1024), "one warp holds a row of up to 1024 without a barrier"
 

@@ -54,6 +54,8 @@ def obstacle(problem: Problem) -> str | None:
     """Why not this problem on a GPU that the kernels run on; None where they compute it."""
     scheme = problem.scheme
     assert scheme is not None
+    if problem.gated:
+        return "it does not gate"
     if scheme.weight not in _LAYOUTS:
         return f"it does not read {scheme.weight.name} codes; it reads {', '.join(each.name for each in _LAYOUTS)}"
     if scheme.activation not in (None, INT8):

@@ -14,6 +14,7 @@ from torch import Tensor
 from qbert.errors import QBertError
 from qbert.formats import DICT3, DICT4, INT4, INT8
 from qbert.ops import checks
+from qbert.ops.abi import Keeps
 from qbert.ops.kernel import Problem
 from qbert.ops.operands import require_operands
 from qbert.ops.operations import AddNorm, Embedding, EmbedNorm, QuantizeRows
@@ -58,7 +59,9 @@ def add_norm(a: AddNorm) -> tuple[Tensor, Tensor, Tensor]:
     normed = _normed(residual, t, k)
     if t:
         strides = y.stride(0), residual.stride(0)
-        add_layer_norm_quantize_kernel[(t,)](y, residual, a.norm, normed, k, strides, block_of(k), **row_options(k))
+        add_layer_norm_quantize_kernel[(t,)](
+            y, residual, a.norm, normed, k, strides, block_of(k), a.keeps is Keeps.SUM, **row_options(k)
+        )
     return normed
 
 
