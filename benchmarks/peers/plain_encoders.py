@@ -28,8 +28,8 @@ class PlainEncoder(nn.Module):
     """One model's embeddings and layers, without its pooler.
 
     Attributes:
-        inputs: names of what `forward` takes, in its order: ids, mask and, where the model has them, token types; (batch, width)
-            int64 each. It returns (batch, width, hidden).
+        inputs: names of what `forward` takes, in its order: ids, mask and, where the model has them, token types,
+            (batch, width) int64 each. It returns (batch, width, hidden).
     """
 
     inputs: ClassVar[tuple[str, ...]] = (*IDS_AND_MASK, "token_type_ids")
@@ -119,7 +119,9 @@ class PlainAlbert(PlainEncoder):
         self.embeddings, self.projection = model.embeddings, model.encoder.embedding_hidden_mapping_in
         self.groups = model.encoder.albert_layer_groups
         config = model.config
-        self.order = [index * config.num_hidden_groups // config.num_hidden_layers for index in range(config.num_hidden_layers)]
+        self.order = [
+            index * config.num_hidden_groups // config.num_hidden_layers for index in range(config.num_hidden_layers)
+        ]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         x = self.projection(_bert_embeddings(self.embeddings, input_ids, token_type_ids))

@@ -26,7 +26,7 @@ _COMPILED_SHAPES = 64  # torch.compile gives up on a function after 8 shapes
 class TorchPeer(Peer):
     """Options: `dtype` ("float32", "bfloat16" or "float16"), `compile`."""
 
-    imports: ClassVar[tuple[str, ...]] = ("transformers.models.bert.modeling_bert",)
+    imports: ClassVar[tuple[str, ...]] = ("transformers.modeling_utils",)
 
     def __init__(self, job: Any) -> None:
         super().__init__(job)
