@@ -25,8 +25,8 @@ class Recipe:
     """Schemes for a model's linears and embeddings.
 
     A pattern is a shell wildcard that is matched against any run of whole components of a qualified name: ``"pooler"`` matches
-    ``bert.pooler.dense``, ``"encoder.layer.1"`` does not match ``encoder.layer.10``. With ``$`` at its end it is matched against
-    the last ones only: ``"decoder$"`` matches ``lm_head.decoder``, not ``decoder.layers.0.fc1``.
+    ``bert.pooler.dense``, ``"encoder.layer.1"`` does not match ``encoder.layer.10``. With ``$`` at its end it matches the last
+    ones only: ``"decoder$"`` matches ``lm_head.decoder``, not ``decoder.layers.0.fc1``.
 
     Attributes:
         linear: scheme of linears, or None to leave them float.
