@@ -231,7 +231,7 @@ def _cases(results: Results, encoder: Encoder) -> list[list[BertRow]]:
 
 def _names(encoder: Encoder) -> set[str]:
     """Names in results that stand for this shape: random weights run as fast as trained ones."""
-    sizes = lambda shape: (shape.layers, shape.hidden, shape.inner)
+    sizes = lambda shape: (shape.family, shape.layers, shape.hidden, shape.inner)
     return {encoder.name, *(name for name, shape in SHAPES.items() if sizes(shape) == sizes(encoder.shape))}
 
 

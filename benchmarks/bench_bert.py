@@ -1,8 +1,10 @@
-"""BERT's latency end to end: qbert beside torch, torchao, ONNX Runtime, OpenVINO, bitsandbytes and gemlite, measured in turns.
+"""An encoder's latency end to end: qbert beside torch, torchao, ONNX Runtime, OpenVINO, bitsandbytes and gemlite, in turns.
 
     python -m benchmarks.bench_bert --target cpu --peers all                  base, about ten minutes
     python -m benchmarks.bench_bert --target cuda --model large --json out.json
-    python -m benchmarks.bench_bert --model minilm --sentences                sentences per second on real text
+    python -m benchmarks.bench_bert --model base,mpnet-base --rows "*-int8,qbert-w8a8*"     two models, in the same rounds
+    python -m benchmarks.bench_bert --model modernbert-base --cases 8x128,2x1024
+    python -m benchmarks.bench_bert --model mpnet --sentences --unsorted      sentences per second on real text
     python -m benchmarks.bench_bert --prepare                                 convert once, measure nothing
 
 Every system is a process of its own with all the threads and its own defaults. The parent lets one run at a time, in rounds,
@@ -45,6 +47,7 @@ from .bert_inputs import (
     parse_case,
     real_sentences,
     tokenize,
+    within,
 )
 from .bert_models import ModelFolder, find_model, load_float32
 from .bert_report import add_ratios, cosines, sample, tables
@@ -55,6 +58,7 @@ from .peers import BASELINES, ISAS, ROWS, TARGETS, Job, RowSpec, isa_environment
 from .peers.base import Bound, Floats, Loaded
 from .peers.child import mean_pooled
 from .peers.driver import Child
+from .problems import SHAPES
 from .recorder import QUIET_LOAD, Recorder, Setting, check_picture, device_of, run_command, table_console
 from .results_schema import BertRow, SystemRow
 
@@ -92,7 +96,7 @@ class Caller(Protocol):
 class Settings:
     """What the command line says."""
 
-    model: str = "base"
+    models: tuple[str, ...] = ("base",)
     rows: list[RowSpec] = field(default_factory=list)
     target: str = "cpu"
     cases: tuple[str, ...] = DEFAULT_CASES["cpu"]
@@ -102,6 +106,7 @@ class Settings:
     wait_policy: str = "default"
     cache: Path = field(default_factory=lambda: cache_dir() / "peers")
     sentences: bool = False
+    unsorted: bool = False
     json_path: Path | None = None
     say: Callable[[str], None] = lambda text: None
 
@@ -110,12 +115,12 @@ class Settings:
 
 
 class Team:
-    """All systems that could be started, each in its process."""
+    """All systems that run one model and could be started, each in its process."""
 
     def __init__(self, settings: Settings, model: ModelFolder) -> None:
         self._settings = settings
-        self._model = model
-        sentences, texts = any_sentences(CALIBRATION_SENTENCES, part="train")
+        self.model = model
+        sentences, texts = sentences_for(model, CALIBRATION_SENTENCES, part="train")
         self._texts = tuple(texts)
         self._calibration = tuple(map(tuple, sentences))
         self.children: dict[str, Child] = {}
@@ -133,14 +138,14 @@ class Team:
         self.children[row.name] = Child(row.name, self._environment(row), self._settings.target)
 
     def _load_or_reason(self, row: RowSpec) -> None:
-        self._settings.say(f"loading {row.name}")
+        self._settings.say(f"loading {self.model.name} {row.name}")
         with self._or_reason(row.name):
             self._load(row)
 
     def prepare_only(self) -> None:
         """Conversions of all rows, one process at a time."""
         for row in self._settings.rows:
-            self._settings.say(f"preparing {row.name}")
+            self._settings.say(f"preparing {self.model.name} {row.name}")
             with self._or_reason(row.name):
                 self._begin(row)
                 self.systems[row.name].prepare_seconds = self._prepare(row)
@@ -162,11 +167,18 @@ class Team:
                 system.notes = child.call("notes", timeout=_SLOW)
         return list(self.systems.values())
 
-    def sign(self, rows: list[BertRow]) -> list[BertRow]:
-        """The rows, with whose they are."""
-        for row in rows:
-            row.library, row.configuration = self.systems[row.name].library, self.systems[row.name].configuration
-        return rows
+    def entrants(self, case: BertRow, script: Script) -> list[Entrant]:
+        """What is left of its systems, for a case."""
+        return [Entrant(child, self._row(case, name), script) for name, child in self.children.items()]
+
+    def refusals(self, case: BertRow, reason: str) -> list[BertRow]:
+        """Rows of the same for a case that the model cannot take."""
+        return [self._row(case, name).model_copy(update={"reason": reason}) for name in self.children]
+
+    def _row(self, case: BertRow, name: str) -> BertRow:
+        system = self.systems[name]
+        signed = {"name": name, "library": system.library, "configuration": system.configuration}
+        return case.model_copy(update=signed)
 
     def _load(self, row: RowSpec) -> None:
         system = self.systems[row.name]
@@ -182,14 +194,14 @@ class Team:
     def _prepare(self, row: RowSpec) -> float:
         settings = self._settings
         job = Job(
-            self._model.folder, self._model.work, settings.threads, dict(row.options), settings.sentences,
-            self._calibration, self._texts, settings.target,
+            self.model.folder, self.model.work, settings.threads, dict(row.options), settings.sentences,
+            self._calibration, self._texts, settings.target, self.model.padding,
         )  # fmt: skip
         seconds: float = self.children[row.name].call("prepare", job, timeout=_LONG)
         return seconds
 
     def _check_memory(self) -> None:
-        need = _MEMORY_PER_MODEL * self._model.float_bytes + _SPARE_MEMORY
+        need = _MEMORY_PER_MODEL * self.model.float_bytes + _SPARE_MEMORY
         free = memory_bytes("MemAvailable")
         if free and free < need:
             raise Unavailable(f"{free / 1e9:.1f} GB of memory free, {need / 1e9:.1f} wanted: choose fewer with --rows")
@@ -238,6 +250,32 @@ class Script:
     memory: str = "memory"
 
 
+@dataclass(frozen=True)
+class Entrant:
+    """One system in one case.
+
+    Attributes:
+        system: its process.
+        row: whose model, name and case are said, to be filled in.
+        script: what it is told.
+    """
+
+    system: Caller
+    row: BertRow
+    script: Script
+
+    @property
+    def key(self) -> str:
+        """What tells it from the others of its case."""
+        return f"{self.row.model} {self.row.name}"
+
+
+def sentences_for(model: ModelFolder, count: int, part: str = "test") -> tuple[list[Sentence], list[str]]:
+    """See `any_sentences`; token ids that the model's table has."""
+    sentences, texts = any_sentences(count, part, model.tokenizer)
+    return within(sentences, model.vocabulary), texts
+
+
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
@@ -256,47 +294,45 @@ def for_each(do: Callable[[Item], None], items: Iterable[Item], *, at_once: bool
             done.result()
 
 
-def measure_case(
-    systems: Mapping[str, Caller], case: BertRow, script: Script, seconds: float, target: str = "cpu"
-) -> list[BertRow]:
-    """All systems on one case.
+def measure_case(entrants: Sequence[Entrant], seconds: float, target: str = "cpu") -> list[BertRow]:
+    """All systems on one case, their rows filled in and given back.
 
     Args:
-        case: a row of it, whose name and figures are nobody's.
         seconds: to spend, first forwards included.
     """
     begin = time.perf_counter()
-    rows = {name: case.model_copy(update={"name": name}) for name in systems}
     cuda = target == "cuda"
     patience = min(_SLOW, max(_PATIENCE, seconds)) if cuda else _SLOW
 
-    def first_forward(name: str) -> None:
-        with _reason_in(rows[name]):
-            bound: Bound = systems[name].call(script.first, *script.inputs, timeout=patience)
-            rows[name].first_seconds = None if cuda else bound.seconds  # at once, all of them are slower
-            rows[name].cosine_mean, rows[name].cosine_min = mean, _ = cosines(
-                script.reference, bound.hidden[script.keep]
-            )
+    def first_forward(entrant: Entrant) -> None:
+        row, script = entrant.row, entrant.script
+        with _reason_in(row):
+            bound: Bound = entrant.system.call(script.first, *script.inputs, timeout=patience)
+            row.first_seconds = None if cuda else bound.seconds  # at once, all of them are slower
+            row.cosine_mean, row.cosine_min = mean, _ = cosines(script.reference, bound.hidden[script.keep])
             if not mean > _LEAST_COSINE:
                 raise Unavailable(
                     f"wrong result: mean cosine {mean:.3f} to torch float32, at least {_LEAST_COSINE:g} is right"
                 )
 
-    for_each(first_forward, systems, at_once=cuda)
-    able = {name: system for name, system in systems.items() if rows[name].reason is None}
+    for_each(first_forward, entrants, at_once=cuda)
+    able = {entrant.key: entrant for entrant in entrants if entrant.row.reason is None}
     before = _state(target)
-    turns = {name: partial(system.call, *script.timed, timeout=_SLOW) for name, system in able.items()}
+    turns = {key: partial(each.system.call, *each.script.timed, timeout=_SLOW) for key, each in able.items()}
     left = seconds - (time.perf_counter() - begin)
     rounds, failed = in_rounds(turns, left, MIN_ROUNDS, MAX_ROUNDS, refusal=Unavailable)
     after = _state(target)
-    for name, reason in failed.items():
-        rows[name].reason = reason
-    for name, times in rounds.items():
-        rows[name].time = sample(times, before, after)
-        with _reason_in(rows[name]):
-            rows[name].peak_bytes = systems[name].call(script.memory, timeout=_SLOW)
-    add_ratios(rows, BASELINES[target])
-    return list(rows.values())
+    for key, reason in failed.items():
+        able[key].row.reason = reason
+    for key, times in rounds.items():
+        row = able[key].row
+        row.time = sample(times, before, after)
+        with _reason_in(row):
+            row.peak_bytes = able[key].system.call(able[key].script.memory, timeout=_SLOW)
+    rows = [entrant.row for entrant in entrants]
+    for model in dict.fromkeys(row.model for row in rows):
+        add_ratios({row.name: row for row in rows if row.model == model}, BASELINES[target])
+    return rows
 
 
 def _state(target: str) -> GpuState | None:
@@ -331,37 +367,85 @@ def reference_hidden(folder: Path, batches: Mapping[str, Batch], settings: Setti
 # ---- the two benchmarks ---------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Material:
+    """What one model is fed and held to, by case.
+
+    Attributes:
+        cases: rows of nobody.
+        scripts: what its systems are told; a case that is too long for the model has none.
+    """
+
+    batches: Mapping[str, Batch]
+    cases: Mapping[str, BertRow]
+    scripts: Mapping[str, Script]
+
+
+def _material(model: ModelFolder, settings: Settings) -> Material:
+    sentences, _ = sentences_for(model, POOL)
+    batches = {name: make_batch(parse_case(name), sentences, model.padding) for name in settings.cases}
+    fitting = {name: batch for name, batch in batches.items() if batch.mask.shape[1] <= model.longest}
+    settings.say(f"float32 reference of {model.name}")
+    references = reference_hidden(model.folder, fitting, settings)
+    scripts = {
+        name: Script((batch.ids.numpy(), batch.mask.numpy()), references[name], batch.mask.bool().numpy())
+        for name, batch in fitting.items()
+    }
+    return Material(batches, {name: _case(model, name, batch) for name, batch in batches.items()}, scripts)
+
+
 def bench_cases(settings: Settings) -> Recorder:
-    """Latency on batches of given shapes."""
+    """Latency on batches of given shapes; systems of all models in the same rounds."""
     begin = time.perf_counter()
     recorder = _recorder(settings)
-    model = find_model(settings.model, settings.cache)
-    sentences, _ = any_sentences(POOL)
-    batches = {name: make_batch(parse_case(name), sentences) for name in settings.cases}
-    settings.say("float32 reference")
-    references = reference_hidden(model.folder, batches, settings)
-    team = Team(settings, model)
-    try:
-        team.start()
+    models = [find_model(name, settings.cache) for name in settings.models]
+    materials = {model.name: _material(model, settings) for model in models}
+    with _teams(settings, models) as teams:
+        batches = materials[models[0].name].batches
         for index, name in enumerate(_order(batches, settings.target)):
-            batch = batches[name]
             left = 60 * settings.minutes - (time.perf_counter() - begin)
             if left <= 0 and settings.target == "cuda":
                 settings.say(f"{name} is left out: the {settings.minutes:g} minutes are over")
                 continue
-            settings.say(f"{name}: {len(team.children)} systems, {left / 60:.1f} minutes left")
-            inputs = (batch.ids.numpy(), batch.mask.numpy())
-            script = Script(inputs, references[name], batch.mask.bool().numpy())
-            share = left / (len(batches) - index)
-            rows = measure_case(team.children, _case(model, name, batch), script, share, settings.target)
-            for row in rows:
-                if row.time is not None:
-                    row.work = work_of(model.folder, batch, row.name, team.systems[row.name].weight_bytes or 0)
-            recorder.extend(team.sign(rows))
-        recorder.extend(team.finish())
-    finally:
-        team.close()
+            systems = sum(len(team.children) for team in teams)
+            settings.say(f"{name}: {systems} systems, {left / 60:.1f} minutes left")
+            recorder.extend(_measured(teams, materials, name, left / (len(batches) - index), settings.target))
+        recorder.extend(row for team in teams for row in team.finish())
     return recorder
+
+
+@contextmanager
+def _teams(settings: Settings, models: Sequence[ModelFolder]) -> Iterator[list[Team]]:
+    """A team for each model, all of them ready; their processes end with the block."""
+    teams = [Team(settings, model) for model in models]
+    try:
+        for team in teams:
+            team.start()
+        yield teams
+    finally:
+        for team in teams:
+            team.close()
+
+
+def _measured(
+    teams: Sequence[Team], materials: Mapping[str, Material], case: str, seconds: float, target: str
+) -> list[BertRow]:
+    """Rows of all models in one case."""
+    entrants, refused = [], []
+    for team in teams:
+        material, model = materials[team.model.name], team.model
+        if case in material.scripts:
+            entrants += team.entrants(material.cases[case], material.scripts[case])
+        else:
+            width = material.cases[case].width
+            refused += team.refusals(material.cases[case], f"{width} tokens; {model.name} takes {model.longest}")
+    rows = measure_case(entrants, seconds, target)
+    for row in rows:
+        if row.time is not None:
+            team = next(team for team in teams if team.model.name == row.model)
+            batch = materials[row.model].batches[case]
+            row.work = work_of(team.model.folder, batch, row.name, team.systems[row.name].weight_bytes or 0)
+    return rows + refused
 
 
 def _order(batches: Mapping[str, Batch], target: str) -> list[str]:
@@ -373,42 +457,54 @@ def _order(batches: Mapping[str, Batch], target: str) -> list[str]:
 
 
 def bench_sentences(settings: Settings) -> Recorder:
-    """Time to embed real sentences, in batches of like length as sentence-transformers sorts them."""
+    """Time to embed real sentences, in batches of like length as sentence-transformers sorts them, or as they come."""
     begin = time.perf_counter()
     recorder = _recorder(settings)
-    model = find_model(settings.model, settings.cache)
+    models = [find_model(name, settings.cache) for name in settings.models]
     texts = real_sentences(SENTENCES)
-    sentences = tokenize(texts, max_tokens=MAX_SENTENCE_TOKENS)
-    order, batches = sorted_batches(sentences)
-    settings.say("float32 reference")
+    embedded = {model.name: _sentences_of(model, texts, settings) for model in models}
+    with _teams(settings, models) as teams:
+        left = 60 * settings.minutes - (time.perf_counter() - begin)
+        entrants = [entrant for team in teams for entrant in team.entrants(*embedded[team.model.name])]
+        recorder.extend(measure_case(entrants, left, settings.target))
+        recorder.extend(row for team in teams for row in team.finish())
+    return recorder
+
+
+def _sentences_of(model: ModelFolder, texts: Sequence[str], settings: Settings) -> tuple[BertRow, Script]:
+    """A row of nobody for these texts, and what the model's systems are told."""
+    sentences = within(tokenize(texts, MAX_SENTENCE_TOKENS, model.tokenizer), model.vocabulary)
+    order, batches = batched(sentences, model.padding, by_length=not settings.unsorted)
+    settings.say(f"float32 reference of {model.name}")
     reference = _reference_embeddings(model.folder, batches, settings)
-    inputs = ([(b.ids.numpy(), b.mask.numpy()) for b in batches], [texts[i] for i in order], SENTENCE_BATCH)
-    team = Team(settings, model)
+    ordered = [texts[i] for i in order]
+    calls = groups_of(ordered, SENTENCE_BATCH) if settings.unsorted else [ordered]
+    inputs = ([(b.ids.numpy(), b.mask.numpy()) for b in batches], calls, SENTENCE_BATCH)
     tokens, positions = sum(b.tokens for b in batches), sum(b.mask.numel() for b in batches)
     case = BertRow(
-        name="", library="", model=model.name, random_weights=model.random, case=f"{len(texts)} sentences", batch=len(texts),
+        name="", library="", model=model.name, random_weights=model.random,
+        case=f"{len(texts)} sentences{', unsorted' if settings.unsorted else ''}", batch=len(texts),
         width=max(b.mask.shape[1] for b in batches), tokens=tokens, padding_share=1 - tokens / positions,
     )  # fmt: skip
-    try:
-        team.start()
-        left = 60 * settings.minutes - (time.perf_counter() - begin)
-        script = Script(inputs, reference, slice(None), "sentences", ("sweep",), "sweep_memory")
-        rows = measure_case(team.children, case, script, left, settings.target)
-        recorder.extend(team.sign(rows))
-        recorder.extend(team.finish())
-    finally:
-        team.close()
-    return recorder
+    return case, Script(inputs, reference, slice(None), "sentences", ("sweep",), "sweep_memory")
 
 
 MAX_SENTENCE_TOKENS = 256  # MiniLM's own limit
 
 
-def sorted_batches(sentences: Sequence[Sentence], size: int = SENTENCE_BATCH) -> tuple[list[int], list[Batch]]:
-    """Indices by length, longest first, and the padded batches in that order."""
-    order = sorted(range(len(sentences)), key=lambda i: (-len(sentences[i]), i))
-    groups = [order[start : start + size] for start in range(0, len(order), size)]
-    return order, [pad([sentences[i] for i in group]) for group in groups]
+def batched(
+    sentences: Sequence[Sentence], padding: int = 0, size: int = SENTENCE_BATCH, *, by_length: bool = True
+) -> tuple[list[int], list[Batch]]:
+    """Indices by length, longest first, or as they come, and the padded batches in that order."""
+    order = list(range(len(sentences)))
+    if by_length:
+        order.sort(key=lambda i: -len(sentences[i]))
+    return order, [pad([sentences[i] for i in group], padding) for group in groups_of(order, size)]
+
+
+def groups_of(items: Sequence[Item], size: int) -> list[list[Item]]:
+    """So many at a time; the last group has what is left."""
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def _reference_embeddings(folder: Path, batches: Sequence[Batch], settings: Settings) -> Floats:
@@ -424,12 +520,13 @@ def _reference_embeddings(folder: Path, batches: Sequence[Batch], settings: Sett
 def prepare(settings: Settings) -> Recorder:
     """Everything that is done once and kept."""
     recorder = _recorder(settings)
-    team = Team(settings, find_model(settings.model, settings.cache))
-    try:
-        team.prepare_only()
-    finally:
-        team.close()
-    recorder.extend(team.systems.values())
+    for name in settings.models:
+        team = Team(settings, find_model(name, settings.cache))
+        try:
+            team.prepare_only()
+        finally:
+            team.close()
+        recorder.extend(team.systems.values())
     return recorder
 
 
@@ -444,7 +541,7 @@ def _case(model: ModelFolder, name: str, batch: Batch) -> BertRow:
 def _recorder(settings: Settings) -> Recorder:
     """Before anything runs: the load average that it notes is that of others."""
     told: dict[str, Setting] = {
-        "target": settings.target, "model": settings.model, "threads": settings.threads, "isa": settings.isa,
+        "target": settings.target, "model": ",".join(settings.models), "threads": settings.threads, "isa": settings.isa,
         "wait_policy": settings.wait_policy, "minutes": settings.minutes, "cases": list(settings.cases),
     }  # fmt: skip
     return Recorder("bert", told, settings.json_path, settings.target)
@@ -482,10 +579,13 @@ def _split(text: str | None) -> tuple[str, ...]:
 def main(
     target: Annotated[str, typer.Option(help=f"what to measure on: {', '.join(TARGETS)}")] = "cpu",
     peers: Annotated[str, typer.Option(help="all, none, or libraries with commas between them")] = ALL,
-    model: Annotated[str, typer.Option(help="base, large or tiny (random weights), or a model by name")] = "base",
+    model: Annotated[
+        str, typer.Option(help=f"with commas: random weights ({', '.join(SHAPES)}) or models by name")
+    ] = "base",
     rows: Annotated[str | None, typer.Option(help="wildcards of rows, with commas")] = None,
     cases: Annotated[str | None, typer.Option(help="BATCHxLENGTH, raggedBATCH and squadBATCH, with commas")] = None,
     sentences: Annotated[bool, typer.Option(help="embed real sentences instead of cases")] = False,
+    unsorted: Annotated[bool, typer.Option(help="sentences in batches as they come, not by length")] = False,
     minutes: Annotated[float, typer.Option(help="rounds are chosen to fit, three at least")] = 10.0,
     quick: Annotated[bool, typer.Option(help="few cases and rows, two minutes")] = False,
     threads: Annotated[int | None, typer.Option(help="of every system; all physical cores by default")] = None,
@@ -496,15 +596,16 @@ def main(
     json_path: options.JsonFile = None,
     plot: options.PlotFile = None,
 ) -> None:
-    """Times qbert and its peers on BERT."""
+    """Times qbert and its peers on whole encoders."""
     errors = Console(stderr=True)
     device_of(target)
     check_picture(plot)
     patterns = _split(rows) or (_quick_rows(target, peers) if quick else ())
     settings = Settings(
-        model=model, target=target, rows=select_rows(peers, patterns, sentences=sentences, target=target),
+        models=_split(model), target=target, rows=select_rows(peers, patterns, sentences=sentences, target=target),
         cases=_split(cases) or (QUICK_CASES if quick else DEFAULT_CASES)[target], minutes=2.0 if quick else minutes,
-        threads=threads or physical_cores(), isa=isa, wait_policy=wait_policy, sentences=sentences, json_path=json_path,
+        threads=threads or physical_cores(), isa=isa, wait_policy=wait_policy, sentences=sentences, unsorted=unsorted,
+        json_path=json_path,
         say=lambda text: errors.print(f"[dim]{text}[/dim]"),
     )  # fmt: skip
     settings.cache = cache or settings.cache
@@ -534,6 +635,10 @@ def _check(settings: Settings) -> None:
         raise QBertError(f"wait policy {settings.wait_policy!r}: allowed are {', '.join(WAIT_POLICIES)}")
     if settings.threads < 1 or settings.minutes <= 0:
         raise QBertError(f"threads {settings.threads}, minutes {settings.minutes}: must be positive")
+    if not settings.models or len(set(settings.models)) != len(settings.models):
+        raise QBertError(f"model {','.join(settings.models)!r}: allowed are names with commas between them, each once")
+    if settings.unsorted and not settings.sentences:
+        raise QBertError("--unsorted is about --sentences, which is not given")
     for name in settings.cases:
         parse_case(name)
 

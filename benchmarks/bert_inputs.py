@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
 
 import torch
@@ -23,6 +24,7 @@ DEFAULT_CASES = {
 QUICK_CASES = {"cpu": ("8x128", "1x16"), "cuda": ("32x128", "squad64", "1x128")}
 MAX_TOKENS = 128
 PADDING_SHARE = 0.5
+_LONGEST = 8192  # ModernBERT's positions
 _DRAWS = 2000  # of which the one with the share of padding that was asked for is taken
 _DENSE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 _RAGGED = re.compile(r"ragged([1-9]\d*)")
@@ -73,39 +75,40 @@ def parse_case(name: str) -> Case:
     `squad64`: 64 sequences with lengths like SQuAD's, 177 tokens of 384 in the mean.
 
     Raises:
-        QBertError: neither of the two, or longer than BERT's 512 positions.
+        QBertError: none of the three, or longer than any model's positions (`find_model` says what one takes).
     """
     if dense := _DENSE.fullmatch(name):
         batch, length = int(dense[1]), int(dense[2])
-        if 2 <= length <= 512:
+        if 2 <= length <= _LONGEST:
             return Case(name, batch, length)
     if (ragged := _RAGGED.fullmatch(name)) and int(ragged[1]) > 1:
         return Case(name, int(ragged[1]), None)
     if (squad := _SQUAD.fullmatch(name)) and int(squad[1]) > 1:
         return Case(name, int(squad[1]), None, squad=True)
     raise QBertError(
-        f"case {name!r}: allowed are BATCHxLENGTH (length 2 to 512), raggedBATCH and squadBATCH (2 or more)"
+        f"case {name!r}: allowed are BATCHxLENGTH (length 2 to {_LONGEST}), raggedBATCH and squadBATCH (2 or more)"
     )
 
 
-def make_batch(case: Case, sentences: Sequence[Sentence]) -> Batch:
+def make_batch(case: Case, sentences: Sequence[Sentence], padding: int = 0) -> Batch:
     """The batch of a case, the same one every time.
 
     Args:
         sentences: a dense case takes their tokens end to end, a ragged one takes whole sentences.
+        padding: token id that padding has.
     """
     if case.squad:
-        return _of_lengths(squad_lengths(case.batch), sentences)
+        return _of_lengths(squad_lengths(case.batch), sentences, padding)
     if case.length is None:
         chosen = pick_ragged([len(each) for each in sentences], case.batch)
-        return pad([sentences[i] for i in chosen])
+        return pad([sentences[i] for i in chosen], padding)
     return Batch(*_dense(case.batch, case.length, sentences))
 
 
-def pad(sentences: Sequence[Sentence]) -> Batch:
-    """Sentences side by side, padded on the right with id 0."""
+def pad(sentences: Sequence[Sentence], padding: int = 0) -> Batch:
+    """Sentences side by side, padded on the right with the id of padding."""
     width = max(len(each) for each in sentences)
-    ids = torch.tensor([each + [0] * (width - len(each)) for each in sentences])
+    ids = torch.tensor([each + [padding] * (width - len(each)) for each in sentences])
     mask = torch.tensor([[1] * len(each) + [0] * (width - len(each)) for each in sentences])
     return Batch(ids, mask)
 
@@ -140,14 +143,17 @@ def squad_lengths(count: int) -> list[int]:
     return lengths
 
 
-def any_sentences(count: int, part: str = "test") -> tuple[list[Sentence], list[str]]:
+def any_sentences(count: int, part: str = "test", model: Path | None = None) -> tuple[list[Sentence], list[str]]:
     """Real sentences as token ids, and their texts; where no evaluation set is installed, made-up ids and no texts.
 
     What a batch of made-up tokens costs is the same; what a calibration on them is worth is not.
+
+    Args:
+        model: whose tokens they are; see `tokenize`.
     """
     try:
         texts = real_sentences(count, part=part)
-        return tokenize(texts), texts
+        return tokenize(texts, model=model), texts
     except QBertError:
         draw = random.Random(part)
         lengths = (min(MAX_TOKENS, 5 + int(draw.lognormvariate(2.9, 0.6))) for _ in range(count))
@@ -177,17 +183,26 @@ def real_sentences(count: int, *, part: str = "test") -> list[str]:
     return [texts[i] for i in range(longest) for texts in sets if i < len(texts)][:count]
 
 
-def tokenize(texts: Sequence[str], max_tokens: int = MAX_TOKENS) -> list[Sentence]:
-    """Token ids by MiniLM's tokenizer: its vocabulary of 30,522 word pieces is BERT's, so it serves every model here."""
-    tokenizer = load_tokenizer(resolve_model("minilm"))
+def tokenize(texts: Sequence[str], max_tokens: int = MAX_TOKENS, model: Path | None = None) -> list[Sentence]:
+    """Token ids by the tokenizer of a model's folder, or by MiniLM's: its vocabulary of 30,522 word pieces is BERT's.
+
+    Args:
+        model: folder with a tokenizer; None for MiniLM's, which random weights of every shape are fed with (see `within`).
+    """
+    tokenizer = load_tokenizer(str(model or resolve_model("minilm")))
     ids = tokenizer(list(texts), truncation=True, max_length=max_tokens, return_attention_mask=False)["input_ids"]
     return [list(each) for each in ids]
 
 
-def _of_lengths(lengths: Sequence[int], sentences: Sequence[Sentence]) -> Batch:
+def within(sentences: Sequence[Sentence], vocabulary: int) -> list[Sentence]:
+    """The same token ids, those beyond a random model's table replaced by its last."""
+    return [[min(token, vocabulary - 1) for token in each] for each in sentences]
+
+
+def _of_lengths(lengths: Sequence[int], sentences: Sequence[Sentence], padding: int) -> Batch:
     """Real tokens end to end, cut to sequences of these lengths."""
     rows = [_dense(1, length, sentences[i % len(sentences) :] or sentences)[0] for i, length in enumerate(lengths)]
-    return pad([row[0].tolist() for row in rows])
+    return pad([row[0].tolist() for row in rows], padding)
 
 
 def _dense(batch: int, length: int, sentences: Sequence[Sentence]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The models that are timed: real ones by name, and BERT's shapes with random weights of a realistic distribution."""
+"""The models that are timed: real ones by name, and encoders' shapes with random weights of a realistic distribution."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from qbert.errors import QBertError
 from qbert.evaluate.loading import quiet_transformers
+from qbert.families.positions import longest
 from qbert.folders import new_folder
 from qbert.zoo import WEIGHTS_FILE, resolve_model, sha256_of_file
 
-from .problems import SHAPES, Shape, read_config
+from .problems import OTHER_FAMILIES, SHAPES, Shape, read_config
 
 # Of trained encoders: deviation 0.04 to 0.1 a matrix, and a few weights in a thousand far outside (0.32% in MiniLM beyond what
 # GOBO calls an outlier). Weights as they are initialized, normal with 0.02, would have almost none of these.
@@ -23,6 +24,13 @@ DEVIATION = 0.04
 OUTLIER_SHARE = 0.003
 OUTLIER_DEVIATIONS = (4.0, 8.0)
 _SEED = 0
+_WITHOUT_POOLER = frozenset({"modernbert"})  # their classes know no `add_pooling_layer`
+# What the public base models' configurations say beside sizes, where it is not their class's default.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "mpnet": {"max_position_embeddings": 514, "layer_norm_eps": 1e-5},
+    "albert": {"embedding_size": 128},
+    "modernbert": {"pad_token_id": 0},  # not 50,283, which smaller vocabularies do not have
+}
 _DISTRIBUTION = 1  # raised when the weights of a shape change, so that old caches are not used
 
 
@@ -36,6 +44,9 @@ class ModelFolder:
         work: folder for what is derived from it; its name changes with the weights.
         random: whether its weights are: then agreement says how exact the arithmetic is, not how good the model stays.
         float_bytes: of its weights in float32.
+        longest: tokens of the longest sequence that it takes.
+        vocabulary: rows of its table of words.
+        padding: token id that padding has.
     """
 
     name: str
@@ -43,35 +54,54 @@ class ModelFolder:
     work: Path
     random: bool
     float_bytes: int
+    longest: int
+    vocabulary: int
+    padding: int
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Folder of the model's own tokenizer; None where there is none, as with random weights."""
+        return self.folder if any(self.folder.glob("tokenizer*")) else None
 
 
 def find_model(name: str, cache: Path) -> ModelFolder:
     """A shape of `SHAPES`, made once and kept in the cache, or any model that `resolve_model` finds in a folder.
 
     Raises:
-        QBertError: unknown, a hub id that is no folder here, or no BERT (the peers' graph is written for BertModel).
+        QBertError: unknown, a hub id that is no folder here, or of a family that is not measured here.
     """
     if name in SHAPES:
         folder = cache / f"{name}-random{_DISTRIBUTION}"
         if not folder.is_dir():
             with new_folder(folder) as fresh, quiet_transformers():
                 random_model(SHAPES[name]).save_pretrained(fresh)
-        return ModelFolder(name, folder, folder / "work", True, _weights_bytes(folder))
+        return _model_folder(name, folder, folder / "work", random=True)
     folder = Path(resolve_model(name))
     if not (folder / WEIGHTS_FILE).is_file():
         raise QBertError(f"model {name!r} is no folder with {WEIGHTS_FILE}; allowed: one, or {', '.join(SHAPES)}")
-    if read_config(folder).model_type != "bert":
-        raise QBertError(f"model {name!r} is a {read_config(folder).model_type}; this benchmark takes bert")
+    kind = read_config(folder).model_type
+    if kind != "bert" and kind not in OTHER_FAMILIES:
+        allowed = ", ".join(("bert", *sorted(OTHER_FAMILIES)))
+        raise QBertError(f"model {name!r} is a {kind}; this benchmark takes {allowed}")
     label = f"{Path(name).name}-{sha256_of_file(folder / WEIGHTS_FILE)[:12]}"
-    return ModelFolder(name, folder, cache / label / "work", False, _weights_bytes(folder))
+    return _model_folder(name, folder, cache / label / "work", random=False)
+
+
+def _model_folder(name: str, folder: Path, work: Path, *, random: bool) -> ModelFolder:
+    config = read_config(folder)
+    positions = longest(config)
+    assert positions is not None  # all of these families have tables of positions, or a limit
+    size = (folder / WEIGHTS_FILE).stat().st_size
+    return ModelFolder(name, folder, work, random, size, positions, config.vocab_size, int(config.pad_token_id or 0))
 
 
 def load_float32(folder: str | Path) -> Any:
     """The encoder without its pooler, in float32: all that any system here computes."""
     from transformers import AutoModel
 
+    pooler = {} if read_config(Path(folder)).model_type in _WITHOUT_POOLER else {"add_pooling_layer": False}
     with quiet_transformers():
-        return AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False).eval()
+        return AutoModel.from_pretrained(folder, dtype=torch.float32, **pooler).eval()
 
 
 def fingerprint(*parts: str) -> str:
@@ -85,19 +115,17 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _weights_bytes(folder: Path) -> int:
-    return (folder / WEIGHTS_FILE).stat().st_size
-
-
 def random_model(shape: Shape) -> Any:
-    """A BertModel of that shape, without its pooler, the same one every time."""
-    from transformers import BertConfig, BertModel
+    """A model of that shape, without its pooler, the same one every time."""
+    from transformers import AutoConfig, AutoModel
 
-    config = BertConfig(
-        num_hidden_layers=shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads,
-        intermediate_size=shape.inner, vocab_size=shape.vocabulary,
+    config = AutoConfig.for_model(
+        shape.family, num_hidden_layers=shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads,
+        intermediate_size=shape.inner, vocab_size=shape.vocabulary, **_SETTINGS.get(shape.family, {}),
     )  # fmt: skip
-    model = BertModel(config, add_pooling_layer=False).eval()
+    model = AutoModel.from_config(config).eval()
+    if hasattr(model, "pooler"):
+        model.pooler = None
     generator = torch.Generator().manual_seed(_SEED)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -58,14 +58,50 @@ def cosines(reference: NDArray[np.float32], found: NDArray[np.float32]) -> tuple
 def tables(
     systems: Sequence[SystemRow], rows: Sequence[BertRow], machine: Machine, limit: str = ""
 ) -> list[RenderableType]:
-    """Times by case; size and agreement of each system; what each system is, or why it is not there.
+    """Of each model: times by case; size and agreement of each system; what each system is, or why it is not there.
+    Then how the models stand to the first.
 
     Args:
         limit: what all systems were held to, for the title.
     """
+    models = list(dict.fromkeys(system.model for system in systems))
+    shown: list[RenderableType] = []
+    for model in models:
+        of = [system for system in systems if system.model == model]
+        shown += _tables_of(of, [row for row in rows if row.model == model], machine, limit)
+    return [*shown, *([_models(models, rows)] if rows and len(models) > 1 else [])]
+
+
+def _tables_of(
+    systems: Sequence[SystemRow], rows: Sequence[BertRow], machine: Machine, limit: str
+) -> list[RenderableType]:
     remarks = "\n".join(f"{system.name}: {_remark(rows, system)}" for system in systems)
     shown = [_times(systems, rows, machine, limit), _systems(systems, rows)] if rows else []
     return [*shown, Text(remarks)]
+
+
+def over_first(models: Sequence[str], rows: Sequence[BertRow]) -> dict[tuple[str, str, str], float]:
+    """(model, system, case) -> its time over that of the first model: both were measured in the same rounds."""
+    times = {(row.model, row.name, row.case): row.time.median for row in rows if row.time is not None}
+    return {
+        (model, name, case): time / times[models[0], name, case]
+        for (model, name, case), time in times.items()
+        if model != models[0] and (models[0], name, case) in times
+    }
+
+
+def _models(models: Sequence[str], rows: Sequence[BertRow]) -> Table:
+    ratios, cases = over_first(models, rows), list(dict.fromkeys(row.case for row in rows))
+    table = Table(title=f"time over that of {models[0]} in the same rounds", title_justify="left")
+    table.add_column("system", no_wrap=True)
+    columns = [(model, case) for model in models[1:] for case in cases]
+    for model, case in columns:
+        table.add_column(f"{model} {case}", justify="right")
+    for name in dict.fromkeys(row.name for row in rows):
+        found = [ratios.get((model, name, case)) for model, case in columns]
+        if any(found):
+            table.add_row(name, *("-" if each is None else f"{each:.3f}" for each in found))
+    return table
 
 
 def _cell(rows: Sequence[BertRow], name: str, case: str) -> BertRow | None:

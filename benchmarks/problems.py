@@ -23,6 +23,7 @@ class Shape:
         heads: of a layer.
         inner: width of the feed-forward network.
         vocabulary: rows of the table of words.
+        family: `model_type` of transformers, where its layers are not BERT's.
     """
 
     layers: int
@@ -30,13 +31,19 @@ class Shape:
     heads: int
     inner: int
     vocabulary: int = VOCABULARY
+    family: str = "bert"
+
+    @property
+    def gated(self) -> bool:
+        """GeGLU: a gate stands beside each value of the feed-forward network's first product."""
+        return self.family == "modernbert"
 
     @property
     def linears(self) -> tuple[tuple[int, int], ...]:
         """(output channels, input channels) of a layer's products: query, key and value together, attention's output, and
         the feed-forward network's two."""
         h, f = self.hidden, self.inner
-        return (3 * h, h), (h, h), (f, h), (h, f)
+        return (3 * h, h), (h, h), (2 * f if self.gated else f, h), (h, f)
 
     @property
     def linear_weights(self) -> int:
@@ -54,12 +61,21 @@ class Shape:
         return self.hidden // self.heads
 
 
+# BERT's, and those of all-mpnet-base-v2, albert-base-v2 and answerdotai/ModernBERT-base, from their configurations.
 SHAPES: dict[str, Shape] = {
     "base": Shape(12, 768, 12, 3072),
     "large": Shape(24, 1024, 16, 4096),
     "minilm-shape": Shape(6, 384, 12, 1536),
+    "mpnet-base": Shape(12, 768, 12, 3072, 30_527, "mpnet"),
+    "albert-base": Shape(12, 768, 12, 3072, 30_000, "albert"),
+    "modernbert-base": Shape(22, 768, 12, 1152, 50_368, "modernbert"),
     "tiny": Shape(2, 64, 2, 256),
+    "tiny-mpnet": Shape(2, 64, 2, 256, family="mpnet"),
+    "tiny-albert": Shape(2, 64, 2, 256, family="albert"),
+    "tiny-modernbert": Shape(4, 64, 2, 96, family="modernbert"),
 }
+# Families of `SHAPES` whose layers are not BERT's.
+OTHER_FAMILIES = frozenset(shape.family for shape in SHAPES.values()) - {"bert"}
 # Whose linears are measured alone.
 LINEARS: dict[str, tuple[tuple[int, int], ...]] = {name: SHAPES[name].linears for name in ("base", "large")}
 # Schemes whose products run on int8 matrix units, and those that only stream their weights.
@@ -87,4 +103,5 @@ def shape_of(config: Any) -> Shape | None:
     )  # fmt: skip
     if not (layers and hidden and heads and inner):
         return None
-    return Shape(layers, hidden, heads, inner, int(getattr(config, "vocab_size", VOCABULARY)))
+    family = config.model_type if config.model_type in OTHER_FAMILIES else "bert"
+    return Shape(layers, hidden, heads, inner, int(getattr(config, "vocab_size", VOCABULARY)), family)

@@ -25,7 +25,8 @@ class Recipe:
     """Schemes for a model's linears and embeddings.
 
     A pattern is a shell wildcard that is matched against any run of whole components of a qualified name: ``"pooler"`` matches
-    ``bert.pooler.dense``, ``"encoder.layer.1"`` does not match ``encoder.layer.10``.
+    ``bert.pooler.dense``, ``"encoder.layer.1"`` does not match ``encoder.layer.10``. With ``$`` at its end it matches the last
+    ones only: ``"decoder$"`` matches ``lm_head.decoder``, not ``decoder.layers.0.fc1``.
 
     Attributes:
         linear: scheme of linears, or None to leave them float.
@@ -94,6 +95,8 @@ def as_recipe(recipe: Recipe | str) -> Recipe:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether `pattern` matches a run of whole dotted components of `name`."""
+    """Whether `pattern` matches a run of whole dotted components of `name`, the last ones where it ends in ``$``."""
     dotted = f".{name}."
+    if pattern.endswith("$"):
+        return fnmatch.fnmatchcase(dotted, f"*.{pattern[:-1]}.")
     return any(fnmatch.fnmatchcase(dotted, f"*.{each}.*") for each in (pattern, pattern.removesuffix(".*")))

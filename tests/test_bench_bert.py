@@ -11,10 +11,10 @@ import torch
 from transformers import BertConfig, BertModel
 
 from benchmarks import bench_bert, bert_inputs
-from benchmarks.bench_bert import Script, Settings, bench_cases, measure_case, select_rows, sorted_batches
+from benchmarks.bench_bert import Entrant, Script, Settings, batched, bench_cases, measure_case, select_rows
 from benchmarks.bert_inputs import make_batch, pad, padding_share, parse_case, pick_ragged
-from benchmarks.bert_models import DEVIATION, OUTLIER_SHARE, realistic_weights
-from benchmarks.bert_report import add_ratios, cosines, sample, tables
+from benchmarks.bert_models import DEVIATION, OUTLIER_SHARE, find_model, load_float32, realistic_weights
+from benchmarks.bert_report import add_ratios, cosines, over_first, sample, tables
 from benchmarks.bert_work import precision_of, work_of
 from benchmarks.machine import describe
 from benchmarks.peers import BASELINES, ISAS, ROWS, TARGETS, isa_environment, torch_peer
@@ -22,7 +22,7 @@ from benchmarks.peers import child as child_module
 from benchmarks.peers.base import Bound, Job, Peer
 from benchmarks.peers.child import Host, _answer, mean_pooled
 from benchmarks.peers.driver import Child
-from benchmarks.peers.plain_bert import PlainBert
+from benchmarks.peers.plain_encoders import PLAIN, feed, plain_encoder
 from benchmarks.peers.sdpa_bert import PackedBert, SdpaBert
 from benchmarks.results_schema import BertRow, SystemRow, load_results
 from qbert import timing
@@ -48,7 +48,7 @@ def sentences(count: int, seed: int = 0) -> list[list[int]]:
 def test_cases_are_parsed():
     assert parse_case("8x128") == bert_inputs.Case("8x128", 8, 128)
     assert parse_case("ragged32") == bert_inputs.Case("ragged32", 32, None)
-    for bad in ("8", "0x4", "4x1", "1x513", "ragged1", "ragged", "8x", "x8", "08x16"):
+    for bad in ("8", "0x4", "4x1", "1x8193", "ragged1", "ragged", "8x", "x8", "08x16"):
         with pytest.raises(QBertError, match="allowed are"):
             parse_case(bad)
 
@@ -92,10 +92,15 @@ def test_real_sentences_of_training_and_test_are_apart():
 
 def test_sentences_are_batched_by_length():
     given = sentences(70)
-    order, batches = sorted_batches(given, 32)
+    order, batches = batched(given, size=32)
     assert sorted(order) == list(range(70))
     assert [batch.mask.shape[0] for batch in batches] == [32, 32, 6]
     assert [len(given[i]) for i in order] == sorted((len(each) for each in given), reverse=True)
+    order, unsorted = batched(given, padding=1, size=32, by_length=False)
+    assert order == list(range(70))
+    assert [batch.mask.shape[0] for batch in unsorted] == [32, 32, 6]
+    assert (unsorted[0].ids[unsorted[0].mask == 0] == 1).all()
+    assert sum(batch.mask.numel() for batch in unsorted) > sum(batch.mask.numel() for batch in batches)
 
 
 def test_weights_have_a_few_outliers():
@@ -206,6 +211,29 @@ class Fake:
         return [0.001]
 
 
+def entrants(systems, reference, keep, model="tiny"):
+    script = Script((), reference, keep)
+    return [
+        Entrant(each, row(name, "2x3").model_copy(update={"model": model}), script) for name, each in systems.items()
+    ]
+
+
+def test_models_are_measured_in_the_same_rounds():
+    log: list[str] = []
+    names = (BASELINES["cpu"], "qbert-a")
+    keep, reference = np.ones((2, 3), bool), np.ones((6, 4), np.float32)
+    given = [
+        entrant
+        for model in ("one", "two")
+        for entrant in entrants({name: Fake(f"{model} {name}", log) for name in names}, reference, keep, model)
+    ]
+    found = measure_case(given, seconds=0.0)
+    assert [(each.model, each.name) for each in found] == [(model, name) for model in ("one", "two") for name in names]
+    assert all(set(log[at : at + 4]) == {entrant.key for entrant in given} for at in range(0, len(log), 4))
+    assert [each.speedup for each in found] == [1.0] * 4
+    assert over_first(["one", "two"], found) == {("two", name, "2x3"): 1.0 for name in names}
+
+
 def test_a_system_that_fails_is_a_row_with_its_reason():
     log: list[str] = []
     baseline = BASELINES["cpu"]
@@ -214,7 +242,7 @@ def test_a_system_that_fails_is_a_row_with_its_reason():
         "breaks": Fake("breaks", log, fails_at=1), "hides": Fake("hides", log, fails_on="memory"), "nan": Fake("nan", log),
     }  # fmt: skip
     keep = np.array([[True, True, False], [True, False, False]])
-    found = measure_case(systems, row("", "2x3"), Script((), np.ones((3, 4), np.float32), keep), seconds=0.0)
+    found = measure_case(entrants(systems, np.ones((3, 4), np.float32), keep), seconds=0.0)
     cells = {each.name: each for each in found}
     assert list(cells) == list(systems)
     assert cells[baseline].reason is None
@@ -244,7 +272,9 @@ def test_rows_are_chosen_by_library_and_by_name(target):
     assert "sentence-transformers" not in choose("all", [])
     assert ("sentence-transformers" in choose("all", [], True)) == (target == "cpu")
     assert choose("none", [])[0] == baseline
-    assert set(choose("none", [])) == {baseline, *(name for name in ROWS[target] if name.startswith("qbert"))}
+    ours = {name for name, each in ROWS[target].items() if each.library == "qbert"}
+    assert set(choose("none", [], True)) == {baseline, *ours}
+    assert set(choose("none", [])) == {baseline, *(name for name in ours if not name.endswith("-encode"))}
     assert choose("all", ["*-int8*", baseline])[0] == baseline
     with pytest.raises(QBertError, match="allowed are all, none"):
         choose("pytorch", [])
@@ -283,12 +313,35 @@ def test_the_plain_graph_computes_what_bert_does():
     batch = pad([[CLS, 5, 6, SEP], [CLS, SEP]])
     with torch.inference_mode():
         expected = bert(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
-        plain = PlainBert(bert)(batch.ids, batch.mask, torch.zeros_like(batch.ids))
         sdpa = SdpaBert(bert)(batch.ids, batch.mask)
         packed = PackedBert(bert, _attention_by_sequence)(batch.ids, batch.mask)
-    for actual in (plain, sdpa, packed):
+    for actual in (sdpa, packed):
         torch.testing.assert_close(actual[batch.mask.bool()], expected[batch.mask.bool()])
     assert not packed[~batch.mask.bool()].any()
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_plain_graphs_compute_what_the_models_do(family, tmp_path):
+    model = find_model("tiny" if family == "bert" else f"tiny-{family}", tmp_path)
+    encoder = load_float32(model.folder)
+    given = sentences(3)
+    batch = pad([given[0] * 8, *given[1:]], model.padding)  # longer than ModernBERT's window and MPNet's last bucket
+    assert 128 < batch.mask.shape[1] <= model.longest
+    with torch.inference_mode():
+        expected = encoder(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
+        plain = plain_encoder(encoder)
+        actual = plain(**feed(plain.inputs, batch.ids, batch.mask))
+    torch.testing.assert_close(actual[batch.mask.bool()], expected[batch.mask.bool()])
+
+
+def test_a_model_without_a_plain_graph_is_a_reason():
+    from transformers import RobertaConfig, RobertaModel
+
+    model = RobertaModel(RobertaConfig(**TINY))
+    with pytest.raises(Unavailable, match="no plain graph of roberta"):
+        plain_encoder(model)
+    with pytest.raises(Unavailable, match="written for bert"):
+        torch_peer.checked_bert(model)
 
 
 def _attention_by_sequence(query, key, value, cu_seqlens, longest):
@@ -373,7 +426,7 @@ def test_tiny_run(tmp_path, monkeypatch):
     baseline = BASELINES["cpu"]
     names = [baseline, "onnxruntime-fp32", "qbert-w8a8-unfused", "qbert-w8a8-static"]
     settings = Settings(
-        model="tiny", rows=[ROWS["cpu"][name] for name in names], cases=("2x16", "ragged2"), minutes=0.01, isa="generic",
+        models=("tiny",), rows=[ROWS["cpu"][name] for name in names], cases=("2x16", "ragged2"), minutes=0.01, isa="generic",
         cache=tmp_path, json_path=tmp_path / "out.json",
     )  # fmt: skip
     made = bench_cases(settings)
@@ -399,6 +452,42 @@ def test_tiny_run(tmp_path, monkeypatch):
     assert systems["qbert-w8a8-static"].weight_bytes < systems[baseline].weight_bytes
     stored = load_results(tmp_path / "out.json")
     assert [each.name for each in stored.of(BertRow)] == [each.name for each in made.of(BertRow)]
+
+
+def test_tiny_run_of_two_models(tmp_path, monkeypatch):
+    """One that has no fused encoder is a row that says so, or runs; a case that is too long for a model is one too."""
+    monkeypatch.setattr(bench_bert, "CALIBRATION_SENTENCES", 16)
+    monkeypatch.setattr(bench_bert, "POOL", 100)
+    names = [BASELINES["cpu"], "qbert-w8a8-unfused", "qbert-w8a8"]
+    settings = Settings(
+        models=("tiny", "tiny-modernbert"), rows=[ROWS["cpu"][name] for name in names], cases=("2x16", "1x513"),
+        minutes=0.01, cache=tmp_path,
+    )  # fmt: skip
+    made = bench_cases(settings)
+    reasons = {(each.model, each.name): each.reason for each in made.of(SystemRow)}
+    assert list(reasons) == [(model, name) for model in settings.models for name in names]
+    reason = reasons.pop(("tiny-modernbert", "qbert-w8a8"))
+    assert reason is None or "ModernBertModel is not fused: " in reason
+    assert set(reasons.values()) == {None}
+    rows = {(each.model, each.name, each.case): each for each in made.of(BertRow)}
+    for model, name in reasons:
+        assert rows[model, name, "2x16"].time is not None
+        assert rows[model, name, "2x16"].cosine_mean > 0.99
+        too_long = rows[model, name, "1x513"].reason
+        assert too_long == (None if model == "tiny-modernbert" else "513 tokens; tiny takes 512")
+
+
+def test_a_models_pairs_and_bytes_in_the_bound(tmp_path):
+    """Windows bound what attention computes; shared layers are read once."""
+    work = {}
+    for name in ("tiny-modernbert", "tiny-albert", "tiny-mpnet"):
+        model = find_model(name, tmp_path)
+        ids = torch.ones(1, 300, dtype=torch.int64)
+        work[name] = work_of(model.folder, bert_inputs.Batch(ids, ids), "x", 10**6)
+    near = 300 * 129 - 64 * 65
+    linears = 2 * 300 * 4 * (4 * 64 * 64 + 3 * 64 * 96)
+    assert work["tiny-modernbert"].operations == linears + 4 * 64 * (2 * 300**2 + 2 * near)
+    assert work["tiny-albert"].operations == work["tiny-mpnet"].operations
 
 
 def test_squad_lengths():
@@ -450,7 +539,7 @@ def test_first_forwards_on_a_gpu_are_at_once_and_not_timed(monkeypatch):
     names = (BASELINES["cuda"], "qbert-a", "other")
     systems = {name: Compiling(name, []) for name in names}
     keep, reference = np.ones((2, 3), bool), np.ones((6, 4), np.float32)
-    rows = measure_case(systems, row("", "2x3"), Script((), reference, keep), seconds=0.0, target="cuda")
+    rows = measure_case(entrants(systems, reference, keep), seconds=0.0, target="cuda")
     assert [each.reason for each in rows] == [None] * 3
     assert [each.first_seconds for each in rows] == [None] * 3
     assert [each.baseline for each in rows] == [BASELINES["cuda"]] * 3

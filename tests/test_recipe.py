@@ -33,6 +33,10 @@ QUERY = "bert.encoder.layer.1.attention.self.query"
         ("*", "anything"),
         ("q*y", QUERY),
         ("*attention*", QUERY),
+        ("decoder$", "decoder"),
+        ("decoder$", "lm_head.decoder"),
+        ("self.query$", QUERY),
+        ("q*y$", QUERY),
     ],
 )
 def test_pattern_matches(pattern: str, name: str) -> None:
@@ -54,6 +58,10 @@ def test_pattern_matches(pattern: str, name: str) -> None:
         ("query.dense", QUERY),
         ("layer.?", "encoder.layer.10.output"),
         ("", "pooler"),
+        ("decoder$", "model.decoder.layers.0.fc1"),
+        ("self$", QUERY),
+        ("uery$", QUERY),
+        ("$", "pooler"),
     ],
 )
 def test_pattern_does_not_match(pattern: str, name: str) -> None:
@@ -67,7 +75,8 @@ def test_defaults_quantize_linears_and_keep_heads_and_embeddings_float() -> None
     embedding = recipe.decide("embeddings.word_embeddings", Role.EMBEDDING)
     assert (embedding.scheme, embedding.reason) == (None, "the recipe leaves embeddings float")
     for head in KEEP_FLOAT:
-        for name in (head, f"{head}.dense", f"model.{head}.out_proj"):
+        inside = () if head.endswith("$") else (f"{head}.dense", f"model.{head}.out_proj")
+        for name in (head.removesuffix("$"), f"model.{head.removesuffix('$')}", *inside):
             decision = recipe.decide(name, Role.LINEAR)
             assert (decision.scheme, decision.reason) == (None, f"stays float: {head!r} is on the skip list")
 

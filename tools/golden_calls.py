@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qbert.checkpoint import Record, digest
 from qbert.devices import GPUS
+from qbert.families import KEEP_FLOAT
 from qbert.formats import SCHEMES, Role, scheme_names
 from qbert.ops import Activation, Keeps, call
 from qbert.ops.kernel import problem_of
@@ -80,10 +81,21 @@ def calibration_data(calibration: Any) -> dict[str, Any]:
     return {"layers": {name: {k: v for k, v in layer.items() if v is not None} for name, layer in layers.items()}}
 
 
+# The skip list of the first version, which records hold.
+_FIRST_KEEP_FLOAT = (
+    "classifier", "pre_classifier", "cls", "qa_outputs", "score", "lm_head", "vocab_transform", "vocab_projector",
+    "generator_predictions", "generator_lm_head", "discriminator_predictions", "classification_head", "sequence_summary",
+    "relative_attention_bias",
+)  # fmt: skip
+
+
 def record_data(record: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """A checkpoint's record as version 1 spelled it, with the digest that it has then."""
-    if record.get("calibration") is None:
-        return record
+    """A checkpoint's record as version 1 spelled it, with the digest that it has then.
+
+    Names have come to the skip list since; a recipe that takes the list as it is has the one of then.
+    """
+    if record["keep_float"] == list(KEEP_FLOAT):
+        record = {**record, "keep_float": list(_FIRST_KEEP_FLOAT)}
     parsed = Record.parse({**record, "format_version": 1})
     return parsed.model_copy(update={"digest": digest(tensors.items(), parsed)}).to_dict()
 

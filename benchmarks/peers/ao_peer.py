@@ -6,13 +6,14 @@ calibrated, lowered to oneDNN's int8 products, the rest in bfloat16 by autocast.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qbert.families.positions import longest
 from qbert.folders import new_folder
 from qbert.formats import DEFAULT_GROUP_SIZE
 from qbert.timing import Unavailable
@@ -21,7 +22,7 @@ from ..bert_inputs import Batch, pad
 from ..bert_models import fingerprint, load_float32
 from ..machine import versions
 from .base import Ids, Peer, library
-from .plain_bert import PlainBert
+from .plain_encoders import feed, plain_encoder
 from .torch_peer import TorchPeer
 
 CONFIGS = {
@@ -75,6 +76,7 @@ class TorchaoExport(Peer):
         super().__init__(job)
         self._run: Any = None
         self._inputs: tuple[Tensor, ...] = ()
+        self._names: Sequence[Any] = ()
         self._bytes = 0
 
     @property
@@ -93,30 +95,32 @@ class TorchaoExport(Peer):
     def _quantized(self) -> tuple[Any, tuple[Tensor, ...], Any]:
         flow = library("torchao.quantization.pt2e.quantize_pt2e")
         x86 = library("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
-        batches = list(_batches(self.job.calibration))
-        example = _arguments(batches[0])
-        dims = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("width", min=2, max=512)}
-        shapes = tuple(dims for _ in example)
-        model = PlainBert(load_float32(self.job.folder)).eval().requires_grad_(False)
+        float_model = load_float32(self.job.folder)
+        model = plain_encoder(float_model).requires_grad_(False)
+        batches = [_arguments(model.inputs, batch) for batch in self._batches()]
+        widest = longest(float_model.config)
+        dims = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("width", min=2, max=widest)}
+        example, shapes = batches[0], tuple(dims for _ in model.inputs)
         graph = torch.export.export(model, example, dynamic_shapes=shapes).module()
         quantizer = x86.X86InductorQuantizer()
         quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
         prepared = flow.prepare_pt2e(graph, quantizer)
         with torch.no_grad():
             for batch in batches:
-                prepared(*_arguments(batch))
+                prepared(*batch)
         return flow.convert_pt2e(prepared), example, shapes
 
     def load(self) -> None:
         library("torchao.quantization.pt2e.quantize_pt2e")  # defines the operators in the file
         torch._inductor.config.freezing = True
         program = torch.export.load(self._folder / "int8.pt2")
+        self._names = program.graph_signature.user_inputs
         model = program.module()
         self._bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         self._run = torch.compile(model, dynamic=True)
 
     def bind(self, ids: Ids, mask: Ids) -> None:
-        self._inputs = _arguments(Batch(torch.from_numpy(ids), torch.from_numpy(mask)))
+        self._inputs = _arguments(self._names, Batch(torch.from_numpy(ids), torch.from_numpy(mask)))
 
     def forward(self) -> Any:
         with torch.inference_mode(), torch.amp.autocast("cpu", dtype=torch.bfloat16):
@@ -127,11 +131,11 @@ class TorchaoExport(Peer):
     def weight_bytes(self) -> int:
         return self._bytes
 
+    def _batches(self) -> Iterator[Batch]:
+        for start in range(0, _CALIBRATION_BATCHES * _CALIBRATION_BATCH, _CALIBRATION_BATCH):
+            sentences = self.job.calibration[start : start + _CALIBRATION_BATCH]
+            yield pad([list(each) for each in sentences], self.job.padding)
 
-def _arguments(batch: Batch) -> tuple[Tensor, ...]:
-    return batch.ids, batch.mask, torch.zeros_like(batch.ids)
 
-
-def _batches(sentences: Any) -> Iterator[Batch]:
-    for start in range(0, _CALIBRATION_BATCHES * _CALIBRATION_BATCH, _CALIBRATION_BATCH):
-        yield pad([list(each) for each in sentences[start : start + _CALIBRATION_BATCH]])
+def _arguments(names: Sequence[Any], batch: Batch) -> tuple[Tensor, ...]:
+    return tuple(feed(names, batch.ids, batch.mask).values())

@@ -31,6 +31,7 @@ class Job:
         calibration: token ids of sentences that are in no batch.
         texts: the same sentences, for systems that tokenize themselves.
         device: what the model runs on.
+        padding: token id that padding has.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class Job:
     calibration: tuple[tuple[int, ...], ...] = ()
     texts: tuple[str, ...] = ()
     device: str = "cpu"
+    padding: int = 0
 
 
 @dataclass(frozen=True)

@@ -83,11 +83,11 @@ class Host:
         """See `Peer.notes`."""
         return self.peer.notes()
 
-    def sentences(self, batches: list[tuple[Ids, Ids]], texts: list[str], size: int) -> Bound:
-        """Takes texts, as batches or as they are, and embeds all once; `hidden` is (texts, hidden) in their order."""
+    def sentences(self, batches: list[tuple[Ids, Ids]], calls: list[list[str]], size: int) -> Bound:
+        """Takes texts, as batches or call by call, and embeds all once; `hidden` is (texts, hidden) in their order."""
         peer = self.peer
         if isinstance(peer, TextPeer):
-            self._embed = lambda: peer.encode(texts, size)
+            self._embed = lambda: np.concatenate([peer.encode(texts, size) for texts in calls])
         else:
             self._embed = lambda: _embedded(peer, batches)
         start = time.perf_counter()

@@ -21,7 +21,7 @@ from qbert.folders import new_folder
 from ..bert_models import fingerprint, load_float32
 from ..machine import describe, versions
 from .base import Floats, Ids, Peer, library
-from .plain_bert import INPUTS, OUTPUT, PlainBert
+from .plain_encoders import OUTPUT, feed, plain_encoder
 
 _OPSET = 17
 _VNNI_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
@@ -78,7 +78,7 @@ class OnnxRuntime(Peer):
         self._fused = (self._folder / "fused.txt").read_text().split("\n")
 
     def bind(self, ids: Ids, mask: Ids) -> None:
-        self._feed = dict(zip(INPUTS, (ids, mask, ids * 0), strict=True))
+        self._feed = feed([each.name for each in self._session.get_inputs()], ids, mask)
 
     def forward(self) -> Any:
         return self._session.run(None, self._feed)[0]
@@ -96,13 +96,13 @@ class OnnxRuntime(Peer):
 
 def export(model: Any, path: Path) -> None:
     """An ONNX file with batch and length free; quietly."""
-    ids = torch.ones(2, 16, dtype=torch.int64)
-    axes = {name: {0: "batch", 1: "length"} for name in (*INPUTS, OUTPUT)}
+    plain, ids = plain_encoder(model), torch.ones(2, 16, dtype=torch.int64)
+    axes = {name: {0: "batch", 1: "length"} for name in (*plain.inputs, OUTPUT)}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):
         torch.onnx.export(
-            PlainBert(model).eval(), (ids, ids, torch.zeros_like(ids)), str(path), dynamo=False, opset_version=_OPSET,
-            input_names=list(INPUTS), output_names=[OUTPUT], dynamic_axes=axes,
+            plain, tuple(feed(plain.inputs, ids, ids).values()), str(path), dynamo=False, opset_version=_OPSET,
+            input_names=list(plain.inputs), output_names=[OUTPUT], dynamic_axes=axes,
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from qbert.timing import Unavailable
 from ..bert_models import fingerprint, load_float32
 from ..machine import versions
 from .base import Floats, Ids, Peer, library
-from .plain_bert import INPUTS, PlainBert
+from .plain_encoders import feed, plain_encoder
 
 _SAMPLES = 300  # NNCF's default
 
@@ -52,10 +52,9 @@ class OpenVino(Peer):
             library("nncf")
         if self._folder.is_dir():
             return
-        ids = torch.ones(2, 16, dtype=torch.int64)
-        example = dict(zip(INPUTS, (ids, ids, torch.zeros_like(ids)), strict=True))
-        model = runtime.convert_model(PlainBert(load_float32(self.job.folder)).eval(), example_input=example)
-        for given, name in zip(model.inputs, INPUTS, strict=True):
+        plain, ids = plain_encoder(load_float32(self.job.folder)), torch.ones(2, 16, dtype=torch.int64)
+        model = runtime.convert_model(plain, example_input=feed(plain.inputs, ids, ids))
+        for given, name in zip(model.inputs, plain.inputs, strict=True):
             given.get_tensor().set_names({name})
         if self._int8:
             model = self._quantized(model)
@@ -66,7 +65,7 @@ class OpenVino(Peer):
         nncf = library("nncf")
         logging.getLogger("nncf").setLevel(logging.ERROR)
         samples = [np.array([each], dtype=np.int64) for each in self.job.calibration[:_SAMPLES]]
-        feeds = [dict(zip(INPUTS, (ids, np.ones_like(ids), np.zeros_like(ids)), strict=True)) for ids in samples]
+        feeds = [feed(_inputs(model), ids, np.ones_like(ids)) for ids in samples]
         return nncf.quantize(
             model, nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=max(1, len(feeds))
         )
@@ -89,11 +88,11 @@ class OpenVino(Peer):
         self._request = compiled.create_infer_request()
 
     def bind(self, ids: Ids, mask: Ids) -> None:
-        self._feed = dict(zip(INPUTS, (ids, mask, ids * 0), strict=True))
+        self._feed = feed(_inputs(self._model), ids, mask)
         if not self.job.varying:
             self._request = None  # what was compiled for the last shape goes first
             model = self._model.clone()
-            model.reshape({name: list(ids.shape) for name in INPUTS})
+            model.reshape({name: list(ids.shape) for name in self._feed})
             self._compile(model)
 
     def forward(self) -> Any:
@@ -107,3 +106,7 @@ class OpenVino(Peer):
 
     def notes(self) -> list[str]:
         return [f"float parts run in {self._precision}"] if self._precision else []
+
+
+def _inputs(model: Any) -> list[str]:
+    return [each.get_any_name() for each in model.inputs]

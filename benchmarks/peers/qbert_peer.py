@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 import qbert
+from qbert.encoder import obstacle
 from qbert.timing import Unavailable
 
 from ..bert_inputs import pad
@@ -46,21 +46,20 @@ class QBert(TorchPeer):
         # On the device already: each device's kernels read another layout of the weights.
         model = model.to(self.job.device, getattr(torch, self.job.options.get("dtype", "float32")))
         model = qbert.quantize_(model, self.job.options["scheme"], fuse=fuse, calibration=calibration)
-        for encoder in qbert.explain(model).encoders if fuse else ():
-            if encoder.fused == "no":
-                raise Unavailable(f"{encoder.name} is not fused: {encoder.reason}")
+        if fuse:
+            check_fused(model)
         return model
 
     @property
     def _calibration_file(self) -> Path:
         """Named by the code that calibrates: a change there makes a new one."""
-        code = inspect.getsource(inspect.getmodule(qbert.calibrate) or qbert)
-        return Path(self.job.work) / f"qbert-calibration-{fingerprint(code, repr(self.job.calibration))}.json"
+        key = fingerprint(_calibrating_code(), repr(self.job.calibration))
+        return Path(self.job.work) / f"qbert-calibration-{key}.json"
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         sentences = sorted((list(each) for each in self.job.calibration), key=len)
         for start in range(0, len(sentences), _CALIBRATION_BATCH):
-            batch = pad(sentences[start : start + _CALIBRATION_BATCH])
+            batch = pad(sentences[start : start + _CALIBRATION_BATCH], self.job.padding)
             yield {"input_ids": batch.ids, "attention_mask": batch.mask}
 
     def weight_bytes(self) -> int:
@@ -78,3 +77,23 @@ class QBertFused(QBert):
     """The same with the fused encoder, which takes padding off before the first layer."""
 
     padding: ClassVar[str] = "not computed"
+
+
+def check_fused(model: Any) -> None:
+    """
+    Raises:
+        Unavailable: an encoder of the model is not fused, or it has none that can be; with the reason.
+    """
+    found = qbert.explain(model).encoders
+    if not found:
+        raise Unavailable(f"{type(model).__name__} is not fused: {obstacle(model)}")
+    for encoder in found:
+        if encoder.fused == "no":
+            raise Unavailable(f"{encoder.name} is not fused: {encoder.reason}")
+
+
+def _calibrating_code() -> str:
+    """What decides a calibration: which slots a family has, and how their scales are chosen."""
+    root = Path(qbert.__file__).parent
+    files = [root / "calibrate.py", *sorted((root / "encoder").glob("*.py")), *sorted((root / "families").glob("*.py"))]
+    return "".join(file.read_text() for file in files)

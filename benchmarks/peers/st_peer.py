@@ -11,12 +11,13 @@ import torch
 from qbert.timing import Unavailable
 
 from .base import Floats, TextPeer, library
+from .qbert_peer import QBertFused
 
 
 class SentenceTransformers(TextPeer):
     """Options: `dtype`."""
 
-    imports: ClassVar[tuple[str, ...]] = ("transformers.models.bert.modeling_bert",)
+    imports: ClassVar[tuple[str, ...]] = ("transformers.modeling_utils",)
 
     def __init__(self, job: Any) -> None:
         super().__init__(job)
@@ -38,3 +39,29 @@ class SentenceTransformers(TextPeer):
 
     def weight_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self._model.parameters())
+
+
+class QBertSentences(SentenceTransformers):
+    """The same with its encoder quantized and fused. Options: those of `QBert`."""
+
+    padding: ClassVar[str] = QBertFused.padding
+
+    def __init__(self, job: Any) -> None:
+        super().__init__(job)
+        self._quantized = QBertFused(job)
+
+    def prepare(self) -> None:
+        super().prepare()
+        self._quantized.prepare()
+
+    def load(self) -> None:
+        super().load()
+        base = library("transformers").PreTrainedModel
+        encoder = next(each for each in self._model.modules() if isinstance(each, base))
+        self._quantized.model = self._quantized.converted(encoder)
+
+    def weight_bytes(self) -> int:
+        return self._quantized.weight_bytes()
+
+    def notes(self) -> list[str]:
+        return self._quantized.notes()

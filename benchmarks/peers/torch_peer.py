@@ -1,4 +1,4 @@
-"""torch itself: transformers' BertModel with torch's fused attention, eager, compiled by inductor, or without its padding.
+"""torch itself: transformers' model with torch's fused attention, eager, compiled by inductor, or without its padding.
 
 On a CPU, compiled rows use what torch documents for inference there: weights frozen into the graph, so that oneDNN packs them
 once, and dynamic shapes, so that one graph serves all batches (and a second one batches of one sequence). On a GPU they use
@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from qbert.timing import Unavailable
+
 from ..bert_models import load_float32, tensor_bytes
 from .base import Floats, Ids, Peer, library
 from .sdpa_bert import PackedBert, SdpaBert
@@ -24,7 +26,7 @@ _COMPILED_SHAPES = 64  # torch.compile gives up on a function after 8 shapes
 class TorchPeer(Peer):
     """Options: `dtype` ("float32", "bfloat16" or "float16"), `compile`."""
 
-    imports: ClassVar[tuple[str, ...]] = ("transformers.models.bert.modeling_bert",)
+    imports: ClassVar[tuple[str, ...]] = ("transformers.modeling_utils",)
 
     def __init__(self, job: Any) -> None:
         super().__init__(job)
@@ -73,7 +75,7 @@ class TorchGraph(TorchPeer):
 
     def load(self) -> None:
         super().load()
-        self._run = SdpaBert(self.model)
+        self._run = SdpaBert(checked_bert(self.model))
         self.model = None  # else query, key and value would be there twice
 
     def bind(self, ids: Ids, mask: Ids) -> None:
@@ -94,7 +96,7 @@ class TorchUnpadded(TorchPeer):
     def load(self) -> None:
         library("torch.nn.attention.varlen")
         super().load()
-        self._run = packed = PackedBert(self.model)
+        self._run = packed = PackedBert(checked_bert(self.model))
         self.model = None  # else query, key and value would be there twice
         if self.job.options.get("compile"):
             packed.encode = compiled(packed.encode, self.job.device)  # type: ignore[method-assign]
@@ -104,6 +106,17 @@ class TorchUnpadded(TorchPeer):
             torch.compiler.cudagraph_mark_step_begin()
         with torch.inference_mode():
             return self._run(self._inputs["input_ids"], self._inputs["attention_mask"])
+
+
+def checked_bert(model: Any) -> Any:
+    """The model itself.
+
+    Raises:
+        Unavailable: it is no BERT, which is all that the plain encoders of `sdpa_bert` compute.
+    """
+    if model.config.model_type != "bert":
+        raise Unavailable(f"this row's plain encoder is written for bert, the model is a {model.config.model_type}")
+    return model
 
 
 def compiled(function: Any, device: str) -> Any:

@@ -17,7 +17,8 @@ from qbert.weight import Weight
 
 
 class QLinear(QuantizedModule):
-    """`nn.Linear` with a quantized weight: y = x @ W.T + bias for x (..., k) float32, bfloat16 or float16.
+    """`nn.Linear` with a quantized weight: y = x @ W.T + bias for x (..., k) float32, bfloat16 or float16. The result is of the
+    same type; in autocast, of its type.
 
     Args:
         weight: (n, k), of a linear scheme.
@@ -120,6 +121,7 @@ class QTiedLinear(nn.Module):
 
 def _linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     n, k = weight.shape
+    x = _autocast(x)
     if x.dtype not in ops.FLOAT_DTYPES or x.shape[-1:] != (k,):
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in ops.FLOAT_DTYPES)
         raise QBertError(f"input is {x.dtype} of shape {tuple(x.shape)}; allowed: {allowed} of shape (..., {k})")
@@ -127,3 +129,11 @@ def _linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     tokens, scales = (flat, None) if weight.scheme.activation is None else ops.call(QuantizeRows(flat))
     y: Tensor = ops.call(Linear(tokens, scales, weight, bias, ops.Activation.NONE, False, x.dtype))
     return y.view(*x.shape[:-1], n)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """`x` as `nn.Linear` takes it: of autocast's type where that is on, and so is what comes out."""
+    device = x.device.type
+    if device == "meta" or x.dtype not in ops.FLOAT_DTYPES or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
