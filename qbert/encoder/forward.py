@@ -100,18 +100,19 @@ class FusedForward:
         self._refuse(given)
         encoder = self.encoder()
         layers = len(encoder.program.layers)
-        wanted = _selected(hidden_states, layers + 1)
+        wanted = _selected(bool(hidden_states) if self.family.collects else hidden_states, layers + 1)
         with torch.no_grad():
             states = _run(encoder, self.graphs, inputs, wanted)
         last = states[-1]
         fields: dict[str, Any] = {"last_hidden_state": last}
-        if self.family.pooler is not None:
-            pooler = getattr(self.base, self.family.pooler)
-            fields["pooler_output"] = None if pooler is None else pooler(last)
+        if self.family.pool is not None:
+            fields["pooler_output"] = self.family.pool(self.base, last)
         if hidden_states:
             fields["hidden_states"] = (*states[:-1], last if layers in wanted else None)
         output = getattr(importlib.import_module("transformers.modeling_outputs"), self.family.output)(**fields)
-        return output.to_tuple() if return_dict is False else output
+        if return_dict is not False:
+            return output
+        return tuple(fields.values()) if self.family.collects else output.to_tuple()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_encoder", "_untraced")}

@@ -20,14 +20,11 @@ FAMILY = EncoderFamily(
     ),
     layers="encoder.layer",
     layer=LayerPaths(
-        query="attention.self.query",
-        key="attention.self.key",
-        value="attention.self.value",
+        qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
         attention_output="attention.output.dense",
         attention_norm="attention.output.LayerNorm",
         ffn_in="intermediate.dense",
         ffn_out="output.dense",
         output_norm="output.LayerNorm",
     ),
-    pooler="pooler",
 )  # fmt: skip

@@ -15,15 +15,14 @@ FAMILY = EncoderFamily(
     embeddings=replace(bert.FAMILY.embeddings, token_types=None),
     layers="transformer.layer",
     layer=LayerPaths(
-        query="attention.q_lin",
-        key="attention.k_lin",
-        value="attention.v_lin",
+        qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
         attention_output="attention.out_lin",
         attention_norm="sa_layer_norm",
         ffn_in="ffn.lin1",
         ffn_out="ffn.lin2",
         output_norm="output_layer_norm",
     ),
-    pooler=None,
+    pool=None,
+    poolers=(),
     settings={"heads": "n_heads", "activation": "activation"},
 )

@@ -14,6 +14,7 @@ FAMILY = replace(
         "transformers.models.roberta.modeling_roberta.RobertaModel",
         "transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaModel",
         "transformers.models.camembert.modeling_camembert.CamembertModel",
+        "transformers.models.data2vec.modeling_data2vec_text.Data2VecTextModel",
     ),
     positions=positions_after_padding,
     skips_padding=True,
