@@ -108,7 +108,7 @@ def kernels_of(operation: str, where: str) -> dict[str, Kernel | Call]:
     found: dict[str, Kernel | Call] = {"triton": rows[operation]} if operation in rows else {}
     if operation == "linear_add_norm":
         linear, add_norm = rows["linear"].call, rows["add_norm"].call
-        found["triton"] = lambda a: add_norm(AddNorm(linear(a.linear), a.residual, a.norm))
+        found["triton"] = lambda a: add_norm(AddNorm(linear(a.linear), a.residual, a.norm, a.keeps))
     compiled = {row.operation: row for row in cuda.KERNELS}
     if where == "cuda" and operation in compiled and target_of(torch.device("cuda")).native:
         found["cuda"] = compiled[operation]

@@ -427,7 +427,7 @@ def _qbert(
     out_scale = float(expected.abs().max()) / _OUT_SCALE_RANGE
     x, s = problem.codes if scheme.activation else (problem.x, None)
     out: Out = out_scale if requant else problem.x.dtype
-    a = Linear(x, s, held, weights.bias, ops.Activation.NONE, out)
+    a = Linear(x, s, held, weights.bias, ops.Activation.NONE, False, out)
     row = _launcher(a, kernels, target) if kernels else select("linear", problem_of(a), target)
     call: Callable[..., Any] = row.call if kernels else ops.call
     if with_quantization:

@@ -225,7 +225,7 @@ def _arguments(problem: Problem, device: torch.device, layout: Layout) -> Linear
     tokens, s = codes_and_scales(x) if scheme.activation else (x, None)
     weight: Weight = to_device(quantize(random_weight(problem.n, problem.k), scheme).to_layout(layout), device)
     bias = torch.linspace(-1, 1, problem.n, device=device, dtype=_OUT)
-    return Linear(tokens, s, weight, bias, Activation.NONE, _OUT)
+    return Linear(tokens, s, weight, bias, Activation.NONE, False, _OUT)
 
 
 def run(problem: Problem, tile: TileConfig, given: Given, activation: Activation = Activation.NONE) -> Tensor:

@@ -19,6 +19,7 @@ inline pybind11::dict enums() {
         all[#name] = members;        \
     }
     QBERT_ENUM(Activation, QBERT_ACTIVATIONS)
+    QBERT_ENUM(Keeps, QBERT_KEEPS)
     QBERT_ENUM(FloatType, QBERT_FLOAT_TYPES)
     QBERT_ENUM(WeightFormat, QBERT_WEIGHT_FORMATS)
 #undef QBERT_ENUM

@@ -4,7 +4,15 @@
 
 namespace qbert {
 
-#define QBERT_ACTIVATIONS(member) member(none, NONE) member(gelu, GELU)
+#define QBERT_ACTIVATIONS(member)  \
+    member(none, NONE)             \
+    member(gelu, GELU)             \
+    member(gelu_tanh, GELU_TANH)   \
+    member(relu, RELU)             \
+    member(silu, SILU)
+
+// What the float result of an addition and its norm is.
+#define QBERT_KEEPS(member) member(norm, NORM) member(sum, SUM)
 
 #define QBERT_FLOAT_TYPES(member) member(f32, FLOAT32) member(bf16, BFLOAT16) member(f16, FLOAT16)
 
@@ -24,6 +32,7 @@ namespace qbert {
 #define QBERT_ENUMERATOR(name, name_in_python) name,
 
 enum class Activation : int { QBERT_ACTIVATIONS(QBERT_ENUMERATOR) };
+enum class Keeps : int { QBERT_KEEPS(QBERT_ENUMERATOR) };
 enum class FloatType : int { QBERT_FLOAT_TYPES(QBERT_ENUMERATOR) };
 enum class WeightFormat : int { QBERT_WEIGHT_FORMATS(QBERT_ENUMERATOR) };
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from qbert.formats import INT8, SCHEMES, Role, Scheme
 from qbert.metrics import sqnr_db
 from qbert.ops import reference
-from qbert.ops.abi import Activation
+from qbert.ops.abi import Activation, Keeps
 from qbert.ops.operations import (
     FLOAT_TABLE,
     AddNorm,
@@ -90,7 +90,8 @@ def random_activations(t: int, k: int, *, seed: int = 0, dtype: torch.dtype = to
 def random_problem(
     operation: str, t: int, n: int, k: int, *, seed: int = 0, dtype: torch.dtype = torch.float32,
     layout: Layout = Layout.PLAIN, scheme: str | None = None, bias: bool = True, activation: str | Activation = "none",
-    int8_out: bool = False, per_token: bool = False, matrices: int = 1, device: torch.device | str = "cpu",
+    gated: bool = False, int8_out: bool = False, per_token: bool = False, keeps: Keeps = Keeps.NORM, matrices: int = 1,
+    device: torch.device | str = "cpu",
 ) -> Any:  # fmt: skip
     """The record of an operation.
 
@@ -101,7 +102,8 @@ def random_problem(
         dtype: of activations, biases and float results.
         layout, scheme: of the quantized weight; by default PLAIN and the first of `schemes_of(operation)`. The scheme
             ``"float"`` is a float word table of `dtype`.
-        bias, activation: of linears.
+        bias, activation, gated: of linears; a gated one's weight has 2 n rows.
+        keeps: of an addition and its norm.
         int8_out: whether a linear of int8 tokens, or attention, gives int8 codes.
         per_token: whether attention's scales are one for each token, (t, 3), or static, (3,).
         matrices: how many matrices of n / matrices rows, each with its dictionary, an int8 dictionary weight is stacked from.
@@ -110,7 +112,7 @@ def random_problem(
     named = activation if isinstance(activation, Activation) else Activation.named(activation)
     held = scheme or next(iter(schemes_of(operation)), None)
     generator = torch.Generator().manual_seed(seed + 1)
-    draw = _Draw(t, n, k, seed, dtype, layout, held, bias, named, per_token, matrices, generator)
+    draw = _Draw(t, n, k, seed, dtype, layout, held, bias, named, gated, per_token, keeps, matrices, generator)
     problem = _DRAWN[operation](draw)
     if int8_out:
         y = evaluate(problem, torch.float64)
@@ -132,7 +134,9 @@ class _Draw:
     scheme: str | None
     bias: bool
     activation: Activation
+    gated: bool
     per_token: bool
+    keeps: Keeps
     matrices: int
     generator: torch.Generator
 
@@ -155,11 +159,11 @@ class _Draw:
 
     def weight(self) -> Weight:
         assert self.scheme is not None
-        scheme = SCHEMES[self.scheme]
+        scheme, rows = SCHEMES[self.scheme], 2 * self.n if self.gated else self.n
         if self.matrices > 1:
-            plain = _stacked_dictionaries(self.matrices, self.n, self.k, scheme, self.seed + 2)
+            plain = _stacked_dictionaries(self.matrices, rows, self.k, scheme, self.seed + 2)
         else:
-            plain = quantize(random_weight(self.n, self.k, seed=self.seed + 2), scheme)
+            plain = quantize(random_weight(rows, self.k, seed=self.seed + 2), scheme)
         return plain.to_layout(self.layout)
 
     def words(self) -> Table:
@@ -169,7 +173,8 @@ class _Draw:
 def _draw_linear(draw: _Draw) -> Linear:
     weight = draw.weight()
     x, s = draw.tokens(weight.scheme)
-    return Linear(x, s, weight, draw.normal(draw.n) if draw.bias else None, draw.activation, draw.dtype)
+    bias = draw.normal(weight.n) if draw.bias else None
+    return Linear(x, s, weight, bias, draw.activation, draw.gated, draw.dtype)
 
 
 def _draw_embedding(draw: _Draw) -> Embedding:
@@ -187,7 +192,7 @@ def _draw_attention(draw: _Draw) -> Attention:
 
 
 def _draw_add_norm(draw: _Draw) -> AddNorm:
-    return AddNorm(draw.activations(), draw.normal(draw.t, draw.k), draw.norm(draw.k))
+    return AddNorm(draw.activations(), draw.normal(draw.t, draw.k), draw.norm(draw.k), draw.keeps)
 
 
 def _draw_embed_norm(draw: _Draw) -> EmbedNorm:
@@ -197,9 +202,9 @@ def _draw_embed_norm(draw: _Draw) -> EmbedNorm:
 
 
 def _draw_linear_add_norm(draw: _Draw) -> LinearAddNorm:
-    x, s, weight, bias, _, _ = _draw_linear(draw)
+    x, s, weight, bias, *_ = _draw_linear(draw)
     assert s is not None
-    return LinearAddNorm(x, s, weight, bias, draw.normal(draw.t, draw.n), draw.norm(draw.n))
+    return LinearAddNorm(x, s, weight, bias, draw.normal(draw.t, draw.n), draw.norm(draw.n), draw.keeps)
 
 
 _DRAWN: dict[str, Callable[[_Draw], Any]] = {
@@ -265,7 +270,7 @@ def _linear(a: Linear, dtype: torch.dtype) -> Tensor:
     x = a.x if a.s is None else a.x.to(torch.float64) * a.s.to(torch.float64)[:, None]
     weight = codec.decode(a.weight, torch.float64)
     y = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), None if a.bias is None else a.bias.to(dtype))
-    return torch.nn.functional.gelu(y) if a.activation is Activation.GELU else y
+    return reference.activated(y, a.activation, a.gated)
 
 
 def _attention(a: Attention, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -304,7 +309,7 @@ def _embed_norm(a: EmbedNorm, dtype: torch.dtype) -> Tensor:
 
 def _linear_add_norm(a: LinearAddNorm, dtype: torch.dtype) -> Tensor:
     """Rounded where the operation rounds: the norm begins with what was stored."""
-    return _add_norm(AddNorm(reference.linear(a.linear), a.residual, a.norm), dtype)
+    return _add_norm(AddNorm(reference.linear(a.linear), a.residual, a.norm, a.keeps), dtype)
 
 
 def _layer_norm(total: Tensor, norm: Norm) -> Tensor:

@@ -19,7 +19,7 @@ from qbert import ops, testing
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES
 from qbert.ops import reference, table
-from qbert.ops.abi import FLOAT_TYPES
+from qbert.ops.abi import FLOAT_TYPES, Keeps
 from qbert.ops.kernel import problem_of
 from qbert.ops.operations import FLOAT_TABLE, AddNorm, Attention, Norm, QuantizeRows, operation_of
 from qbert.target import Target, native_cpu
@@ -189,7 +189,7 @@ def test_norm_of_rows_far_from_zero(k: int, isa: str) -> None:
     y = torch.randn(6, k, generator=generator) * torch.tensor([[1.0], [1e-3], [1e-4], [0.0], [0.0], [1e3]])
     residual = torch.tensor([[1.0], [1e2], [1e2], [0.3], [-1e5], [1e4]]).expand(6, k).contiguous()
     norm = Norm(torch.randn(k, generator=generator), torch.randn(k, generator=generator), 1e-12)
-    problem = AddNorm(y, residual, norm)
+    problem = AddNorm(y, residual, norm, Keeps.NORM)
     assert_matches_reference(problem, run(problem))
 
 
@@ -212,8 +212,8 @@ def test_a_bad_value_spoils_its_own_token(bad: float, isa: str) -> None:
 @pytest.mark.parametrize("y_dtype", ops.FLOAT_DTYPES, ids=str)
 @DTYPES
 def test_norm_of_two_types(dtype: torch.dtype, y_dtype: torch.dtype, isa: str) -> None:
-    y, residual, (gamma, beta, eps) = random_problem("add_norm", 9, 1, 83)
-    problem = AddNorm(y.to(y_dtype), residual.to(dtype), Norm(gamma.to(y_dtype), beta.to(dtype), eps))
+    y, residual, (gamma, beta, eps), _ = random_problem("add_norm", 9, 1, 83)
+    problem = AddNorm(y.to(y_dtype), residual.to(dtype), Norm(gamma.to(y_dtype), beta.to(dtype), eps), Keeps.NORM)
     assert_matches_reference(problem, run(problem))
 
 
@@ -377,9 +377,9 @@ def test_strided_arguments() -> None:
     x = testing.random_activations(9, 160)
     for strided in (x[:, ::2], x[:, 3:70], x[::2], x.t()[:50], x[:1].expand(4, 160)):
         _assert_same_bits(run(QuantizeRows(strided)), run(QuantizeRows(strided.clone())))
-    y, residual, (gamma, beta, eps) = problem = random_problem("add_norm", 9, 1, 40)
+    y, residual, (gamma, beta, eps), _ = problem = random_problem("add_norm", 9, 1, 40)
     wide = [each.repeat_interleave(2, -1)[..., ::2] for each in (y, residual, gamma, beta)]
-    _assert_same_bits(run(AddNorm(*wide[:2], Norm(*wide[2:], eps))), run(problem))
+    _assert_same_bits(run(AddNorm(*wide[:2], Norm(*wide[2:], eps), Keeps.NORM)), run(problem))
     attention = _attention([9], 2, 32, per_token=True)
     wide_qkv = torch.cat([attention.qkv, attention.qkv], dim=1)[:, : attention.qkv.shape[1]]
     wide_scales = attention.scales.repeat_interleave(2, -1)[..., ::2]
@@ -459,7 +459,7 @@ class Guarded:
 def test_nothing_is_written_beyond_the_results(k: int, dtype: torch.dtype, isa: str) -> None:
     t, float_type = 3, FLOAT_TYPES[dtype]
     problem = random_problem("add_norm", t, 1, k, dtype=dtype)
-    y, residual, (gamma, beta, eps) = problem
+    y, residual, (gamma, beta, eps), _ = problem
     gamma, beta = gamma.float(), beta.float()
     out, codes, scale = Guarded((t, k), dtype), Guarded((t, k), torch.int8), Guarded((t,), torch.float32)
     _cpu.add_norm_rows(
@@ -490,7 +490,7 @@ def test_attention_writes_nothing_beyond_its_result(head_dim: int, dtype: torch.
 def test_a_residual_may_be_written_over() -> None:
     """The fused encoder keeps one residual stream."""
     problem = random_problem("add_norm", 40, 1, 100)
-    y, residual, (gamma, beta, eps) = problem
+    y, residual, (gamma, beta, eps), _ = problem
     expected = run(problem)
     codes, scale = torch.empty(40, 100, dtype=torch.int8), torch.empty(40)
     _cpu.add_norm_rows(

@@ -186,7 +186,7 @@ def test_no_channel_and_no_input(isa, n, k):
     x, bias = torch.randn(3, k), torch.randn(n)
     tensors = panels.pack_int8(torch.ones(n, k, dtype=torch.int8)), torch.ones(n)
     weight = Weight.of(tensors, SCHEMES["w8a16"], Layout.INT8_PANELS, k)
-    y = run(Linear(x, None, weight, bias, Activation.NONE, x.dtype))
+    y = run(Linear(x, None, weight, bias, Activation.NONE, False, x.dtype))
     assert torch.equal(y, bias.expand(3, n))
 
 

@@ -16,7 +16,7 @@ from qbert.errors import QBertError
 from qbert.formats import SCHEMES
 from qbert.metrics import sqnr_db
 from qbert.ops import reference
-from qbert.ops.abi import Activation
+from qbert.ops.abi import Activation, Keeps
 from qbert.ops.operations import (
     FLOAT_TABLE,
     AddNorm,
@@ -210,7 +210,7 @@ FLOAT_SCHEMES = ["w8a16", "w4a16", "w4a16-g128", "gobo3", "gobo4"]
 def _linear(
     x: Tensor, s: Tensor | None, weight: Weight, bias: Tensor | None, activation: Activation, out: Out = torch.float32
 ) -> Tensor:
-    return reference.linear(Linear(x, s, weight, bias, activation, out))
+    return reference.linear(Linear(x, s, weight, bias, activation, False, out))
 
 
 @DTYPES
@@ -507,16 +507,16 @@ def _check_norm(result: tuple[Tensor, Tensor, Tensor], exact: Float64, dtype: to
 def test_add_norm(t: int, k: int, dtype: torch.dtype) -> None:
     y, residual = random_activations(t, k, seed=1, dtype=dtype), random_activations(t, k, seed=2, dtype=dtype)
     gamma, beta = torch.linspace(0.5, 1.5, k).to(dtype), _bias(k, dtype)
-    result = reference.add_norm(AddNorm(y, residual, Norm(gamma, beta, 1e-5)))
+    result = reference.add_norm(AddNorm(y, residual, Norm(gamma, beta, 1e-5), Keeps.NORM))
     _check_norm(result, _numpy_layer_norm(_wide(y) + _wide(residual), gamma, beta, 1e-5), dtype)
 
 
 def test_norm_of_a_nan_row() -> None:
     y, residual = random_activations(3, 17, seed=1), random_activations(3, 17, seed=2)
     norm = Norm(torch.ones(17), torch.zeros(17), 1e-5)
-    clean = reference.add_norm(AddNorm(y, residual, norm))
+    clean = reference.add_norm(AddNorm(y, residual, norm, Keeps.NORM))
     y[1, 3] = math.nan
-    normed, codes, scale = reference.add_norm(AddNorm(y, residual, norm))
+    normed, codes, scale = reference.add_norm(AddNorm(y, residual, norm, Keeps.NORM))
     assert bool(normed[1].isnan().all())
     assert math.isnan(scale[1])
     assert not codes[1].any()
@@ -552,5 +552,5 @@ def test_linear_add_norm_is_the_norm_of_the_stored_linear(name: str, dtype: torc
     q, s = _quantize(random_activations(t, k, seed=2))
     residual, norm = random_activations(t, n, seed=1, dtype=dtype), Norm(torch.linspace(0.5, 1.5, n), _bias(n), 1e-5)
     y = _linear(q, s, weight, bias, Activation.NONE, dtype)
-    result = reference.linear_add_norm(LinearAddNorm(q, s, weight, bias, residual, norm))
+    result = reference.linear_add_norm(LinearAddNorm(q, s, weight, bias, residual, norm, Keeps.NORM))
     _check_norm(result, _numpy_layer_norm(_wide(y) + _wide(residual), norm.gamma, norm.beta, 1e-5), dtype)

@@ -24,7 +24,7 @@ from qbert import ops, tiles
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES, PerGroup, Role, Scheme, tied_linear_scheme
 from qbert.ops import abi, composed, cuda, table
-from qbert.ops.abi import Activation
+from qbert.ops.abi import Activation, Keeps
 from qbert.ops.cpu import by_torch
 from qbert.ops.kernel import Kernel, Problem, problem_of
 from qbert.ops.operations import FLOAT_TABLE, OPERATIONS, Norm, QuantizeRows, operation_of
@@ -605,7 +605,8 @@ WEIGHT = "Tensor[] weight, str weight_scheme, str weight_layout, int weight_k"
 SCHEMAS = {
     "quantize_rows": "(Tensor x) -> (Tensor, Tensor)",
     "linear": (
-        f"(Tensor x, Tensor? s, {WEIGHT}, Tensor? bias, str activation, ScalarType out_dtype, float? out_scale) -> Tensor"
+        f"(Tensor x, Tensor? s, {WEIGHT}, Tensor? bias, str activation, bool gated, ScalarType out_dtype, float? out_scale) -> "
+        "Tensor"
     ),
     "embedding": f"(Tensor ids, {WEIGHT}, ScalarType out_dtype) -> Tensor",
     "attention": (
@@ -613,14 +614,14 @@ SCHEMAS = {
         "float? out_scale) -> Tensor"
     ),
     "add_norm": (
-        "(Tensor y, Tensor residual, Tensor gamma, Tensor beta, float eps) -> (Tensor, Tensor, Tensor)"
+        "(Tensor y, Tensor residual, Tensor gamma, Tensor beta, float eps, str keeps) -> (Tensor, Tensor, Tensor)"
     ),
     "embed_norm": (
         "(Tensor ids, Tensor position_ids, Tensor token_type_ids, Tensor[] words, str words_scheme, str words_layout, "
         "int words_k, Tensor positions, Tensor token_types, Tensor gamma, Tensor beta, float eps) -> (Tensor, Tensor, Tensor)"
     ),
     "linear_add_norm": (
-        f"(Tensor x, Tensor s, {WEIGHT}, Tensor? bias, Tensor residual, Tensor gamma, Tensor beta, float eps) -> "
+        f"(Tensor x, Tensor s, {WEIGHT}, Tensor? bias, Tensor residual, Tensor gamma, Tensor beta, float eps, str keeps) -> "
         "(Tensor, Tensor, Tensor)"
     ),
 }  # fmt: skip
@@ -663,6 +664,8 @@ def test_what_may_be_none_comes_back() -> None:
     for a in (
         random_problem("linear", 2, 3, 64, scheme="gobo3", bias=False),
         random_problem("linear", 2, 6, 64, scheme="gobo4a8", activation="gelu", matrices=3),
+        random_problem("linear", 2, 6, 64, activation="silu", gated=True),
+        random_problem("add_norm", 2, 6, 64, keeps=Keeps.SUM),
         random_problem("linear_add_norm", 2, 3, 64, bias=False),
         random_problem("attention", 2, 3, 64, per_token=True, int8_out=True),
     ):
@@ -681,9 +684,19 @@ def test_a_weight_s_tensors_go_in_the_order_of_their_scheme_whatever_order_they_
 
 def test_activations_have_names() -> None:
     assert [Activation.named(each.text) for each in Activation] == list(Activation)
-    assert [each.text for each in Activation] == ["none", "gelu"]
-    with pytest.raises(QBertError, match="unknown activation 'NONE'; allowed: none, gelu"):
+    assert [each.text for each in Activation] == ["none", "gelu", "gelu_tanh", "relu", "silu"]
+    assert {Activation.named(name) for name in ("gelu_new", "gelu_pytorch_tanh")} == {Activation.GELU_TANH}
+    assert Activation.named("swish") is Activation.SILU
+    with pytest.raises(
+        QBertError, match="unknown activation 'NONE'; allowed: none, gelu, gelu_tanh, relu, silu, gelu_new"
+    ):
         Activation.named("NONE")
+
+
+def test_what_a_norm_keeps_has_names() -> None:
+    assert [Keeps.named(each.text) for each in Keeps] == list(Keeps) == [Keeps.NORM, Keeps.SUM]
+    with pytest.raises(QBertError, match="keeps is 'total'; allowed: norm, sum"):
+        Keeps.named("total")
 
 
 def test_what_a_problem_is_of_a_record() -> None:
@@ -699,6 +712,10 @@ def test_what_a_problem_is_of_a_record() -> None:
     }
     for operation, want in wanted.items():
         assert problem_of(random_problem(operation, 5, 6, 64, dtype=torch.float16)) == want
+    gated = problem_of(random_problem("linear", 5, 6, 64, gated=True, activation="relu"))
+    assert (gated.n, gated.gated, gated.activation) == (12, True, Activation.RELU)
+    for operation in ("add_norm", "linear_add_norm"):
+        assert problem_of(random_problem(operation, 5, 6, 64, keeps=Keeps.SUM)).keeps is Keeps.SUM
     for operation in ("linear", "attention"):
         assert problem_of(random_problem(operation, 5, 6, 64, int8_out=True)).dtype == torch.int8
     float_table = random_problem("embed_norm", 5, 6, 64, scheme=FLOAT_TABLE)
@@ -729,8 +746,12 @@ def test_an_extension_of_before_there_were_enums_is_refused() -> None:
 
 
 def test_an_extension_that_lacks_an_enum_is_refused() -> None:
-    with pytest.raises(ImportError, match=r"qbert\._cuda was compiled with FloatType None.*build it again"):
-        abi.require_same_enums(SimpleNamespace(__name__="qbert._cuda", ENUMS={"Activation": {"NONE": 0, "GELU": 1}}))
+    with pytest.raises(ImportError, match=r"qbert\._cuda was compiled with Keeps None.*build it again"):
+        abi.require_same_enums(
+            SimpleNamespace(
+                __name__="qbert._cuda", ENUMS={"Activation": {each.name: each.value for each in Activation}}
+            )
+        )
 
 
 @pytest.mark.skipif(native_cpu() is None, reason="the extension qbert._cpu is not built here")

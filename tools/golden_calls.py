@@ -17,7 +17,7 @@ from torch import Tensor
 from qbert.checkpoint import Record, digest
 from qbert.devices import GPUS
 from qbert.formats import SCHEMES, Role, scheme_names
-from qbert.ops import Activation, call
+from qbert.ops import Activation, Keeps, call
 from qbert.ops.kernel import problem_of
 from qbert.ops.operations import (
     FLOAT_TABLE,
@@ -101,7 +101,7 @@ def call_linear(
 ) -> Tensor:
     """`tokens`: (q, s) where activations are int8, else (x,), whose type is `out`."""
     x, s = tokens if has_int8_activations(scheme) else (tokens[0], None)
-    return _run(Linear(x, s, weight, bias, Activation.named(activation), out))
+    return _run(Linear(x, s, weight, bias, Activation.named(activation), False, out))
 
 
 def call_embedding(scheme: str, ids: Tensor, table: dict[str, Tensor], k: int, out: torch.dtype) -> Tensor:
@@ -118,7 +118,7 @@ def call_attention(
 
 def call_add_norm(y: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, ...]:
     """The norm of the sum, its codes and their scales."""
-    return _run(AddNorm(y, residual, Norm(gamma, beta, eps)))
+    return _run(AddNorm(y, residual, Norm(gamma, beta, eps), Keeps.NORM))
 
 
 def call_embed_norm(
@@ -138,7 +138,7 @@ def call_linear_add_norm(
     eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Of a w8a8 weight; in the interpreter there is no kernel for it."""
-    return _run(LinearAddNorm(*tokens, weight, bias, residual, Norm(gamma, beta, eps)))
+    return _run(LinearAddNorm(*tokens, weight, bias, residual, Norm(gamma, beta, eps), Keeps.NORM))
 
 
 def _run(a: Any) -> Any:

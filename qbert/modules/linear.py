@@ -125,5 +125,5 @@ def _linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         raise QBertError(f"input is {x.dtype} of shape {tuple(x.shape)}; allowed: {allowed} of shape (..., {k})")
     flat = x.reshape(-1, k)
     tokens, scales = (flat, None) if weight.scheme.activation is None else ops.call(QuantizeRows(flat))
-    y: Tensor = ops.call(Linear(tokens, scales, weight, bias, ops.Activation.NONE, x.dtype))
+    y: Tensor = ops.call(Linear(tokens, scales, weight, bias, ops.Activation.NONE, False, x.dtype))
     return y.view(*x.shape[:-1], n)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from qbert.errors import QBertError
-from qbert.ops.abi import FLOAT_DTYPES, Activation
+from qbert.ops.abi import FLOAT_DTYPES, Activation, Keeps
 from qbert.ops.checks import MAX_K
 from qbert.ops.operations import OPERATIONS, Norm, Operation, operation_of
 from qbert.ops.table import run
 from qbert.weight import Weight
 
-__all__ = ["FLOAT_DTYPES", "MAX_K", "OPERATIONS", "Activation", "call", "checked_run", "run"]
+__all__ = ["FLOAT_DTYPES", "MAX_K", "OPERATIONS", "Activation", "Keeps", "call", "checked_run", "run"]
 
 _library = torch.library.Library("qbert", "DEF")
 _DEVICES = ("cpu", "cuda")  # with kernels

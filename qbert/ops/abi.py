@@ -20,10 +20,13 @@ class Activation(enum.IntEnum):
 
     NONE = 0
     GELU = 1  # the exact one, by the error function
+    GELU_TANH = 2  # x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))): Hendrycks and Gimpel, 2016
+    RELU = 3
+    SILU = 4  # x * sigmoid(x)
 
     @classmethod
     def named(cls, name: str) -> Activation:
-        """The activation of that name in an operator's arguments.
+        """The activation of that name in an operator's arguments, or in a transformers config.
 
         Raises:
             QBertError: there is none.
@@ -31,6 +34,30 @@ class Activation(enum.IntEnum):
         found = _ACTIVATIONS.get(name)
         if found is None:
             raise QBertError(f"unknown activation {name!r}; allowed: {', '.join(_ACTIVATIONS)}")
+        return found
+
+    @property
+    def text(self) -> str:
+        """Its name in an operator's arguments."""
+        return self.name.lower()
+
+
+class Keeps(enum.IntEnum):
+    """What the float result of an addition and its norm is: the norm, or the sum that it is of."""
+
+    NORM = 0
+    SUM = 1
+
+    @classmethod
+    def named(cls, name: str) -> Keeps:
+        """The member of that name in an operator's arguments.
+
+        Raises:
+            QBertError: there is none.
+        """
+        found = _KEEPS.get(name)
+        if found is None:
+            raise QBertError(f"keeps is {name!r}; allowed: {', '.join(_KEEPS)}")
         return found
 
     @property
@@ -61,8 +88,14 @@ class WeightFormat(enum.IntEnum):
     DICT3_ROWS = 8
 
 
-_ACTIVATIONS = {each.text: each for each in Activation}
-ENUMS = (Activation, FloatType, WeightFormat)
+_ACTIVATIONS = {each.text: each for each in Activation} | {
+    # transformers' other names of the same functions
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "swish": Activation.SILU,
+}
+_KEEPS = {each.text: each for each in Keeps}
+ENUMS = (Activation, Keeps, FloatType, WeightFormat)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT_TYPES: dict[torch.dtype, FloatType] = dict(zip(FLOAT_DTYPES, FloatType, strict=True))
 INT8_OUT = -1  # in place of a `FloatType`: an int8 result with a static scale

@@ -225,6 +225,12 @@ def linear(x: Tensor, s: Tensor | None, held: Weight, bias: Tensor | None) -> No
     channels("bias", bias, held.n)
 
 
+def gated(held: Weight) -> None:
+    """Two rows of a weight for each channel of the result."""
+    if held.n % 2:
+        raise QBertError(f"the weight of a gated linear has {held.n} rows; allowed: even numbers, two a channel")
+
+
 def attention(qkv: Tensor, scales: Tensor, cu_seqlens: Tensor, heads: int, softmax_scale: float) -> None:
     """What `bounds_cover` checks is not looked at here."""
     _require(heads >= 1, lambda: f"heads is {heads}; allowed: 1 or more")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qbert.formats import Scheme
+from qbert.ops.abi import Activation, Keeps
 from qbert.ops.operations import (
     OPERATIONS,
     AddNorm,
@@ -29,10 +30,12 @@ class Problem(NamedTuple):
 
     Attributes:
         scheme, layout: of the weight or table; None where there is none, or a float table.
-        n, k: output and input channels of a linear; rows and columns of a table; heads and head_dim of attention; of other
-            operations k columns, n being 0.
+        n, k: rows of a linear's weight and its input channels; rows and columns of a table; heads and head_dim of attention;
+            of other operations k columns, n being 0.
         dtype: of the float result, or int8; of what is quantized.
         t: tokens; None where they are not known yet, or make no difference.
+        activation, gated: of a linear.
+        keeps: of an addition and its norm.
     """
 
     scheme: Scheme | None
@@ -41,6 +44,9 @@ class Problem(NamedTuple):
     k: int
     dtype: torch.dtype
     t: int | None = None
+    activation: Activation = Activation.NONE
+    gated: bool = False
+    keeps: Keeps = Keeps.NORM
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +83,9 @@ def _out_dtype(out: torch.dtype | float) -> torch.dtype:
 
 
 def _linear(a: Linear) -> Problem:
-    return Problem(a.weight.scheme, a.weight.layout, *a.weight.shape, _out_dtype(a.out))
+    return Problem(
+        a.weight.scheme, a.weight.layout, *a.weight.shape, _out_dtype(a.out), activation=a.activation, gated=a.gated
+    )  # fmt: skip
 
 
 def _embed_norm(a: EmbedNorm) -> Problem:
@@ -91,7 +99,7 @@ def _embedding(a: Embedding) -> Problem:
 
 
 def _linear_add_norm(a: LinearAddNorm) -> Problem:
-    return Problem(a.weight.scheme, a.weight.layout, *a.weight.shape, a.residual.dtype)
+    return Problem(a.weight.scheme, a.weight.layout, *a.weight.shape, a.residual.dtype, keeps=a.keeps)
 
 
 _PROBLEMS: dict[type[Any], Callable[[Any], Problem]] = {
@@ -99,7 +107,7 @@ _PROBLEMS: dict[type[Any], Callable[[Any], Problem]] = {
     Linear: _linear,
     Embedding: _embedding,
     Attention: lambda a: Problem(None, None, a.heads, a.head_dim, _out_dtype(a.out)),
-    AddNorm: lambda a: Problem(None, None, 0, a.residual.shape[1], a.residual.dtype),
+    AddNorm: lambda a: Problem(None, None, 0, a.residual.shape[1], a.residual.dtype, keeps=a.keeps),
     EmbedNorm: _embed_norm,
     LinearAddNorm: _linear_add_norm,
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES, Role, get_scheme, scheme_names
 from qbert.ops import checks
-from qbert.ops.abi import Activation
+from qbert.ops.abi import Activation, Keeps
 from qbert.weight import Layout, Weight
 from qbert.weight.tensor import tensor_names
 
@@ -63,18 +63,20 @@ class QuantizeRows(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """y = activation(x @ weight.T + bias).
+    """y = activation(x @ weight.T + bias), or of a gated linear the product of halves of that.
 
     Attributes:
         x: (t, k): int8 codes where the weight's scheme has int8 activations, else floats.
         s: (t,) float32, the scale of each token's codes; None of float tokens.
-        weight: (n, k) of a linear scheme, in any of its layouts.
-        bias: (n,) float or None.
+        weight: (n, k) of a linear scheme, in any of its layouts; (2 n, k) of a gated linear.
+        bias: float or None, one for each of the weight's rows.
         activation: applied to the float sum.
+        gated: y = activation(a) * b, where a are the sums of the weight's first n rows and b those of its last n (GeGLU and
+            its like: Shazeer, 2020).
         out: of y (t, n). Float tokens give floats of their own type. An int8 result clamps to -127 ... 127, and NaN becomes
             code 0: the residual stream, not this, carries it.
 
-    The float epilogue of an integer product is float32: (sum * row scale + outliers) * s + bias.
+    The float epilogue of an integer product is float32: (sum * row scale + outliers) * s + bias, activation, product.
     """
 
     x: Tensor
@@ -82,17 +84,25 @@ class Linear(NamedTuple):
     weight: Weight
     bias: Tensor | None
     activation: Activation
+    gated: bool
     out: Out
 
     def check(self) -> None:
         checks.linear(self.x, self.s, self.weight, self.bias)
+        if self.gated:
+            checks.gated(self.weight)
         if self.s is not None:
             checks.out_type(self.out)
         elif self.out != self.x.dtype:
             raise QBertError(f"a linear of float activations gives their type, {self.x.dtype}, not {self.out}")
 
     def results(self) -> tuple[checks.Like, ...]:
-        return (checks.Like((self.x.shape[0], self.weight.n), checks.out_type(self.out)),)
+        return (checks.Like((self.x.shape[0], self.n), checks.out_type(self.out)),)
+
+    @property
+    def n(self) -> int:
+        """Channels of the result."""
+        return self.weight.n // 2 if self.gated else self.weight.n
 
 
 class Embedding(NamedTuple):
@@ -158,18 +168,21 @@ class Attention(NamedTuple):
 
 
 class AddNorm(NamedTuple):
-    """LayerNorm(y + residual) as float (t, k) of residual's type, and its `QuantizeRows` codes and scales.
+    """LayerNorm(y + residual): a float (t, k) of residual's type, and the `QuantizeRows` codes and scales of the norm.
 
-    The codes are those of the float32 norm before it is rounded to the residual's type.
+    The codes are those of the float32 norm, of the float32 sum, before anything is rounded to the residual's type.
 
     Attributes:
         y, residual: (t, k) float.
         norm: over k channels.
+        keeps: what the float result is: the norm, or the sum y + residual, which an encoder that normalizes before its
+            linears hands on (Xiong et al., 2020).
     """
 
     y: Tensor
     residual: Tensor
     norm: Norm
+    keeps: Keeps
 
     def check(self) -> None:
         checks.add_norm(self.y, self.residual, self.norm)
@@ -212,6 +225,7 @@ class LinearAddNorm(NamedTuple):
         x, s, weight, bias: of the linear, whose activations are int8.
         residual: (t, n) float.
         norm: over n channels.
+        keeps: as in `AddNorm`.
     """
 
     x: Tensor
@@ -220,6 +234,7 @@ class LinearAddNorm(NamedTuple):
     bias: Tensor | None
     residual: Tensor
     norm: Norm
+    keeps: Keeps
 
     def check(self) -> None:
         checks.linear(self.x, self.s, self.weight, self.bias)
@@ -231,7 +246,7 @@ class LinearAddNorm(NamedTuple):
     @property
     def linear(self) -> Linear:
         """Its first half."""
-        return Linear(self.x, self.s, self.weight, self.bias, Activation.NONE, self.residual.dtype)
+        return Linear(self.x, self.s, self.weight, self.bias, Activation.NONE, False, self.residual.dtype)
 
 
 Arguments = QuantizeRows | Linear | Embedding | Attention | AddNorm | EmbedNorm | LinearAddNorm
@@ -295,10 +310,12 @@ _STORED = ("Tensor[] {}", "str {}_scheme", "str {}_layout", "int {}_k")
 _FIELDS: dict[Any, _Field] = {
     Tensor: _Field(("Tensor {}",)),
     Tensor | None: _Field(("Tensor? {}",)),
+    bool: _Field(("bool {}",)),
     int: _Field(("int {}",)),
     float: _Field(("float {}",)),
     torch.dtype: _Field(("ScalarType {}_dtype",)),
     Activation: _Field(("str {}",), lambda activation: (activation.text,), Activation.named),
+    Keeps: _Field(("str {}",), lambda keeps: (keeps.text,), Keeps.named),
     Out: _Field(("ScalarType {}_dtype", "float? {}_scale"), _pack_out, _unpack_out),
     Weight: _Field(_STORED, _pack_table, _unpack_weight),
     Table: _Field(_STORED, _pack_table, _unpack_table),

@@ -7,6 +7,7 @@ kernel's error can be told from the reference's. Slow on purpose: read it, compa
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qbert.formats import INT8
-from qbert.ops.abi import Activation
+from qbert.ops.abi import Activation, Keeps
 from qbert.ops.operations import (
     AddNorm,
     Attention,
@@ -64,21 +65,36 @@ def linear(a: Linear) -> Tensor:
     """See `Linear`."""
     if a.s is None:
         y = a.x.to(torch.float64) @ codec.decode(a.weight, torch.float64).t()
-        return finish(y, a.bias, a.activation, a.out)
+        return finish(y, a)
     y = integer_product(a.x, codec.operand(a.weight)).to(torch.float32) * codec.row_scales(a.weight)
     if a.weight.sparse is not None:
         delta = codec.dense_outliers(a.weight.sparse, *a.weight.shape).to(torch.float64)
         y = y + (a.x.to(torch.float64) @ delta.t()).to(torch.float32)
-    return finish(y * a.s[:, None], a.bias, a.activation, a.out)
+    return finish(y * a.s[:, None], a)
 
 
-def finish(y: Tensor, bias: Tensor | None, activation: Activation, out: Out) -> Tensor:
-    """The end of every linear: bias and activation in float32 (or wider), then one rounding to the result's type."""
-    if bias is not None:
-        y = y + bias.to(y.dtype)
-    if activation is Activation.GELU:
-        y = torch.nn.functional.gelu(y)
-    return to_out(y, out)
+def finish(y: Tensor, a: Linear) -> Tensor:
+    """The end of every linear, of sums y (t, rows of the weight): bias, activation and gate in float32 (or wider), then one
+    rounding to the result's type."""
+    if a.bias is not None:
+        y = y + a.bias.to(y.dtype)
+    return to_out(activated(y, a.activation, a.gated), a.out)
+
+
+def activated(y: Tensor, activation: Activation, gated: bool) -> Tensor:
+    """activation(y), or of y's halves activation(first) * second, in y's type."""
+    first, gate = y.chunk(2, dim=1) if gated else (y, None)
+    if activation is not Activation.NONE:
+        first = _FUNCTIONS[activation](first)
+    return first if gate is None else first * gate
+
+
+_FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.GELU: torch.nn.functional.gelu,
+    Activation.GELU_TANH: functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+    Activation.RELU: torch.relu,
+    Activation.SILU: torch.nn.functional.silu,
+}
 
 
 def to_out(y: Tensor, out: Out) -> Tensor:
@@ -132,7 +148,9 @@ def attention_weights(products: Tensor, scales: Tensor, softmax_scale: float) ->
 
 def add_norm(a: AddNorm) -> tuple[Tensor, Tensor, Tensor]:
     """See `AddNorm`."""
-    return _normed(a.y.to(torch.float32) + a.residual.to(torch.float32), a.norm, a.residual.dtype)
+    total = a.y.to(torch.float32) + a.residual.to(torch.float32)
+    normed, codes, scales = _normed(total, a.norm, a.residual.dtype)
+    return total.to(a.residual.dtype) if a.keeps is Keeps.SUM else normed, codes, scales
 
 
 def embed_norm(a: EmbedNorm) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,7 +170,7 @@ def table_rows(table: Table, ids: Tensor) -> Tensor:
 
 def linear_add_norm(a: LinearAddNorm) -> tuple[Tensor, Tensor, Tensor]:
     """See `LinearAddNorm`."""
-    return add_norm(AddNorm(linear(a.linear), a.residual, a.norm))
+    return add_norm(AddNorm(linear(a.linear), a.residual, a.norm, a.keeps))
 
 
 def _normed(total: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

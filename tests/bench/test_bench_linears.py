@@ -110,7 +110,7 @@ def test_checks():
 
 def test_cold_sets_are_copies(weights):
     held, _ = weights.quantized("w8a8")
-    record = Linear(torch.ones(2), None, held, None, Activation.GELU, torch.float32)
+    record = Linear(torch.ones(2), None, held, None, Activation.GELU, False, torch.float32)
     first = (torch.ones(2), weights.linear(torch.float32), record, 1)
     sets = Problem(weights, 1, cold=True).sets(first)
     assert len(sets) == 3

@@ -156,7 +156,7 @@ def test_every_int8_code(dtype):
     plain, layout = {"qdata": codes, "scale": torch.ones(64)}, LAYOUTS["w8a16"]
     weight = Weight(SCHEMES["w8a16"], (64, 128), Layout.PLAIN, plain).to_layout(layout)
     for units in torch.eye(128, dtype=dtype).split(64):
-        found = run(Linear(units, None, weight, None, Activation.NONE, dtype))
+        found = run(Linear(units, None, weight, None, Activation.NONE, False, dtype))
         assert torch.equal(found, units @ codes.t().to(dtype))
 
 

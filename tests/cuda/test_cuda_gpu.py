@@ -109,7 +109,7 @@ def test_largest_sums(tile):
     weight[::2] = 127
     ones = torch.ones(n, device="cuda")
     held = Weight(SCHEMES["w8a8"], (n, k), Layout.PLAIN, {"qdata": weight, "scale": ones})
-    y = run(Linear(q, ones[:t], held, None, Activation.NONE, torch.float32), tile)
+    y = run(Linear(q, ones[:t], held, None, Activation.NONE, False, torch.float32), tile)
     assert torch.equal(
         y, torch.where(torch.arange(n, device="cuda") % 2 == 0, 1.0, -1.0).expand(t, n) * (k * 127 * 127)
     )
@@ -365,7 +365,7 @@ def test_linear_with_norm_is_one_after_the_other(poisoned, tile, dtype, n, k):
     for t in (1, 16, 33, 128, 500):
         a = random_problem(t, n, k, operation="linear_add_norm", dtype=dtype, seed=t)
         found = cuda.linear_add_norm(a, tile=tile)
-        expected = cuda.add_norm(AddNorm(run(a.linear), a.residual, a.norm))
+        expected = cuda.add_norm(AddNorm(run(a.linear), a.residual, a.norm, a.keeps))
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 

@@ -238,7 +238,7 @@ class Emulation:
         bias, activation = _end(a)
         out_type = _TYPES[a["out_type"]]
         out = 1.0 / a["inverse_out_scale"] if out_type == torch.int8 else out_type
-        y = reference.linear(Linear(q, _vector(a["s"], a["t"], torch.float32), weight, bias, activation, out))
+        y = reference.linear(Linear(q, _vector(a["s"], a["t"], torch.float32), weight, bias, activation, False, out))
         _matrix(a["out"], a["t"], a["n"], a["out_pitch"], out_type)[:] = y
 
     def w8a8_linear(self, **a):
@@ -366,7 +366,7 @@ def test_problems_of_nothing_are_not_launched(emulation, scheme, int8_out, t, n,
     x, s, out = torch.zeros(t, k, dtype=torch.bfloat16), None, torch.bfloat16
     if SCHEMES[scheme].activation is not None:
         x, s, out = x.to(torch.int8), torch.ones(t), 0.1 if int8_out else torch.float16
-    run(Linear(x, s, weight, torch.linspace(-9, 9, n), Activation.GELU, out))
+    run(Linear(x, s, weight, torch.linspace(-9, 9, n), Activation.GELU, False, out))
     assert emulation.calls == []
 
 

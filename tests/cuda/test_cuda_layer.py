@@ -153,11 +153,11 @@ def test_one_answer_for_the_norm_alone_and_joined(prefer, sm, both):
     target = Target("cuda", "", sm=sm, sm_count=132, native=True, prefer=prefer)
     norms = [Problem(None, None, 0, 768, torch.bfloat16, t) for t in (1, 128, 4096)]
     answers = {rows.obstacle(norm, target) is None for norm in norms}
-    answers |= {norms_obstacle(operation, target) is None for operation in (OPERATION, "add_norm")}
+    answers |= {norms_obstacle(operation, norms[0], target) is None for operation in (OPERATION, "add_norm")}
     assert answers == {both}
     newer = replace(target, sm=100)
-    assert norms_obstacle(OPERATION, newer) is not None
-    assert (norms_obstacle("add_norm", newer) is None) == both  # compiled for more GPUs
+    assert norms_obstacle(OPERATION, norms[0], newer) is not None
+    assert (norms_obstacle("add_norm", norms[0], newer) is None) == both  # compiled for more GPUs
 
 
 def test_a_row_of_the_table_sends_both_to_the_extension(emulated, fresh_choice, monkeypatch):
@@ -182,7 +182,7 @@ def random_joined(t, n, k, **changes):
 
 def two_launches(a):
     """The compiled kernels one after the other."""
-    return cuda.add_norm(AddNorm(cuda.linear(a.linear, tile=SMALL[8]), a.residual, a.norm))
+    return cuda.add_norm(AddNorm(cuda.linear(a.linear, tile=SMALL[8]), a.residual, a.norm, a.keeps))
 
 
 def joined(a, tile="16 tokens"):

@@ -8,6 +8,7 @@ import torch
 
 from qbert import testing
 from qbert.ops import cuda, reference
+from qbert.ops.abi import Keeps
 from qbert.ops.operations import AddNorm, Norm
 
 pytestmark = pytest.mark.skipif(bool(builds.emulator_missing()), reason=builds.emulator_missing() or "runs")
@@ -68,7 +69,7 @@ def test_rows_without_deviation_and_rows_of_zeros():
     """Nothing but eps to divide by, then nothing to scale: the scale stays a normal number."""
     y, residual, zeros = torch.full((2, 64), 3.0), torch.zeros(2, 64), torch.zeros(64)
     for beta in (zeros, zeros + 0.5):
-        a = AddNorm(y, residual, Norm(torch.ones(64), beta, 1e-12))
+        a = AddNorm(y, residual, Norm(torch.ones(64), beta, 1e-12), Keeps.NORM)
         for found, expected in zip(run(a), reference.add_norm(a), strict=True):
             assert torch.equal(found, expected)
 
@@ -85,7 +86,7 @@ def test_nothing_beyond_the_rows_is_written(monkeypatch):
         return memory[32 : 32 + length].view(shape)
 
     residual = testing.random_problem(OPERATION, t, 0, k).residual
-    a = AddNorm(residual, residual, Norm(torch.ones(k), torch.zeros(k), 1e-12))
+    a = AddNorm(residual, residual, Norm(torch.ones(k), torch.zeros(k), 1e-12), Keeps.NORM)
     monkeypatch.setattr(torch, "empty_like", lambda tensor: poisoned(*tensor.shape, dtype=tensor.dtype))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape, dtype: poisoned(*shape, dtype=dtype))
     found = run(a)

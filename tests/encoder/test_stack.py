@@ -29,7 +29,7 @@ def test_stacked_and_scaled_weights_are_exact(scheme: str) -> None:
     if "codebook" not in together.tensors:
         assert torch.equal(decode(together), expected)
     q = torch.randint(-127, 128, (5, 128), dtype=torch.int8)
-    y = checked_run(Linear(q, torch.ones(5), together, None, Activation.NONE, torch.float32))
+    y = checked_run(Linear(q, torch.ones(5), together, None, Activation.NONE, False, torch.float32))
     assert sqnr_db(q.double() @ expected.t().double(), y) > 120
 
 

@@ -87,7 +87,7 @@ def extremes(road: str) -> None:
     s, scale, bias = torch.ones(t), torch.ones(n), torch.zeros(n)
     s[1], s[2], s[3], scale[4], bias[5] = torch.nan, torch.inf, 0.0, torch.nan, -torch.inf
     for out in (torch.float32, 1e6):
-        a = Linear(q, s, weight_of(qdata, scale), bias, Activation.NONE, out)
+        a = Linear(q, s, weight_of(qdata, scale), bias, Activation.NONE, False, out)
         found, want = launched(a, road), reference.linear(a)
         assert torch.equal(found.nan_to_num(7.0) if found.is_floating_point() else found, want.nan_to_num(7.0))
 
@@ -98,7 +98,7 @@ def rounds_half_to_even(road: str) -> None:
     qdata = torch.zeros(n, k, dtype=torch.int8)
     qdata[:, 0] = torch.arange(-n + 1, n, 2)
     weight = weight_of(qdata, torch.full((n,), 0.5))
-    a = Linear(torch.ones(16, k, dtype=torch.int8), torch.ones(16), weight, None, Activation.NONE, 1.0)
+    a = Linear(torch.ones(16, k, dtype=torch.int8), torch.ones(16), weight, None, Activation.NONE, False, 1.0)
     assert torch.equal(launched(a, road), reference.linear(a))
 
 
@@ -117,7 +117,7 @@ def empty(t: int, n: int, k: int) -> None:
     q, qdata = torch.zeros(t, k, dtype=torch.int8), torch.zeros(n, k, dtype=torch.int8)
     s, scale, bias = torch.rand(t), torch.rand(n), torch.randn(n)
     for out in (torch.float32, 0.1):
-        a = Linear(q, s, weight_of(qdata, scale, Layout.PLAIN), bias, Activation.NONE, out)
+        a = Linear(q, s, weight_of(qdata, scale, Layout.PLAIN), bias, Activation.NONE, False, out)
         assert torch.equal(launched(a), reference.linear(a))
 
 

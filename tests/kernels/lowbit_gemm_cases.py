@@ -103,7 +103,7 @@ def _check_exact(scheme: str, tile: str, device: str, tensors: tuple[Tensor, ...
     q = torch.randint(-128, 128, (3, operand.shape[1]), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     held = [each.to(device) for each in tensors]
     weight = Weight.of(held, SCHEMES[scheme], layout_of(scheme), operand.shape[1])
-    a = Linear(q.to(device), torch.ones(3, device=device), weight, None, Activation.NONE, torch.float32)
+    a = Linear(q.to(device), torch.ones(3, device=device), weight, None, Activation.NONE, False, torch.float32)
     assert torch.equal(run(a, tile).cpu().to(torch.int64), q.to(torch.int64) @ operand.t())
 
 

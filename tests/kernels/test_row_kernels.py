@@ -12,6 +12,7 @@ from interpreted import run
 from launchers import is_left_to_others, launch, obstacle_of
 
 from qbert.errors import QBertError
+from qbert.ops.abi import Keeps
 from qbert.ops.operations import AddNorm, Norm, QuantizeRows
 from qbert.ops.triton import rows
 from qbert.ops.triton.arguments import Normed, Outliers, Table, TableMeta
@@ -77,11 +78,11 @@ def test_arguments_are_refused_by_name():
     with pytest.raises(QBertError, match="cpu; allowed: cuda"):
         launch(QuantizeRows(x))
     with pytest.raises(RuntimeError, match="y is"):
-        launch(AddNorm(x, x[:1], norm))
+        launch(AddNorm(x, x[:1], norm, Keeps.NORM))
     with pytest.raises(RuntimeError, match=r"y must be \(t, k\)"):
-        AddNorm(x[0], x[0], norm).check()
+        AddNorm(x[0], x[0], norm, Keeps.NORM).check()
     with pytest.raises(RuntimeError, match=r"gamma is torch\.int8"):
-        launch(AddNorm(x, x, norm._replace(gamma=torch.ones(8, dtype=torch.int8))))
+        launch(AddNorm(x, x, norm._replace(gamma=torch.ones(8, dtype=torch.int8)), Keeps.NORM))
     look_up = random_problem("embedding", 2, 4, 8, scheme="w8")
     with pytest.raises(RuntimeError, match=r"ids are torch\.uint8"):
         launch(look_up._replace(ids=torch.zeros(2, dtype=torch.uint8)))
@@ -98,8 +99,8 @@ def test_what_no_kernel_reads_is_left_to_others():
         (random_problem("embed_norm", 2, 4, 64, scheme="gobo4", layout=Layout.BYTES), "gobo4 weights in layout bytes"),
         (random_problem("embed_norm", 1, 1, 40_000, scheme="float"), "rows of 40000"),
         (QuantizeRows(long), "rows of 40000"),
-        (AddNorm(long, long, norm), "rows of 40000"),
-        (AddNorm(long[:, :0], long[:, :0], none), "without columns"),
+        (AddNorm(long, long, norm, Keeps.NORM), "rows of 40000"),
+        (AddNorm(long[:, :0], long[:, :0], none, Keeps.NORM), "without columns"),
     ):
         assert why in str(obstacle_of(a))
         assert is_left_to_others(a)

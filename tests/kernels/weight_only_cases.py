@@ -113,7 +113,7 @@ def empty(device: str = "cpu") -> None:
             qdata = torch.ones(n, k, dtype=torch.int8, device=device)
             x, scale = torch.randn(t, k, device=device), torch.ones(n, device=device)
             weight = Weight(SCHEMES["w8a16"], (n, k), Layout(layout), {"qdata": qdata, "scale": scale})
-            y = launch(Linear(x, None, weight, bias, Activation.NONE, torch.float32))
+            y = launch(Linear(x, None, weight, bias, Activation.NONE, False, torch.float32))
             expected = x @ qdata.float().t() + bias
             assert y.shape == expected.shape
             assert torch.allclose(y, expected)

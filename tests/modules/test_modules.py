@@ -49,7 +49,7 @@ def _problem(module: QLinear | QTiedLinear, x: Tensor) -> Linear:
     """What the module's operation must be asked for x (t, k)."""
     assert module.operation == "linear"
     tokens = (x, None) if module.scheme.activation is None else codes_and_scales(x)
-    return Linear(*tokens, module.quantized, module.bias, Activation.NONE, x.dtype)
+    return Linear(*tokens, module.quantized, module.bias, Activation.NONE, False, x.dtype)
 
 
 def _bits(module: nn.Module) -> dict[str, Tensor]:

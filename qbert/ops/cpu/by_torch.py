@@ -72,7 +72,7 @@ def integer_linear(a: Linear, product: Callable[[Tensor, Tensor], Tensor]) -> Te
     y = product(a.x, codec.operand(a.weight)).mul_(codec.row_scales(a.weight))
     if a.weight.sparse is not None:
         y = _add_outliers(y, a.x, a.weight.sparse)
-    return reference.finish(y.mul_(a.s[:, None]), a.bias, a.activation, a.out)
+    return reference.finish(y.mul_(a.s[:, None]), a)
 
 
 def _add_outliers(y: Tensor, q: Tensor, sparse: Outliers) -> Tensor:
@@ -107,7 +107,7 @@ def _silence_sparse_csr_warning() -> None:
 def float_linear(a: Linear) -> Tensor:
     """A linear of float tokens: the weight is expanded for each call, which saves memory, not time."""
     y = torch.nn.functional.linear(a.x, codec.decode(a.weight).to(a.x.dtype))
-    return reference.finish(y.to(torch.float32), a.bias, a.activation, a.out)
+    return reference.finish(y.to(torch.float32), a)
 
 
 # ---- look-ups -------------------------------------------------------------------------------------------------------

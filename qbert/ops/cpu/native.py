@@ -15,7 +15,17 @@ from torch import Tensor
 from qbert.errors import QBertError
 from qbert.formats import DICT3, DICT4, INT4, INT8, Format, PerGroup, PerRow, PerTensor, Scheme
 from qbert.ops import checks
-from qbert.ops.abi import FLOAT_TYPES, WeightFormat, dense, inverse_scale, out_type, pointer, require_same_enums
+from qbert.ops.abi import (
+    FLOAT_TYPES,
+    Activation,
+    Keeps,
+    WeightFormat,
+    dense,
+    inverse_scale,
+    out_type,
+    pointer,
+    require_same_enums,
+)
 from qbert.ops.kernel import Kernel, Problem
 from qbert.ops.operations import AddNorm, Attention, Embedding, EmbedNorm, Linear, Norm, QuantizeRows, Table
 from qbert.target import ISAS, Target, native_cpu
@@ -107,7 +117,7 @@ def _rows_of(table: Table) -> _Held:
 
 
 def integer_linear(a: Linear) -> Tensor:
-    x, s, weight, bias, activation, out = a
+    x, s, weight, bias, activation, _, out = a
     assert s is not None
     # Kept in names: a temporary would be freed before the kernel reads it.
     x, s = dense(x), dense(s)
@@ -258,6 +268,8 @@ def _known(scheme: Scheme) -> bool:
 def _linear_obstacle(problem: Problem) -> str | None:
     scheme, layout = problem.scheme, problem.layout
     assert scheme is not None
+    if problem.gated or problem.activation not in (Activation.NONE, Activation.GELU):
+        return "it does not gate, and its only activation is gelu"
     if not _known(scheme):
         return f"it is not written for weights as {scheme.name} stores them"
     formats, multiple = (
@@ -283,12 +295,16 @@ def _row_obstacle(problem: Problem) -> str | None:
     return None if problem.k else "rows without columns"
 
 
+def _norm_obstacle(problem: Problem) -> str | None:
+    return "it does not keep the sum" if problem.keeps is not Keeps.NORM else _row_obstacle(problem)
+
+
 _CALLS: dict[str, tuple[Callable[[Any], Any], Callable[[Problem], str | None]]] = {
     "linear": (linear, _linear_obstacle),
     "quantize_rows": (quantize_rows, lambda problem: None),
     "embedding": (embedding, lambda problem: _row_obstacle(problem) or _table_obstacle(problem)),
     "attention": (attention, lambda problem: None),
-    "add_norm": (add_norm, _row_obstacle),
+    "add_norm": (add_norm, _norm_obstacle),
     "embed_norm": (embed_norm, lambda problem: _row_obstacle(problem) or _table_obstacle(problem)),
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from qbert.formats import INT8, Scheme
 from qbert.ops.cuda import layer, lowbit, rows, w8a8, weight_only
 from qbert.ops.cuda.choice import compiled_obstacle, missing_extension, prefers_extension
-from qbert.ops.cuda.launch import Family, extension
+from qbert.ops.cuda.launch import Family, end_obstacle, extension
 from qbert.ops.cuda.layer import linear_add_norm
 from qbert.ops.cuda.rows import add_norm
 from qbert.ops.kernel import Kernel, Problem
@@ -55,7 +55,7 @@ _LINEAR = Kernel(
     "linear",
     "cuda linear",
     linear,
-    obstacle=lambda problem, target: _family(problem.scheme).obstacle(problem, target),
+    obstacle=lambda problem, target: end_obstacle(problem) or _family(problem.scheme).obstacle(problem, target),
     reason=lambda problem, target: _family(problem.scheme).reason(problem, target),
     layout=_layout,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from qbert.ops.abi import Keeps
+from qbert.ops.kernel import Problem
 from qbert.target import Target
 from qbert.tiles import prefers_compiled
 
@@ -44,8 +46,10 @@ def prefers_extension(key: str, target: Target) -> bool:
     return compiled_obstacle(operation, target) is None and preference_obstacle(key, target) is None
 
 
-def norms_obstacle(operation: str, target: Target) -> str | None:
-    """Of `add_norm` and `linear_add_norm`, whatever the problem, or a token's norm would have other bits in another batch."""
+def norms_obstacle(operation: str, problem: Problem, target: Target) -> str | None:
+    """Of `add_norm` and `linear_add_norm`, whatever the sizes, or a token's norm would have other bits in another batch."""
+    if problem.keeps is not Keeps.NORM:
+        return "the CUDA kernels of norms do not keep the sum"
     return compiled_obstacle(operation, target) or preference_obstacle(NORMS, target)
 
 

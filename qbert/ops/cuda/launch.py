@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qbert.ops import abi, checks
-from qbert.ops.abi import FLOAT_TYPES, pointer
+from qbert.ops.abi import FLOAT_TYPES, Activation, pointer
 from qbert.ops.cuda.choice import compiled_obstacle
 from qbert.ops.kernel import Problem
 from qbert.ops.operands import require_operands
@@ -22,10 +22,13 @@ from qbert.target import Target, load_cuda, target_of
 from qbert.weight import Layout, Weight
 
 __all__ = [
-    "Family", "aligned_rows", "asked", "end", "extension", "fragments_obstacle", "out_of", "packed", "stream_of", "target_of",
+    "Family", "aligned_rows", "asked", "end", "end_obstacle", "extension", "fragments_obstacle", "out_of", "packed",
+    "stream_of", "target_of",
 ]  # fmt: skip
 
 _ALIGNMENT = 16  # bytes: what the copy engine asks of addresses and of the distance of rows
+
+_ACTIVATIONS = (Activation.NONE, Activation.GELU)  # csrc/cuda/common/finish.cuh
 
 # Groups must not cut what a thread expands at once, or be whole blocks: csrc/cuda/sm90/lowbit.cpp.
 _GROUP_SIZES, _BLOCK_COLUMNS = (32, 64), 128
@@ -57,6 +60,16 @@ class Family(NamedTuple):
     obstacle: Callable[[Problem, Target], str | None]
     reason: Callable[[Problem, Target], str]
     layout: Layout | None
+
+
+def end_obstacle(problem: Problem) -> str | None:
+    """Why the compiled kernels cannot end a linear as asked; None where they can."""
+    if problem.gated:
+        return "the CUDA kernels do not gate"
+    if problem.activation not in _ACTIVATIONS:
+        known = ", ".join(each.text for each in _ACTIVATIONS)
+        return f"the activation is {problem.activation.text}; the CUDA kernels have {known}"
+    return None
 
 
 def fragments_obstacle(own: Layout, problem: Problem, target: Target) -> str | None:

@@ -32,7 +32,7 @@ def shape_obstacle(problem: Problem, target: Target) -> str | None:
 
 def obstacle(problem: Problem, target: Target) -> str | None:
     """What `shape_obstacle` and `norms_obstacle` say, or that two launches are faster, by the extension's model."""
-    found = norms_obstacle("linear_add_norm", target) or shape_obstacle(problem, target)
+    found = norms_obstacle("linear_add_norm", problem, target) or shape_obstacle(problem, target)
     if found is not None:
         return found
     try:

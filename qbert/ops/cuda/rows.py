@@ -22,7 +22,7 @@ def obstacle(problem: Problem, target: Target) -> str | None:
     k = problem.k
     if k % _LANE_COLUMNS or not 0 < k <= _MAX_ROW_COLUMNS:
         return f"k is {k}; the CUDA row kernels take multiples of {_LANE_COLUMNS} up to {_MAX_ROW_COLUMNS}"
-    return norms_obstacle("add_norm", target)
+    return norms_obstacle("add_norm", problem, target)
 
 
 def add_norm(a: AddNorm) -> tuple[Tensor, Tensor, Tensor]:

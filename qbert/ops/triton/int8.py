@@ -33,7 +33,7 @@ _RESIDENT_WARPS = 8
 
 
 def linear(a: Linear) -> Tensor:
-    q, s, weight, bias, activation, out = a
+    q, s, weight, bias, activation, _, out = a
     assert s is not None
     require_operands("linear", q.device, q=q, s=s, bias=bias)
     require_weight("linear", q.device, weight)

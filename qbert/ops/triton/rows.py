@@ -14,6 +14,7 @@ from torch import Tensor
 from qbert.errors import QBertError
 from qbert.formats import DICT3, DICT4, INT4, INT8
 from qbert.ops import checks
+from qbert.ops.abi import Keeps
 from qbert.ops.kernel import Problem
 from qbert.ops.operands import require_operands
 from qbert.ops.operations import AddNorm, Embedding, EmbedNorm, QuantizeRows
@@ -172,6 +173,8 @@ def width_obstacle(problem: Problem) -> str | None:
 
 def norm_obstacle(problem: Problem) -> str | None:
     """Of a norm, which must have something to divide by."""
+    if problem.keeps is not Keeps.NORM:
+        return "it does not keep the sum"
     return width_obstacle(problem) if problem.k else "rows without columns"
 
 
