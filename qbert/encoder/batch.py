@@ -195,9 +195,7 @@ def _batched(ids: Tensor, packing: Packing) -> Tensor:
     return ids.expand(packing.batch, packing.width)
 
 
-def packing_of(
-    batch: int, width: int, mask: Tensor | None, device: torch.device, *, unbroken: bool = False
-) -> Packing:
+def packing_of(batch: int, width: int, mask: Tensor | None, device: torch.device, *, unbroken: bool = False) -> Packing:
     """Where the tokens of a batch go.
 
     The one number that the host must know is how many tokens there are. So a mask on a GPU costs one wait for that GPU; a mask

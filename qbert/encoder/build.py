@@ -186,9 +186,7 @@ class LayerBuilder:
             self._steps.append(steps.linear(label, bound, tokens, codes_of("qkv"), self._target))
             return Projected(codes_of("qkv"), _static(scales, weight.device), torch.int8)
         weight = stacked([_weight(each) for each in modules])
-        bound = BoundLinear(
-            weight, _stacked_biases(modules, (1.0,) * len(modules)), Activation.NONE, self._residual
-        )
+        bound = BoundLinear(weight, _stacked_biases(modules, (1.0,) * len(modules)), Activation.NONE, self._residual)
         self._steps.append(steps.linear(label, bound, tokens, "qkv", self._target))
         if self._heads.rotary is not None:
             given = None if scales is None else _static(scales, weight.device)

@@ -134,7 +134,9 @@ def _pre_norm_obstacle(base: nn.Module, layers: list[str], family: EncoderFamily
     first = f"{layers[0]}.{path}"
     if type(base.get_submodule(first)) is not nn.Identity:
         return f"{first} is not an Identity: the embeddings are normed already"
-    reasons = (_norm_obstacle(base, norm, width) for norm in (*(f"{each}.{path}" for each in layers[1:]), family.final_norm))
+    reasons = (
+        _norm_obstacle(base, norm, width) for norm in (*(f"{each}.{path}" for each in layers[1:]), family.final_norm)
+    )
     return next((reason for reason in reasons if reason is not None), None)
 
 

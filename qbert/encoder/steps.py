@@ -106,7 +106,10 @@ def linear_add_norm(
     problem = bound.problem()._replace(keeps=keeps)
     if composes(problem, target):
         summed = "sum"
-        return [linear(label, bound, tokens, summed, target), add_norm(label.name, summed, norm, keeps, bound.out, target)]
+        return [
+            linear(label, bound, tokens, summed, target),
+            add_norm(label.name, summed, norm, keeps, bound.out, target),
+        ]
     checks.weight(bound.weight)
     call, (codes, scales) = runner("linear_add_norm", problem, target), tokens
     weight, bias = bound.weight, bound.bias

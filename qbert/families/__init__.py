@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from qbert.families import albert, bert, bert_generation, distilbert, electra, modernbert, mpnet, roberta
-from qbert.families.family import EmbeddingPaths, EncoderFamily, LayerPaths, PositionTable
+from qbert.families.family import EmbeddingPaths, EncoderFamily, LayerPaths, Part, PositionTable
 from qbert.families.heads import KEEP_FLOAT, SCORE_TABLES, TASK_HEADS
 
 __all__ = [
-    "FAMILIES", "KEEP_FLOAT", "SCORE_TABLES", "TASK_HEADS", "EmbeddingPaths", "EncoderFamily", "LayerPaths", "PositionTable",
+    "FAMILIES", "KEEP_FLOAT", "SCORE_TABLES", "TASK_HEADS", "EmbeddingPaths", "EncoderFamily", "LayerPaths", "Part", "PositionTable",
     "family_of",
 ]  # fmt: skip
 

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from qbert.families import bert
-from qbert.families.family import EncoderFamily, LayerPaths
+from qbert.families.family import ACTIVATION, DROPOUT, LIST, EncoderFamily, LayerPaths, part
+
+_LAYER = "encoder.albert_layer_groups.*.albert_layers.*"
 
 
 def calls(encoder: Any, groups: str) -> dict[str, str]:
@@ -44,6 +46,20 @@ FAMILY = EncoderFamily(
         ffn_out="ffn_output",
         output_norm="full_layer_layer_norm",
     ),
+    stock={
+        "embeddings": bert.FAMILY.stock["embeddings"],
+        "embeddings.dropout": DROPOUT,
+        "encoder": part("*Transformer"),
+        "encoder.albert_layer_groups": LIST,
+        "encoder.albert_layer_groups.*": part("*LayerGroup"),
+        "encoder.albert_layer_groups.*.albert_layers": LIST,
+        _LAYER: part("*Layer"),
+        f"{_LAYER}.attention": part("*Attention", reads=("attention_head_size", "scaling"), is_causal=False),
+        f"{_LAYER}.attention.attention_dropout": DROPOUT,
+        f"{_LAYER}.attention.output_dropout": DROPOUT,
+        f"{_LAYER}.activation": ACTIVATION,
+        f"{_LAYER}.dropout": DROPOUT,
+    },
     pool=pooled,
     poolers=("pooler", "pooler_activation"),
     calls=calls,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qbert.families import bert
+from qbert.families.family import COUNTING, part
 
 FAMILY = replace(
     bert.FAMILY,
@@ -13,6 +14,11 @@ FAMILY = replace(
     arguments=tuple(name for name in bert.FAMILY.arguments if name != "token_type_ids"),
     output="BaseModelOutputWithPastAndCrossAttentions",
     embeddings=replace(bert.FAMILY.embeddings, token_types=None),
+    stock={
+        **bert.FAMILY.stock,
+        "embeddings": part("*Embeddings", buffers={"position_ids": COUNTING}),
+        "encoder": part("BertEncoder"),
+    },
     pool=None,
     poolers=(),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qbert.families import bert
-from qbert.families.family import EncoderFamily, LayerPaths
+from qbert.families.family import ACTIVATION, COUNTING, DROPOUT, LIST, EncoderFamily, LayerPaths, part
 
 FAMILY = EncoderFamily(
     name="DistilBERT",
@@ -24,5 +24,19 @@ FAMILY = EncoderFamily(
     ),
     pool=None,
     poolers=(),
+    stock={
+        "embeddings": part("Embeddings", buffers={"position_ids": COUNTING}),
+        "embeddings.dropout": DROPOUT,
+        "transformer": part("Transformer"),
+        "transformer.layer": LIST,
+        "transformer.layer.*": part("TransformerBlock"),
+        "transformer.layer.*.attention": part(
+            "*SelfAttention", reads=("attention_head_size", "scaling"), is_causal=False
+        ),
+        "transformer.layer.*.attention.dropout": DROPOUT,
+        "transformer.layer.*.ffn": part("FFN"),
+        "transformer.layer.*.ffn.dropout": DROPOUT,
+        "transformer.layer.*.ffn.activation": ACTIVATION,
+    },
     settings={"heads": "n_heads", "activation": "activation"},
 )

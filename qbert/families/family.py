@@ -5,7 +5,8 @@ Nothing here knows torch's modules beyond their attribute paths: `qbert.encoder`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -57,6 +58,51 @@ class LayerPaths:
 BiasOf = Callable[[Any, Any], Tensor]  # (heads, 2 * reach + 1) float32, see `qbert.ops.operations.Attention`
 RotaryOf = Callable[[Any, Any], Tensor]  # (positions, head_dim) float32, see there
 WindowOf = Callable[[Any, Any], "int | None"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module between an encoder's linears, norms and tables, as transformers has it; anything else may compute anything.
+
+    Attributes:
+        classes: allowed ones. A name without a dot is of the model's own module, a star in it stands for the model's name
+            without ``Model`` or ``Encoder`` (``"*Layer"``: BertLayer, RobertaLayer ...).
+        fixed: attribute -> the value that it must have.
+        reads: attributes that a program is made from, whatever their values.
+        buffers: name -> what it must hold (`COUNTING`, `ZEROS`); what the fused encoder takes for granted.
+        activation: a setting of the model's configuration that says what stands there, in place of classes.
+    """
+
+    classes: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
+    buffers: Mapping[str, str] = field(default_factory=dict)
+    activation: str | None = None
+
+
+def part(*classes: str, reads: tuple[str, ...] = (), buffers: Mapping[str, str] | None = None, **fixed: Any) -> Part:
+    """A `Part`, briefly: keywords that are none of its attributes are those that must have the values given."""
+    return Part(classes, fixed, reads, buffers or {})
+
+
+COUNTING, ZEROS = "0, 1, 2 ...", "zeros"
+LIST = part("torch.nn.modules.container.ModuleList")
+IDENTITY = part("torch.nn.modules.linear.Identity")
+DROPOUT = part("torch.nn.modules.dropout.Dropout")
+ACTIVATION = Part(activation="activation")
+# Name in a configuration -> the class that computes it, and what that must hold.
+ACTIVATIONS: dict[str, Part] = {
+    "gelu": part("transformers.activations.GELUActivation", act=torch.nn.functional.gelu),
+    "gelu_new": part("transformers.activations.NewGELUActivation"),
+    "gelu_pytorch_tanh": part(
+        "transformers.activations.GELUTanh",
+        "transformers.activations.PytorchGELUTanh",
+        act=functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+    ),  # fmt: skip
+    "relu": part("torch.nn.modules.activation.ReLU"),
+    "silu": part("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation"),
+    "swish": part("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation"),
+}
 
 
 class LayerBuilder(Protocol):
@@ -172,6 +218,8 @@ class EncoderFamily:
         collects: its `forward` collects hidden states by itself: all or none, and beside them in a tuple the place of a pooler
             that is not there.
         obstacle: why an encoder of it cannot be fused though its modules are what they should be; None where it can.
+        stock: every module but its linears, norms and tables: attribute path -> what must stand there; a star stands for an
+            index of a list. A module that is not named here is an obstacle, and so is one that is missing.
     """
 
     name: str
@@ -181,6 +229,7 @@ class EncoderFamily:
     embeddings: EmbeddingPaths
     layers: str
     layer: LayerPaths
+    stock: Mapping[str, Part]
     pool: Callable[[Any, Tensor], Tensor | None] | None = pooled_by_module
     poolers: tuple[str, ...] = ("pooler",)
     positions: Positions = positions_by_column

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qbert.families.family import EmbeddingPaths, EncoderFamily, LayerBuilder, LayerPaths
+from qbert.families.family import (
+    ACTIVATION,
+    DROPOUT,
+    IDENTITY,
+    LIST,
+    EmbeddingPaths,
+    EncoderFamily,
+    LayerBuilder,
+    LayerPaths,
+    part,
+)
 
 ROTARY = "rotary_emb"
 FULL, LOCAL = "full_attention", "sliding_attention"
@@ -67,6 +78,21 @@ FAMILY = EncoderFamily(
         ffn_out="mlp.Wo",
         output_norm="attn_norm",
     ),
+    stock={
+        "embeddings": part("*Embeddings"),
+        "embeddings.drop": DROPOUT,
+        "layers": LIST,
+        "layers.*": part("*EncoderLayer", reads=("attention_type",)),
+        "layers.0.attn_norm": IDENTITY,
+        "layers.*.attn": part("*Attention", reads=("head_dim",), is_causal=False),
+        "layers.*.attn.out_drop": replace(DROPOUT, classes=(*DROPOUT.classes, *IDENTITY.classes)),
+        "layers.*.mlp": part("*MLP"),
+        "layers.*.mlp.act": ACTIVATION,
+        "layers.*.mlp.drop": DROPOUT,
+        ROTARY: part(
+            "*RotaryEmbedding", reads=("rope_type", f"{FULL}_attention_scaling", f"{LOCAL}_attention_scaling")
+        ),
+    },
     pool=None,
     poolers=(),
     distances=ROTARY,

@@ -10,10 +10,22 @@ import torch
 from torch import Tensor
 
 from qbert.families import bert
-from qbert.families.family import LayerBuilder, LayerPaths, positions_after_padding
+from qbert.families.family import (
+    ACTIVATION,
+    COUNTING,
+    DROPOUT,
+    LIST,
+    LayerBuilder,
+    LayerPaths,
+    part,
+    positions_after_padding,
+)
 
 TABLE = "encoder.relative_attention_bias"
-BUCKETS, REACH = 32, 128  # transformers computes with these, whatever the configuration says; beyond, all are in the last bucket
+BUCKETS, REACH = (
+    32,
+    128,
+)  # transformers computes with these, whatever the configuration says; beyond, all are in the last bucket
 
 
 def buckets(distances: Tensor) -> Tensor:
@@ -63,6 +75,21 @@ FAMILY = replace(
         attention_output="attention.attn.o",
         attention_norm="attention.LayerNorm",
     ),
+    stock={
+        "embeddings": part("*Embeddings", reads=("padding_idx",), buffers={"position_ids": COUNTING}),
+        "embeddings.dropout": DROPOUT,
+        "encoder": part("*Encoder"),
+        "encoder.layer": LIST,
+        "encoder.layer.*": part("*Layer"),
+        "encoder.layer.*.attention": part("*Attention"),
+        "encoder.layer.*.attention.attn": part("*SelfAttention", reads=("attention_head_size",)),
+        "encoder.layer.*.attention.attn.dropout": DROPOUT,
+        "encoder.layer.*.attention.dropout": DROPOUT,
+        "encoder.layer.*.intermediate": part("*Intermediate"),
+        "encoder.layer.*.intermediate.intermediate_act_fn": ACTIVATION,
+        "encoder.layer.*.output": part("*Output"),
+        "encoder.layer.*.output.dropout": DROPOUT,
+    },
     positions=positions_after_padding,
     skips_padding=True,
     distances=TABLE,

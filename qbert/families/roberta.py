@@ -18,4 +18,5 @@ FAMILY = replace(
     ),
     positions=positions_after_padding,
     skips_padding=True,
+    stock={**bert.FAMILY.stock, "embeddings": replace(bert.FAMILY.stock["embeddings"], reads=("padding_idx",))},
 )
