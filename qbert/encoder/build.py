@@ -161,7 +161,7 @@ class LayerBuilder:
             bias=self._table(bias),
             rotary=self._table(rotary),
         )
-        projected = self._projected(modules, width, static=self._scales is not None and rotary is None)
+        projected = self._projected(modules, width, static=self._static("query") and rotary is None)
         out = self._out("context")
         self._quantized(
             "attention",
@@ -177,7 +177,9 @@ class LayerBuilder:
         and attention rounds it.
         """
         label, tokens = Label("query, key, value", "attention linear"), self._tokens(HIDDEN)
-        scales = None if self._scales is None else [self._scales.scales[name] for name in QKV]
+        scales = (
+            [self._scales.scales[name] for name in QKV] if self._scales is not None and self._static("query") else None
+        )
         if static:
             assert scales is not None
             factors = [1.0 / scale for scale in scales]

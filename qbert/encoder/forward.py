@@ -100,7 +100,8 @@ class FusedForward:
         self._refuse(given)
         encoder = self.encoder()
         layers = len(encoder.program.layers)
-        wanted = _selected(bool(hidden_states) if self.family.collects else hidden_states, layers + 1)
+        asked = bool(hidden_states) if self.family.collects else hidden_states
+        wanted = set(range(layers + 1)) if asked is True else _selected(asked, config.num_hidden_layers + 1)
         with torch.no_grad():
             states = _run(encoder, self.graphs, inputs, wanted)
         last = states[-1]
@@ -174,12 +175,10 @@ def _replayed(encoder: Encoder, graphs: GraphCache, batch: Batch, wanted: set[in
     return graphs.run(encoder, batch.tokens, lambda hidden: batch.unpack(hidden, encoder.dtype, copy=True))
 
 
-def _selected(hidden_states: bool | int | Sequence[int] | None, count: int) -> set[int]:
-    """Which of `count` hidden states transformers would give: all, one or some, negative from the end."""
+def _selected(hidden_states: int | Sequence[int] | None, count: int) -> set[int]:
+    """Which hidden states transformers would give, one or some; negative from the end of `count`, the configuration's."""
     if not hidden_states:
         return set()
-    if hidden_states is True:
-        return set(range(count))
     chosen = [hidden_states] if isinstance(hidden_states, int) else hidden_states
     return {index % count for index in chosen if -count <= index < count}
 

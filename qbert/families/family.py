@@ -98,7 +98,7 @@ ACTIVATIONS: dict[str, Part] = {
         "transformers.activations.GELUTanh",
         "transformers.activations.PytorchGELUTanh",
         act=functools.partial(torch.nn.functional.gelu, approximate="tanh"),
-    ),  # fmt: skip
+    ),
     "relu": part("torch.nn.modules.activation.ReLU"),
     "silu": part("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation"),
     "swish": part("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation"),
@@ -212,7 +212,7 @@ class EncoderFamily:
         distances: path of the module that says what the distance between two tokens does to their attention. Distances are
             those in the padded batch, so there a row's tokens must stand side by side. None where attention knows none.
         program: writes the steps of one layer.
-        calls: (encoder, `layers`) -> the layers in the order of their calls: a name for each call -> the path of what is called.
+        calls: (encoder, `layers`) -> in order, a name for each call of a layer -> the path of that layer.
         final_norm: path of the norm after the last layer of a pre-norm family.
         settings: names in the model's configuration: of "heads" and "activation".
         collects: its `forward` collects hidden states by itself: all or none, and beside them in a tuple the place of a pooler

@@ -1,4 +1,4 @@
-"""ModernBERT (Warner et al., 2024): norms before the linears, rotary positions, a gated feed-forward network, local attention."""
+"""ModernBERT (Warner et al., 2024): norms before the linears, rotary positions, local attention, a gated FFN."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def window(encoder: Any, layer: Any) -> int | None:
 
 
 def program(b: LayerBuilder, paths: LayerPaths) -> None:
-    """Attention, then a gated feed-forward network (GeGLU, Shazeer, 2020), each of the normed stream and added to the stream."""
+    """Attention, then a gated feed-forward network (Shazeer, 2020), each of the normed stream and added to the stream."""
     b.attention(*paths.qkv, rotary=rotary, window=window)
     b.linear_add(paths.attention_output, paths.attention_norm, reads="context")
     b.linear(paths.ffn_in, reads="hidden", writes="inner", activation="activation", gated=True)

@@ -29,7 +29,7 @@ BUCKETS, REACH = (
 
 
 def buckets(distances: Tensor) -> Tensor:
-    """The bucket of each distance key - query (T5's rule, Raffel et al., 2020): near ones apart, far ones by their logarithm."""
+    """The bucket of each distance key - query (T5's rule, Raffel et al., 2020): near ones alone, far ones by logarithm."""
     half, away = BUCKETS // 2, distances.abs()
     near = half // 2
     far = near + (torch.log(away.float() / near) / math.log(REACH / near) * (half - near)).to(torch.int64)

@@ -20,8 +20,12 @@ TABLE = PositionTable(rows=40, padding_idx=0)
 AFTER_ONE = PositionTable(rows=40, padding_idx=1)  # RoBERTa's
 KINDS = ("right", "left", "holes")
 # Where attention goes by distances, a row's tokens stand side by side.
-EACH = [(name, kind) for name, family in BY_NAME.items() for kind in KINDS if kind != "holes" or family.distances is None]
-BY_COLUMN = [name for name, family in BY_NAME.items() if not family.skips_padding and family.embeddings.positions is not None]
+EACH = [
+    (name, kind) for name, family in BY_NAME.items() for kind in KINDS if kind != "holes" or family.distances is None
+]
+BY_COLUMN = [
+    name for name, family in BY_NAME.items() if not family.skips_padding and family.embeddings.positions is not None
+]
 WITHOUT_TABLE = [name for name, family in BY_NAME.items() if family.embeddings.positions is None]
 
 
@@ -143,7 +147,9 @@ def test_positions_and_types_of_the_callers(name: str) -> None:
 def test_without_a_table_positions_are_not_looked_up(name: str) -> None:
     for kind in ("right", "left"):
         inputs = padded_batch(4, 9, kind=kind)
-        assert torch.equal(_of(name, **inputs).tokens.position_ids, torch.zeros(int(_there(inputs).sum()), dtype=torch.int64))
+        assert torch.equal(
+            _of(name, **inputs).tokens.position_ids, torch.zeros(int(_there(inputs).sum()), dtype=torch.int64)
+        )
 
 
 @pytest.mark.parametrize("name", [name for name, family in BY_NAME.items() if family.distances is not None])
@@ -156,7 +162,9 @@ def test_what_changes_distances_is_refused(name: str) -> None:
     for row in ([1, 0, 1, 1, 1, 1], [0, 1, 1, 0, 0, 1]):
         for broken in (mask.clone(), mask.bool(), mask.float()):
             broken[1] = torch.tensor(row)
-            with pytest.raises(QBertError, match="attention_mask has padding between tokens of a row, which changes how far"):
+            with pytest.raises(
+                QBertError, match="attention_mask has padding between tokens of a row, which changes how far"
+            ):
                 _of(name, input_ids=ids, attention_mask=broken)
     columns = torch.arange(6)
     for positions in (columns + 3, columns.flip(0), columns * 2, torch.zeros(6, dtype=torch.int64)):
