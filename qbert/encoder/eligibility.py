@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from qbert.encoder.build import head_size
@@ -14,8 +15,11 @@ from qbert.errors import QBertError
 from qbert.families import FAMILIES, EncoderFamily, family_of
 from qbert.modules import QEmbedding, QLinear
 from qbert.ops import FLOAT_DTYPES
+from qbert.ops.kernel import Problem
+from qbert.ops.reference_kernels import REFERENCE
+from qbert.ops.table import select
+from qbert.target import target_of
 
-HEAD_SIZES = (32, 64)  # what the attention operator is made for
 GELU = "gelu"  # the exact one; every other name is an approximation or another function
 FORWARD = "forward"
 # Hooks that transformers itself puts on layers to collect hidden states: the fused forward collects them without.
@@ -186,9 +190,13 @@ def _head_obstacle(base: nn.Module, name: str, family: EncoderFamily) -> str | N
     attention = base.get_submodule(f"{name}.{family.layer.query}".rpartition(".")[0])
     width, heads = query.out_features, int(family.setting(base.config, "heads"))
     size = head_size(attention, width, heads)
-    if size not in HEAD_SIZES:
-        return f"its heads are of size {size:g}; fused are {HEAD_SIZES[0]} and {HEAD_SIZES[1]}"
-    return None if width % size == 0 else f"{name} is {width} wide, which heads of {size} do not make"
+    if size < 1 or width % size:
+        return f"{name} is {width} wide, which heads of {size} do not make"
+    device = base.get_submodule(family.embeddings.norm).get_parameter("weight").device
+    problem = Problem(None, None, width // size, size, torch.float32)
+    if select("attention", problem, target_of(device)).name != REFERENCE:
+        return None
+    return f"its heads are of size {size}, for which there is no attention kernel on {device}"
 
 
 def _hook_obstacle(base: nn.Module, family: EncoderFamily) -> str | None:

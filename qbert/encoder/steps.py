@@ -198,12 +198,14 @@ def attention(heads: Heads, scales: Tensor | str, out: Out, writes: str, target:
         reads, slot = (qkv, scales, CU_SEQLENS), scales
 
         def run(slots: Slots) -> None:
-            slots[writes] = call(Attention(slots[qkv], slots[slot], slots[CU_SEQLENS], count, factor, out))
+            slots[writes] = call(
+                Attention(slots[qkv], slots[slot], slots[CU_SEQLENS], count, factor, None, None, None, out)
+            )
     else:
         static = scales
 
         def run(slots: Slots) -> None:
-            slots[writes] = call(Attention(slots[qkv], static, slots[CU_SEQLENS], count, factor, out))
+            slots[writes] = call(Attention(slots[qkv], static, slots[CU_SEQLENS], count, factor, None, None, None, out))
 
     return Step(
         "attention", "attention", "attention", explain("attention", problem, target).name, reads, (writes,), run,
