@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from qbert.encoder.build import has_projection, head_size
@@ -14,8 +15,11 @@ from qbert.errors import QBertError
 from qbert.families import FAMILIES, EncoderFamily, family_of
 from qbert.modules import QEmbedding, QLinear
 from qbert.ops import FLOAT_DTYPES, Activation
+from qbert.ops.kernel import Pattern, Problem
+from qbert.ops.reference_kernels import REFERENCE
+from qbert.ops.table import select
+from qbert.target import target_of
 
-HEAD_SIZES = tuple(range(16, 129))  # what the attention operator is made for
 FORWARD = "forward"
 # Hooks that transformers itself puts on layers to collect hidden states: the fused forward collects them without.
 _CAPTURE = "transformers.utils.output_capturing"
@@ -202,13 +206,17 @@ def _head_obstacle(base: nn.Module, name: str, family: EncoderFamily) -> str | N
     attention = base.get_submodule(f"{name}.{family.layer.qkv[0]}".rpartition(".")[0])
     width, heads = sum(each.out_features for each in qkv) // len(QKV), int(family.setting(base.config, "heads"))
     size = head_size(attention, width, heads)
-    if size not in HEAD_SIZES:
-        return f"its heads are of size {size:g}; fused are {HEAD_SIZES[0]} and {HEAD_SIZES[1]}"
-    if width % size:
+    if size < 1 or width % size:
         return f"{name} is {width} wide, which heads of {size} do not make"
-    if parts_of(family).bias is not None and width // size != heads:
+    parts = parts_of(family)
+    if parts.bias is not None and width // size != heads:
         return f"{name} has {width // size} heads; biases are of {heads}, and which are gone is not said"
-    return None
+    device = base.get_submodule(family.embeddings.norm).get_parameter("weight").device
+    given = (parts.rotary is not None, parts.window is not None, parts.bias is not None, parts.rotary is not None)
+    problem = Problem(None, None, width // size, size, torch.float32, pattern=Pattern(*given))
+    if select("attention", problem, target_of(device)).name != REFERENCE:
+        return None
+    return f"its heads are of size {size}, for which there is no attention kernel on {device}"
 
 
 def _hook_obstacle(base: nn.Module, family: EncoderFamily) -> str | None:

@@ -16,7 +16,7 @@ from qbert.errors import QBertError
 from qbert.ops import checks
 from qbert.ops.abi import Activation, Keeps
 from qbert.ops.composed import composes
-from qbert.ops.kernel import Problem
+from qbert.ops.kernel import Pattern, Problem
 from qbert.ops.operations import (
     AddNorm,
     Attention,
@@ -224,7 +224,10 @@ def attention(heads: Heads, qkv: Projected, out: Out, writes: str, target: Targe
         out: type of the float result, or the static scale of an int8 one.
     """
     dtype = out if isinstance(out, torch.dtype) else torch.int8
-    problem = Problem(None, None, heads.count, heads.size, dtype)
+    pattern = Pattern(
+        qkv.dtype != torch.int8, heads.window is not None, heads.bias is not None, heads.rotary is not None
+    )
+    problem = Problem(None, None, heads.count, heads.size, dtype, pattern=pattern)
     call = runner("attention", problem, target)
     (slot, scales, given), (count, _, factor, window, bias, rotary) = qkv, heads
     reads = (slot, scales, CU_SEQLENS) if isinstance(scales, str) else (slot, CU_SEQLENS)
