@@ -13,15 +13,16 @@ from qbert.kernels.row import layer_norm, store_normed
 
 
 @triton.jit
-def add_layer_norm_quantize_kernel(y_ptr, residual_ptr, norm, to, k, strides, BLOCK: tl.constexpr):
+def add_layer_norm_quantize_kernel(y_ptr, residual_ptr, norm, to, k, strides, BLOCK: tl.constexpr, SUM: tl.constexpr):
     """y, residual (t, k) float, with rows that far apart, and a norm as in `layer_norm` -> a `Normed`, contiguous.
 
-    Grid: (t,). BLOCK: power of two, at least k.
+    Grid: (t,). BLOCK: power of two, at least k. SUM: whether the float result is the sum that the norm is of.
     """
     y_stride, residual_stride = strides
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     y = tl.load(y_ptr + token * y_stride + column, mask=column < k, other=0.0)
     residual = tl.load(residual_ptr + token * residual_stride + column, mask=column < k, other=0.0)
-    normed = layer_norm(y.to(tl.float32) + residual.to(tl.float32), k, column, norm)
-    store_normed(normed, token, k, column, to)
+    total = y.to(tl.float32) + residual.to(tl.float32)
+    normed = layer_norm(total, k, column, norm)
+    store_normed(total if SUM else normed, normed, token, k, column, to)

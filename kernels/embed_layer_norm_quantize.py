@@ -31,4 +31,4 @@ def embed_layer_norm_quantize_kernel(ids, tables, norm, to, k, META: tl.constexp
     total += table_row(token_type, token_types, k, column, 0, 0)
     total += table_row(position, positions, k, column, 0, 0)
     normed = layer_norm(tl.where(column < k, total, 0.0), k, column, norm)
-    store_normed(normed, token, k, column, to)
+    store_normed(normed, normed, token, k, column, to)

@@ -50,14 +50,14 @@ def int4_gemm_kernel(q, qdata, group_scale, y, end, shape, META: tl.constexpr):
     if META.SPLIT_K > 1:
         store(y + tl.program_id(1).to(tl.int64) * t * n, acc, place)
     else:
-        _end(acc, y, end, place, META.GELU)
+        _end(acc, y, end, place, META.ACTIVATION)
 
 
 @triton.jit
 def int4_finish_kernel(sums, y, end, shape, META: tl.constexpr):
     """y (t, n) from partial sums (SPLIT_K, t, n). Grid: (tiles of tokens, tiles of channels)."""
     place = (tl.program_id(0) * META.BLOCK_T, tl.program_id(1) * META.BLOCK_N, shape.t, shape.n)
-    _end(total(sums, place, META), y, end, place, META.GELU)
+    _end(total(sums, place, META), y, end, place, META.ACTIVATION)
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _half_scale(scale_rows, column, groups, GROUP_SIZE: tl.constexpr):
 
 
 @triton.jit
-def _end(acc, y, end, place, GELU: tl.constexpr):
+def _end(acc, y, end, place, ACTIVATION: tl.constexpr):
     """Scales, bias, activation, rounding, and out."""
     HAS_BIAS: tl.constexpr = end.bias is not None
     first_t, first_n, t, n = place
@@ -82,5 +82,5 @@ def _end(acc, y, end, place, GELU: tl.constexpr):
     s_t = tl.load(end.s + tokens, mask=tokens < t, other=0.0)[None, :]
     scale_n = tl.load(end.scale + rows, mask=rows < n, other=0.0)[:, None]
     bias_n = tl.load(end.bias + rows, mask=rows < n, other=0.0)[:, None] if HAS_BIAS else scale_n
-    value = scaled(acc.to(tl.float32), s_t, scale_n, bias_n, HAS_BIAS, GELU)
+    value = scaled(acc.to(tl.float32), s_t, scale_n, bias_n, HAS_BIAS, ACTIVATION)
     store(y, finish(value, end.inverse_out_scale, y.dtype.element_ty), place)

@@ -35,7 +35,7 @@ def vectors(end, token, channel, t, n):
 
 
 @triton.jit
-def store_tile(out_desc, acc, end, place, SUBTILES: tl.constexpr, GELU: tl.constexpr):
+def store_tile(out_desc, acc, end, place, SUBTILES: tl.constexpr, ACTIVATION: tl.constexpr):
     """Stores a tile in SUBTILES parts, one after the other through the same buffer: shared memory is for copies ahead.
 
     Args:
@@ -48,12 +48,12 @@ def store_tile(out_desc, acc, end, place, SUBTILES: tl.constexpr, GELU: tl.const
     if SUBTILES == 1:
         token, channel = t0 + tl.arange(0, BLOCK_T), n0 + tl.arange(0, BLOCK_N)
         s, scale, bias = vectors(end, token, channel, t, n)
-        y = scaled(acc.to(tl.float32), s[:, None], scale[None, :], bias[None, :], end.bias is not None, GELU)
+        y = scaled(acc.to(tl.float32), s[:, None], scale[None, :], bias[None, :], end.bias is not None, ACTIVATION)
         out_desc.store([t0, n0], finish(y, end.inverse_out_scale, out_desc.dtype))
     else:
         left, right = tl.split(acc.reshape(BLOCK_T, 2, BLOCK_N // 2).permute(0, 2, 1))
-        store_tile(out_desc, left, end, place, SUBTILES // 2, GELU)
-        store_tile(out_desc, right, end, (t0, n0 + BLOCK_N // 2, t, n), SUBTILES // 2, GELU)
+        store_tile(out_desc, left, end, place, SUBTILES // 2, ACTIVATION)
+        store_tile(out_desc, right, end, (t0, n0 + BLOCK_N // 2, t, n), SUBTILES // 2, ACTIVATION)
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -91,7 +91,7 @@ def int8_gemm_tma(q_desc, w_desc, out_desc, end, t, sizes, META: tl.constexpr):
         w = w_desc.load([n0, step * BLOCK_K])
         acc = tl.dot(q, w.T, acc, out_dtype=tl.int32)
         if step == steps - 1:
-            store_tile(out_desc, acc, end, (t0, n0, t, n), META.SUBTILES, META.GELU)
+            store_tile(out_desc, acc, end, (t0, n0, t, n), META.SUBTILES, META.ACTIVATION)
             acc = tl.zeros((BLOCK_T, BLOCK_N), tl.int32)
 
 
@@ -116,7 +116,7 @@ def int8_gemm_few(q_desc, w_desc, out_ptr, end, t, sizes, META: tl.constexpr):
         w = w_desc.load([n0, k0])
         q = q_desc.load([t0, k0])
         acc = tl.dot(w, q.T, acc, out_dtype=tl.int32)
-    y = scaled(acc.to(tl.float32), s[None, :], scale[:, None], bias[:, None], end.bias is not None, META.GELU)
+    y = scaled(acc.to(tl.float32), s[None, :], scale[:, None], bias[:, None], end.bias is not None, META.ACTIVATION)
     store(out_ptr, finish(y, end.inverse_out_scale, out_ptr.dtype.element_ty).T, token, channel, t, n)
 
 
@@ -142,7 +142,7 @@ def int8_gemm_pointer(q_ptr, w_ptr, out_ptr, end, t, sizes, META: tl.constexpr):
             q = tl.load(q_rows + inner, mask=inner < k, other=0)
             w = tl.load(w_rows + inner, mask=inner < k, other=0)
         acc = tl.dot(q, w.T, acc, out_dtype=tl.int32)
-    y = scaled(acc.to(tl.float32), s[:, None], scale[None, :], bias[None, :], end.bias is not None, META.GELU)
+    y = scaled(acc.to(tl.float32), s[:, None], scale[None, :], bias[None, :], end.bias is not None, META.ACTIVATION)
     store(out_ptr, finish(y, end.inverse_out_scale, out_ptr.dtype.element_ty), token, channel, t, n)
 
 

@@ -46,10 +46,10 @@ def layer_norm(x, k, column, norm):
 
 
 @triton.jit
-def store_normed(normed, row, k, column, to):
-    """The float32 norm of row `row` in its result's type, and its codes and scale, to a `Normed`."""
+def store_normed(result, normed, row, k, column, to):
+    """A float32 result of row `row` in its type, and the codes and scale of its norm, to a `Normed`."""
     inside = column < k
     codes, scale = quantized(normed)
-    tl.store(to.out + row * k + column, normed.to(to.out.dtype.element_ty), mask=inside)
+    tl.store(to.out + row * k + column, result.to(to.out.dtype.element_ty), mask=inside)
     tl.store(to.codes + row * k + column, codes, mask=inside)
     tl.store(to.scale + row, scale)

@@ -87,7 +87,7 @@ def weight_only_kernel(x_ptr, weight, bias_ptr, y_ptr, shape, META: tl.constexpr
     if weight.outliers is not None:
         y += _outliers(x_ptr, weight.outliers, tokens, rows, shape, META.OUTLIERS)
     bias = tl.load(bias_ptr + rows, mask=rows < n, other=0.0)[None, :] if bias_ptr is not None else 0.0
-    y = activated(y, bias, bias_ptr is not None, META.GELU)
+    y = activated(y, bias, bias_ptr is not None, META.ACTIVATION)
     at = y_ptr + tokens.to(tl.int64)[:, None] * n + rows[None, :]
     tl.store(at, y.to(DTYPE), mask=(tokens < t)[:, None] & (rows < n)[None, :])
 

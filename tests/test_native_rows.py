@@ -194,6 +194,23 @@ def test_norm_of_rows_far_from_zero(k: int, isa: str) -> None:
 
 
 @EVERY_ISA
+@DTYPES
+@pytest.mark.parametrize(("t", "k"), [(1, 1), (3, 77), (9, 768), (0, 5)])
+def test_a_sum_that_is_kept(t: int, k: int, dtype: torch.dtype, isa: str) -> None:
+    """Exactly the sum, rounded once; codes and scales do not know of it."""
+    problem = random_problem("add_norm", t, 1, k, dtype=dtype, keeps=Keeps.SUM)
+    kept, codes, scale = run(problem)
+    assert torch.equal(kept, (problem.y.float() + problem.residual.float()).to(dtype))
+    assert_matches_reference(problem, (kept, codes, scale))
+    for got, want in zip((codes, scale), run(problem._replace(keeps=Keeps.NORM))[1:], strict=True):
+        assert torch.equal(got, want)
+    problem.y[t // 2 :, :1] = math.inf
+    kept, codes, scale = run(problem)
+    assert bool(scale[t // 2 :].isnan().all())
+    assert not bool(codes[t // 2 :].any())
+
+
+@EVERY_ISA
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_bad_value_spoils_its_own_token(bad: float, isa: str) -> None:
     problem = random_problem("add_norm", 5, 1, 70)

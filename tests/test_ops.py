@@ -913,8 +913,8 @@ def test_float_activations_give_their_own_type(case: Case, out: Any) -> None:
 
 @of(LINEARS)
 def test_unknown_activation_is_an_error(case: Case) -> None:
-    with pytest.raises(QBertError, match="unknown activation 'relu'; allowed: none, gelu"):
-        _call_flat(case.draw(3, 5, 64), activation="relu")
+    with pytest.raises(QBertError, match="unknown activation 'tanh'; allowed: none, gelu, gelu_tanh, relu, silu"):
+        _call_flat(case.draw(3, 5, 64), activation="tanh")
 
 
 @pytest.mark.parametrize("softmax_scale", [0.0, -0.125, math.nan, math.inf])

@@ -1,12 +1,14 @@
-"""Fits GELU's approximations, and measures those in use: coefficients and errors, on the GPUs and on CPUs.
+"""Fits the approximations of activations, and measures those in use: coefficients and errors, on the GPUs and on CPUs.
 
     python tools/fit_gelu.py            some three million float32
     python tools/fit_gelu.py --every    every float32 between 2**-20 and 16 in magnitude: most of a minute
 
 GPUs     gelu(x) = max(x, 0) - |x| 2**(|x| p(|x|) - 1), p of degree 7: kernels/epilogue.py, csrc/cuda
-CPUs     gelu(x) = x / 2 + x z P(z**2) / Q(z**2), P and Q of degree 5, z = x within +-5.5: csrc/cpu/simd.h
+CPUs     gelu(x) = x / 2 + x z P(z**2) / Q(z**2), P and Q of degree 5, z = x within +-5.5: csrc/cpu/activations.h
+both     SiLU and GELU's tanh form, x times a logistic function by 2**r, r within +-0.5: kernels/epilogue.py,
+         csrc/cpu/activations.h
 
-The coefficients in use stay, for the bits of results depend on them. They come from earlier minimax fits of the same forms
+GELU's coefficients in use stay, for the bits of results depend on them. They come from earlier minimax fits of the same forms
 that cannot be run again; the best ones are derived here to compare. Exits with 1 where those in use are off by more than they
 promise, or where two places differ.
 """
@@ -26,16 +28,19 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?(?=f?\b)")
-# What kernels/epilogue.py, csrc/cuda and csrc/cpu/simd.h promise. Half a unit in the last place of a float32 is 6e-8 of it.
-FITS = {"gpu": 2.8e-8, "cpu": 2.6e-8}
+# What kernels/epilogue.py, csrc/cuda and csrc/cpu/activations.h promise. Half a unit in a float32's last place is 6e-8 of it.
+FITS = {"gpu": 2.8e-8, "cpu": 2.6e-8, "2**r": 1.5e-8}
 ERRORS = {
     "gpu, of gelu(x > 0)": 1.5e-7,
     "gpu, absolute below 0": 8e-8,
     "gpu, of gelu(x > 0), 2**x two units off": 3.8e-7,
     "gpu, absolute below 0, 2**x two units off": 1e-7,
     "cpu, of |x|": 2.2e-7,
+    "silu, of itself": 2.4e-7,
+    "gelu_tanh, of itself above 0, of |x| below": 1.5e-7,
 }
 CPU_EDGE = 5.5
+LEAST_POWER = -125  # smaller powers of two count as 0 in the logistic function
 mp.mp.dps = 30
 
 
@@ -51,9 +56,53 @@ def gpu_coefficients(path: Path) -> tuple[float, ...]:
 
 def cpu_coefficients() -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Of P and Q, the constants first."""
-    text = (ROOT / "csrc/cpu/simd.h").read_text()
+    text = (ROOT / "csrc/cpu/activations.h").read_text()
     above, below = (re.findall(rf"kGelu{name}\[6\] = {{(.*?)}}", text)[0] for name in ("Above", "Below"))
     return _float32s(above), _float32s(below)
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """Constants of SiLU and GELU's tanh form.
+
+    Attributes:
+        exp2: of 2**r, the constant first.
+        log2e: log2(e) in two parts.
+        tanh: factors of x and x**3 in 2 sqrt(2 / pi) log2(e) (x + 0.044715 x**3).
+    """
+
+    exp2: tuple[float, ...]
+    log2e: tuple[float, ...]
+    tanh: tuple[float, ...]
+
+
+def logistic_constants() -> dict[str, Logistic]:
+    """File -> constants."""
+    cpp, python = "csrc/cpu/activations.h", "kernels/epilogue.py"
+    text = (ROOT / cpp).read_text()
+    one = lambda name: _float32s(re.findall(rf"\bk{name} = (.*?)[,;]", text)[0])
+    found = {
+        cpp: Logistic(
+            _float32s(re.findall(r"kExp2\[7\] = {(.*?)}", text)[0]), one("Log2EHigh") + one("Log2ELow"),
+            one("TanhLinear") + one("TanhCubic"),
+        )
+    }  # fmt: skip
+    text = (ROOT / python).read_text()
+    constant = lambda name: _float32s(re.findall(rf"^{name} = tl.constexpr\((.*?)\)$", text, re.MULTILINE)[0])
+    exp2 = tuple(constant(f"EXP2_{i}")[0] for i in range(7))
+    log2e, tanh = constant("LOG2E_HIGH") + constant("LOG2E_LOW"), constant("TANH_LINEAR") + constant("TANH_CUBIC")
+    return found | {python: Logistic(exp2, log2e, tanh)}
+
+
+def logistic_best() -> Logistic:
+    """What the constants must be, the fit of 2**r aside."""
+    log2e = mp.log(mp.e, 2)
+    high = np.float32(float(log2e))
+    factor = 2 * mp.sqrt(2 / mp.pi) * log2e
+    nearest = lambda value: float(np.float32(float(value)))
+    return Logistic(
+        (), (float(high), nearest(log2e - mp.mpf(float(high)))), (nearest(factor), nearest(factor * mp.mpf("0.044715")))
+    )  # fmt: skip
 
 
 def _float32s(text: str) -> tuple[float, ...]:
@@ -105,6 +154,12 @@ GPU = Form(
 CPU = Form(
     target=lambda x: (mp.mpf(1) / 2 - tail(x)) / x, weight=lambda x: x,
     variable=lambda x: x * x, edge=CPU_EDGE, above=5, below=5,
+)  # fmt: skip
+
+# r = x - 1/2.
+EXP2 = Form(
+    target=lambda x: mp.power(2, x - mp.mpf(1) / 2), weight=lambda x: mp.power(2, mp.mpf(1) / 2 - x),
+    variable=lambda x: x - mp.mpf(1) / 2, edge=1.0, above=6, below=0,
 )  # fmt: skip
 
 
@@ -179,10 +234,36 @@ def gpu_gelu(x: np.ndarray, coefficients: Sequence[float], units_off: int = 0) -
 
 
 def cpu_gelu(x: np.ndarray, coefficients: tuple[Sequence[float], Sequence[float]]) -> np.ndarray:
-    """As csrc/cpu/simd.h computes it."""
+    """As csrc/cpu/activations.h computes it."""
     inside = np.clip(x, np.float32(-CPU_EDGE), np.float32(CPU_EDGE))
     above, below = (horner(each, inside * inside) for each in coefficients)
     return fma(x, inside * above / below, x * np.float32(0.5))
+
+
+def power_of_two(n: np.ndarray, r: np.ndarray, constants: Logistic) -> np.ndarray:
+    """2**(n + r)."""
+    power = np.ldexp(horner(constants.exp2, r), np.maximum(n, LEAST_POWER).astype(np.int32))
+    return np.where(n < LEAST_POWER, np.float32(0), power)
+
+
+def times_logistic(x: np.ndarray, power: np.ndarray) -> np.ndarray:
+    """x times the logistic function."""
+    return np.where(x < 0, x * power, x) / (power + np.float32(1))
+
+
+def silu(x: np.ndarray, constants: Logistic) -> np.ndarray:
+    """As kernels/epilogue.py and csrc/cpu/activations.h compute it."""
+    a, (high, low) = np.abs(x), (np.float32(-each) for each in constants.log2e)
+    n = np.rint(a * high)
+    return times_logistic(x, power_of_two(n, fma(a, low, fma(a, high, -n)), constants))
+
+
+def gelu_tanh(x: np.ndarray, constants: Logistic) -> np.ndarray:
+    """As kernels/epilogue.py and csrc/cpu/activations.h compute it."""
+    linear, cubic = (np.float32(-each) for each in constants.tanh)
+    z = np.abs(x) * fma(x * x, cubic, linear)
+    n = np.rint(z)
+    return times_logistic(x, power_of_two(n, z - n, constants))
 
 
 def float32s(step: int) -> Iterator[np.ndarray]:
@@ -197,29 +278,53 @@ def largest_errors(step: int) -> dict[str, float]:
     """Of results in float32, by the names in ERRORS; PTX lets a GPU's 2**x be off by two units in the last place."""
     worst = dict.fromkeys(ERRORS, 0.0)
     coefficients, rational = next(iter(in_use().values())), cpu_coefficients()
+    logistic = next(iter(logistic_constants().values()))
     for x in float32s(step):
         double = torch.from_numpy(x).double()
         exact = (double * 0.5 * torch.special.erfc(double / -(2**0.5))).numpy()
         side, size = ("gpu, of gelu(x > 0)", exact) if x[0] > 0 else ("gpu, absolute below 0", 1.0)
         results = [(side, size, gpu_gelu(x, coefficients)), ("cpu, of |x|", np.abs(x), cpu_gelu(x, rational))]
         results += [(f"{side}, 2**x two units off", size, gpu_gelu(x, coefficients, units)) for units in (-2, 2)]
-        for name, size, found in results:
-            worst[name] = max(worst[name], float((np.abs(found - exact) / size).max()))
+        with_truth = [(name, size, found, exact) for name, size, found in results] + _logistic_results(x, logistic)
+        for name, size, found, truth in with_truth:
+            worst[name] = max(worst[name], float((np.abs(found - truth) / size).max()))
     return worst
+
+
+def _logistic_results(x: np.ndarray, constants: Logistic) -> list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+    """Name, what the error is relative to, result and truth."""
+    double = x.astype(np.float64)
+    wanted = double / (1 + np.exp(-double))
+    by_tanh = double / (1 + np.exp(-2 * (2 / np.pi) ** 0.5 * (double + 0.044715 * double**3)))
+    size = by_tanh if x[0] > 0 else np.abs(double)
+    return [
+        ("silu, of itself", np.abs(wanted), silu(x, constants), wanted),
+        ("gelu_tanh, of itself above 0, of |x| below", size, gelu_tanh(x, constants), by_tanh),
+    ]
 
 
 def fit_errors() -> dict[str, float]:
     """The largest errors of the coefficients in use, rounded to float32 as they are, with exact arithmetic."""
     largest = lambda form, above, below: float(max(map(abs, form.errors(above, below, form.grid(500)))))
-    return {"gpu": largest(GPU, next(iter(in_use().values())), (1.0,)), "cpu": largest(CPU, *cpu_coefficients())}
+    return {
+        "gpu": largest(GPU, next(iter(in_use().values())), (1.0,)),
+        "cpu": largest(CPU, *cpu_coefficients()),
+        "2**r": largest(EXP2, next(iter(logistic_constants().values())).exp2, (1.0,)),
+    }
 
 
 def broken(step: int) -> list[str]:
     """Promises that do not hold; prints what is found."""
     places = in_use()
-    for place, coefficients in {**places, "csrc/cpu/simd.h": sum(cpu_coefficients(), ())}.items():
+    for place, coefficients in {**places, "csrc/cpu/activations.h": sum(cpu_coefficients(), ())}.items():
         print(f"{place}: {', '.join(f'{each:.8e}' for each in coefficients)}")
     wrong = [] if len(places) > 1 and len(set(places.values())) == 1 else [f"one fit in {' and '.join(places)}"]
+    logistic, best = logistic_constants(), logistic_best()
+    if len(set(logistic.values())) != 1:
+        wrong.append(f"one logistic function in {' and '.join(logistic)}")
+    wrong += [
+        f"{place}: {best}" for place, each in logistic.items() if (each.log2e, each.tanh) != (best.log2e, best.tanh)
+    ]
     for found, limits, of in ((fit_errors(), FITS, "fit, exact arithmetic"), (largest_errors(step), ERRORS, "float32")):
         for name, limit in limits.items():
             print(f"{name} ({of}): {found[name]:.3g}, at most {limit:.2g}")
@@ -231,7 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--every", action="store_true", help="every float32 that matters")
     step = 1 if parser.parse_args().every else 251
-    for name, form, start in (("GPUs", GPU, (1.0,)), ("CPUs", CPU, cpu_coefficients()[1])):
+    for name, form, start in (("GPUs", GPU, (1.0,)), ("CPUs", CPU, cpu_coefficients()[1]), ("2**r", EXP2, (1.0,))):
         above, below, error = minimax(form, start)
         print(f"best for {name}: {mp.nstr(above, 9)} / {mp.nstr(below, 9)}, off by {mp.nstr(error, 3)}")
     wrong = broken(step)

@@ -9,7 +9,7 @@ namespace qbert {
 namespace {
 
 // out_type is a FloatType, or -1 for int8 with one static scale.
-void call_linear(const Weight& weight, uintptr_t q, uintptr_t s, int64_t t, uintptr_t bias, int activation, uintptr_t out,
+void call_linear(const Weight& weight, uintptr_t q, uintptr_t s, int64_t t, uintptr_t bias, int activation, bool gated, uintptr_t out,
                  int out_type, float inverse_out_scale, int threads) {
     LinearArgs args{};
     args.weight = weight;
@@ -18,6 +18,7 @@ void call_linear(const Weight& weight, uintptr_t q, uintptr_t s, int64_t t, uint
     args.s = at<const float>(s);
     args.bias = at<const float>(bias);
     args.activation = static_cast<Activation>(activation);
+    args.gated = gated;
     args.out = at<void>(out);
     args.requantize = out_type < 0;
     args.float_type = args.requantize ? FloatType::f32 : static_cast<FloatType>(out_type);

@@ -19,7 +19,7 @@ void call_quantize_rows(uintptr_t x, int64_t x_stride, int x_type, uintptr_t cod
 }
 
 void call_add_norm_rows(uintptr_t y, int y_type, uintptr_t residual, int residual_type, uintptr_t gamma, uintptr_t beta,
-                        float eps, uintptr_t out, uintptr_t codes, uintptr_t scale, int64_t t, int64_t k, int threads) {
+                        float eps, int keeps, uintptr_t out, uintptr_t codes, uintptr_t scale, int64_t t, int64_t k, int threads) {
     AddNormArgs args{};
     args.k = k;
     args.y = at<const void>(y);
@@ -29,6 +29,7 @@ void call_add_norm_rows(uintptr_t y, int y_type, uintptr_t residual, int residua
     args.gamma = at<const float>(gamma);
     args.beta = at<const float>(beta);
     args.eps = eps;
+    args.keeps = static_cast<Keeps>(keeps);
     args.out = at<void>(out);
     args.codes = at<int8_t>(codes);
     args.scale = at<float>(scale);

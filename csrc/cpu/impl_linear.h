@@ -4,6 +4,7 @@
 // qbert/ops/reference.py and written once for all instruction sets.
 #pragma once
 
+#include "cpu/activations.h"
 #include "cpu/expand.h"
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
@@ -82,7 +83,7 @@ static void finish_token(const LinearArgs& args, const BlockChannels& c, int64_t
         if (kOutliers) y += load(corrections + at);
         y *= s;
         if (args.bias != nullptr) y += load(c.bias + at);
-        if (args.activation == Activation::gelu) y = gelu(y);
+        y = activated(args.activation, y);
         const int64_t index = token * args.weight.n + c.first + at, count = c.count - at;
         if (args.requantize) {
             store_static_codes(static_cast<int8_t*>(args.out) + index, count, y * args.inverse_out_scale);

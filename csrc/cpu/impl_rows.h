@@ -130,13 +130,14 @@ struct NormArgs {
     const float* gamma;
     const float* beta;
     float eps;
+    Keeps keeps;
     void* out;
     FloatType out_type;
     int8_t* codes;
     float* scale;
 };
 
-// LayerNorm of the scratch row `row`, whose sum is `sum`, to token t of the results.
+// LayerNorm of the scratch row `row`, whose sum is `sum`, to token t of the results: as floats, or there the row as it came.
 //
 // The mean is corrected by the mean of the differences from it: else a row of equal values, whose variance is eps alone, would
 // show the rounding of the first mean a million times enlarged.
@@ -152,7 +153,9 @@ static void norm_row(const NormArgs& args, float* row, float sum, int64_t t) {
     });
     const float shift = differences.total() / size, variance = squares.total() / size - shift * shift;
     const float inverse = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + args.eps);
-    float* normed = args.out_type == FloatType::f32 ? static_cast<float*>(args.out) + first : row;
+    if (args.keeps == Keeps::sum) store_row(row, k, args.out, args.out_type, first);
+    const bool in_place = args.keeps == Keeps::norm && args.out_type == FloatType::f32;
+    float* normed = in_place ? static_cast<float*>(args.out) + first : row;
     RowMax absmax;
     for_vectors(k, [&](int64_t at, int64_t count, int) __attribute__((always_inline)) {
         const f32x16 gamma = load_part(args.gamma + at, count), beta = load_part(args.beta + at, count);
@@ -160,12 +163,12 @@ static void norm_row(const NormArgs& args, float* row, float sum, int64_t t) {
         absmax.add(count < kLanes ? select(first_lanes(count), y, f32x16{}) : y);
         store_part(normed + at, count, y);
     });
-    if (normed == row) store_row(row, k, args.out, args.out_type, first);
+    if (args.keeps == Keeps::norm && !in_place) store_row(row, k, args.out, args.out_type, first);
     quantize_row(normed, k, absmax.total(), args.codes + first, args.scale + t);
 }
 
 static void add_norm_rows(const AddNormArgs& args, int64_t begin, int64_t end, float* scratch) {
-    const NormArgs norm{args.k, args.gamma, args.beta, args.eps, args.out, args.residual_type, args.codes, args.scale};
+    const NormArgs norm{args.k, args.gamma, args.beta, args.eps, args.keeps, args.out, args.residual_type, args.codes, args.scale};
     float *row = scratch, *y_space = row + scratch_row_floats(args.k), *residual_space = y_space + scratch_row_floats(args.k);
     for (int64_t t = begin; t < end; ++t) {
         const float* y = float_row(args.y, args.y_type, t * args.k, args.k, y_space);
@@ -289,7 +292,7 @@ static void look_up_rows(const LookUpArgs& args, int64_t begin, int64_t end, flo
 
 static void embed_norm_rows(const EmbedNormArgs& args, int64_t begin, int64_t end, float* scratch) {
     const int64_t k = args.words.k;
-    const NormArgs norm{k, args.gamma, args.beta, args.eps, args.out, args.positions.float_type, args.codes, args.scale};
+    const NormArgs norm{k, args.gamma, args.beta, args.eps, Keeps::norm, args.out, args.positions.float_type, args.codes, args.scale};
     const Weight &types = args.token_types, &positions = args.positions;
     float *row = scratch, *type_space = row + scratch_row_floats(k), *position_space = type_space + scratch_row_floats(k);
     for (int64_t t = begin; t < end; ++t) {

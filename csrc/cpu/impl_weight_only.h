@@ -6,6 +6,7 @@
 // block decoded in the cache.
 #pragma once
 
+#include "cpu/activations.h"
 #include "cpu/decode_panels.h"
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
@@ -330,7 +331,7 @@ QBERT_NOINLINE void finish_tokens(const WeightOnlyArgs& args, int64_t panel, int
     if (args.bias != nullptr) bias = load_floats(args.bias, args.bias_type, channel, count);
     for (int t = 0; t < kTokens; ++t) {
         if (args.bias != nullptr) y[t] += bias;
-        if (args.activation == Activation::gelu) y[t] = gelu(y[t]);
+        y[t] = activated(args.activation, y[t]);
         store_floats(args.out, args.float_type, (token + t) * w.n + channel, count, y[t]);
     }
 }

@@ -15,6 +15,8 @@ constexpr int kStripTokens = 16;  // activations are packed by this many tokens
 constexpr int kPanelLanes = 16;   // weights are packed by this many output channels
 constexpr int kBlockPanels = 4;   // panels that a task of a product computes together
 constexpr int kBlockChannels = kPanelLanes * kBlockPanels;
+constexpr int kGatedPairs = kBlockPanels / 2;  // pairs of panels, one of each half, that a task of a gated product computes together
+constexpr int kGatedChannels = kPanelLanes * kGatedPairs;
 constexpr int kPanelInputs = 64;  // input channels of a packed weight are padded to a multiple of this
 constexpr int kWeightOnlyTokens = 64;  // tokens that a task of a weight-only product takes at most
 
@@ -56,7 +58,8 @@ struct LinearArgs {
     const float* s;         // (t,) scale of each token
     const float* bias;      // (n,) float32 or null
     Activation activation;
-    void* out;              // (t, n)
+    bool gated;             // y = activation(first half of the channels) * second half; n is a multiple of 2 kPanelLanes
+    void* out;              // (t, n), or (t, n / 2) of a gated product
     int64_t blocks_ahead;   // the block so many further is read into the cache meanwhile; 0 for none
     bool requantize;        // to int8 with inverse_out_scale; else to float_type
     FloatType float_type;
@@ -112,6 +115,7 @@ struct AddNormArgs {
     const float* gamma;
     const float* beta;
     float eps;
+    Keeps keeps;                // what `out` gets: the norm, or the sum
     void* out;                  // (t, k)
     int8_t* codes;
     float* scale;
@@ -148,6 +152,9 @@ struct Kernels {
     // Output channels block * kBlockChannels ..., for strips strip_begin ... strip_end - 1 of `strips`.
     void (*linear_block)(const LinearArgs& args, int64_t block, const void* strips, int64_t strip_begin, int64_t strip_end,
                          void* scratch);
+    // Of a gated product, results block * kGatedChannels ...
+    void (*gated_block)(const LinearArgs& args, int64_t block, const void* strips, int64_t strip_begin, int64_t strip_end,
+                        void* scratch);
     // Multiplies in registers only; returns how many products of two numbers it made.
     int64_t (*peak_products)(int64_t iterations);
     // Weight-only products. Tokens begin ... end - 1 of args.x to the same rows of `wide`, as args.wide_x wants them.

@@ -43,7 +43,8 @@ void linear(const LinearArgs& wanted_args, int threads) {
     const Kernels& of_isa = kernels();
     if (t * n * k <= kInlineProducts) threads = 1;
     args.blocks_ahead = t <= kTokensBoundByMemory ? threads : 0;
-    const int64_t strips = ceil_div(t, kStripTokens), blocks = ceil_div(n, kBlockChannels);
+    const int64_t strips = ceil_div(t, kStripTokens), blocks = args.gated ? ceil_div(n / 2, kGatedChannels) : ceil_div(n, kBlockChannels);
+    const auto compute = args.gated ? of_isa.gated_block : of_isa.linear_block;
     uint8_t* packed = static_cast<uint8_t*>(packed_activations.get(strips * of_isa.strip_bytes(k)));
     pack(of_isa, args, threads, packed);
 
@@ -53,7 +54,7 @@ void linear(const LinearArgs& wanted_args, int threads) {
     const int64_t splits = ceil_div(strips, per_task), scratch = of_isa.linear_scratch_bytes(args);
     parallel_for(blocks * splits, threads, [&](int64_t task, int) {
         const int64_t block = task / splits, first = task % splits * per_task;
-        of_isa.linear_block(args, block, packed, first, std::min(strips, first + per_task), worker_scratch.get(scratch));
+        compute(args, block, packed, first, std::min(strips, first + per_task), worker_scratch.get(scratch));
     });
 }
 

@@ -391,18 +391,5 @@ QBERT_INLINE void store_static_codes(int8_t* to, int64_t count, f32x16 v) {
     memcpy(to, lane, static_cast<size_t>(count));
 }
 
-// ---- functions ----
-
-constexpr float kGeluAbove[6] = {0.398942235f, 0.0338525307f, 0.00467725338f, 1.68824518e-4f, 6.35211221e-6f, 2.27495037e-8f};
-constexpr float kGeluBelow[6] = {1.0f, 0.251521629f, 0.0286458049f, 0.00188443813f, 7.36471486e-5f, 1.19750761e-6f};
-
-// Exact GELU: x Phi(x), Phi(x) - 1/2 = x P(x^2) / Q(x^2), our own minimax fit on |x| <= 5.5 (absolute error 2.6e-8, as rounded),
-// beyond which it is 1/2 in float32. The error is below 2.2e-7 |x| (tools/fit_gelu.py); minus infinity gives NaN, as in torch.
-QBERT_INLINE f32x16 gelu(f32x16 x) {
-    const f32x16 inside = max(min(x, broadcast(5.5f)), broadcast(-5.5f)), square = inside * inside;
-    const f32x16 half_erf = inside * polynomial(kGeluAbove, square) / polynomial(kGeluBelow, square);
-    return madd(x, half_erf, x * 0.5f);
-}
-
 }  // namespace QBERT_ISA
 }  // namespace qbert

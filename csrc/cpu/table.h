@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/impl_attention.h"
+#include "cpu/impl_gated.h"
 #include "cpu/impl_linear.h"
 #include "cpu/impl_rows.h"
 #include "cpu/impl_weight_only.h"
@@ -18,6 +19,7 @@ static constexpr Kernels table(Isa isa) {
         pack_strip,
         linear_scratch_bytes,
         linear_block,
+        gated_block,
         peak_products,
         weight_only_widen,
         weight_only_scratch_bytes,

@@ -17,12 +17,13 @@ from torch import Tensor
 from qbert import tiles
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES
-from qbert.kernels.epilogue import gelu
+from qbert.kernels.epilogue import activated, gelu
 from qbert.ops import reference
 from qbert.ops.abi import Activation
+from qbert.ops.cpu import native
 from qbert.ops.operations import Linear
 from qbert.ops.triton.int8 import programs
-from qbert.target import Target
+from qbert.target import Target, native_cpu
 from qbert.testing import assert_matches_reference, random_problem
 from qbert.tiles import TileConfig
 from qbert.weight import Layout, Weight
@@ -143,6 +144,37 @@ def gelu_is_exact() -> None:
     assert absolute(y) < min(8e-8, absolute(torchs))
 
 
+@triton.jit
+def activated_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, activated(tl.load(x_ptr + at), 0.0, False, ACTIVATION))
+
+
+def activations_are_those_of_cpus() -> None:
+    """Bit for bit, of values of every size, NaN and infinities; and near torch's in float64."""
+    x = torch.cat(
+        (torch.linspace(-100, 100, 2**15 - 2048), torch.logspace(-38, 38, 2048), -torch.logspace(-38, 38, 2048))
+    )
+    x = torch.nn.functional.pad(x.to(torch.float32), (0, 2**14 * 3 - len(x)))
+    x[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0])
+    for activation in (Activation.GELU_TANH, Activation.RELU, Activation.SILU):
+        y = torch.empty_like(x)
+        activated_kernel[(3,)](x, y, BLOCK=2**14, ACTIVATION=int(activation))
+        want = reference.activated(x, activation, gated=False)
+        assert torch.equal(y.isnan(), want.isnan())
+        assert torch.equal(y.isinf(), want.isinf())
+        finite = want.isfinite()
+        exact = reference.activated(x.double(), activation, gated=False)
+        assert bool(((y - exact).abs()[finite] <= 2.5e-7 * x.double().abs()[finite] + 1e-38).all())
+        if native_cpu() is not None:
+            weight = weight_of(torch.zeros(len(x), 1, dtype=torch.int8), torch.ones(len(x)), Layout.PLAIN)
+            a = Linear(torch.zeros(1, 1, dtype=torch.int8), torch.ones(1), weight, x, activation, False, torch.float32)
+            by_cpu = native.linear(a)[0]
+            assert torch.equal(by_cpu.nan_to_num(7.0).view(torch.int32), y.nan_to_num(7.0).view(torch.int32)), (
+                activation
+            )
+
+
 def gelu_of_file(path: str) -> None:
     """Float32 bits in a file become those of their GELU; 2**x is modelled as csrc/cuda models it, see `exp2_approx` there."""
     x = np.fromfile(path, np.float32)
@@ -164,7 +196,7 @@ def refuses(case: str) -> None:
     wrong = {
         "strides": lambda: a._replace(x=a.x.t().contiguous().t()),
         "address": lambda: a._replace(s=torch.cat((a.s[:1], a.s))[1:]),
-        "activation": lambda: bind_with(a, "none", "relu"),
+        "activation": lambda: bind_with(a, "none", "tanh"),
     }
     with pytest.raises(QBertError, match=case):
         launch(wrong[case]())

@@ -154,4 +154,4 @@ def check_refusals() -> None:
     assert str(obstacle_of(a)).startswith("groups of 96")
     assert is_left_to_others(a)
     with pytest.raises(QBertError, match="unknown activation 'relu'"):
-        bind_with(problem("w4a8", 2, 4, 192), "none", "relu")
+        bind_with(problem("w4a8", 2, 4, 192), "none", "tanh")

@@ -19,6 +19,7 @@ import sm90
 from launchers import launch
 
 from qbert.ops import reference
+from qbert.ops.abi import Activation
 from qbert.ops.operations import Linear
 from qbert.ops.triton.arguments import End, Int8Meta
 from qbert.ops.triton.int8 import ANY_SHAPE, programs, shared_bytes, subtiles, tile_for
@@ -43,7 +44,8 @@ def test_roads_equal_the_reference():
     problems = [(70, 144, 208), (1, 16, 16), (64, 128, 64), (17, 272, 48)]
     ends = [
         {}, {"int8_out": True}, {"dtype": "bfloat16", "bias": False}, {"dtype": "float16", "activation": "gelu"},
-        {"int8_out": True, "activation": "gelu"},
+        {"int8_out": True, "activation": "gelu"}, {"activation": "gelu_tanh"}, {"dtype": "float16", "activation": "relu"},
+        {"int8_out": True, "activation": "silu"},
     ]  # fmt: skip
     cases = [
         {"t": t, "n": n, "k": k, "road": road, **end}
@@ -92,7 +94,9 @@ def test_extremes_empty_problems_refusals_and_gelu():
     by_road = [[name, road] for name, road in itertools.product(("extremes", "rounds_half_to_even"), ROADS)]
     empty = [["empty", *shape] for shape in ((0, 16, 32), (5, 0, 32), (5, 16, 0), (0, 0, 0))]
     refused = [["refuses", case] for case in ("strides", "address", "activation")]
-    interpreted.run("int8_gemm_cases:call", [*by_road, *empty, *refused, ["gelu_is_exact"]])
+    interpreted.run(
+        "int8_gemm_cases:call", [*by_road, *empty, *refused, ["gelu_is_exact"], ["activations_are_those_of_cpus"]]
+    )
 
 
 # ---- tiles ----------------------------------------------------------------------------------------------------------
@@ -143,12 +147,13 @@ def test_the_model_chooses_the_blocks_that_gemlite_measured():
 
 
 def build(
-    tile: TileConfig, out: str, *, gelu: bool = True, bias: str | None = "fp32", even_k: bool = True, odd_k: bool = False
+    tile: TileConfig, out: str, *, activation: Activation = Activation.GELU, bias: str | None = "fp32", even_k: bool = True,
+    odd_k: bool = False,
 ) -> sm90.Built:  # fmt: skip
     """A road's kernel as its launcher asks for it; `odd_k`: rows start anywhere."""
     from qbert.kernels import int8_gemm
 
-    meta = Int8Meta(tile.block_t, tile.block_n, tile.block_k, gelu)
+    meta = Int8Meta(tile.block_t, tile.block_n, tile.block_k, int(activation))
     block = lambda dtype, rows, columns: f"tensordesc<{dtype}[{rows}, {columns}]>"
     operands = {
         "q_desc": block("i8", tile.block_t, tile.block_k), "w_desc": block("i8", tile.block_n, tile.block_k),
@@ -183,7 +188,9 @@ def check(tile: TileConfig, out: str, **options: object) -> None:
     found = sm90.problems(built, wgmma=wgmma, tma=tile.road != "pointer", blocks_per_sm=resident)
     assert not found, f"{tile} {out} {options}: {found}"
     assert built.shared <= shared_bytes(tile, BYTES[out]), f"{tile} {out}: {built.shared} bytes"
-    assert "fma.rn.f32" not in built.ptx or options.get("gelu", True), "the reference rounds products before it adds"
+    assert "fma.rn.f32" not in built.ptx or options.get("activation") is not Activation.NONE, (
+        "the reference rounds products before it adds"
+    )
     if not wgmma:
         assert built.count("IMMA") > 0
     if tile.road == "tma":
@@ -192,20 +199,23 @@ def check(tile: TileConfig, out: str, **options: object) -> None:
 
 @pytest.mark.compile
 @pytest.mark.parametrize(
-    ("tile", "out", "gelu"),
+    ("tile", "out", "activation"),
     [
-        (TileConfig("tma", 128, 256, 128, 8, 4), "bf16", False),
-        (TileConfig("tma", 128, 256, 128, 8, 4), "i8", True),
-        (TileConfig("tma", 128, 128, 128, 4, 3), "bf16", True),
-        (TileConfig("tma", 128, 128, 128, 4, 3), "i8", True),
-        (TileConfig("tma", 128, 128, 128, 4, 3), "fp32", False),
-        (TileConfig("few", 16, 16, 256, 4, 8), "bf16", False),
-        (TileConfig("pointer", 128, 128, 128, 8, 3), "i8", True),
+        (TileConfig("tma", 128, 256, 128, 8, 4), "bf16", Activation.NONE),
+        (TileConfig("tma", 128, 256, 128, 8, 4), "i8", Activation.GELU),
+        (TileConfig("tma", 128, 128, 128, 4, 3), "bf16", Activation.GELU),
+        (TileConfig("tma", 128, 128, 128, 4, 3), "i8", Activation.GELU),
+        (TileConfig("tma", 128, 128, 128, 4, 3), "fp32", Activation.NONE),
+        (TileConfig("tma", 128, 128, 128, 4, 3), "bf16", Activation.RELU),
+        (TileConfig("tma", 128, 256, 128, 8, 4), "i8", Activation.GELU_TANH),
+        (TileConfig("few", 16, 16, 256, 4, 8), "bf16", Activation.NONE),
+        (TileConfig("few", 16, 16, 256, 4, 8), "i8", Activation.SILU),
+        (TileConfig("pointer", 128, 128, 128, 8, 3), "i8", Activation.GELU),
     ],
     ids=lambda value: f"{value.road}-{value.block_t}x{value.block_n}" if isinstance(value, TileConfig) else str(value),
 )
-def test_machine_code(tile: TileConfig, out: str, gelu: bool):
-    check(tile, out, gelu=gelu)
+def test_machine_code(tile: TileConfig, out: str, activation: Activation):
+    check(tile, out, activation=activation)
 
 
 @pytest.mark.compile
@@ -218,8 +228,8 @@ def test_rows_that_start_anywhere_spill_nothing():
 @pytest.mark.parametrize("out", BYTES)
 @pytest.mark.parametrize("tile", [*tiles_of("w8a8_linear"), ANY_SHAPE], ids=str)
 def test_machine_code_of_every_tile(tile: TileConfig, out: str):
-    for gelu, bias in itertools.product((False, True), (None, "bf16")):
-        check(tile, out, gelu=gelu, bias=bias)
+    for activation, bias in itertools.product(Activation, (None, "bf16")):
+        check(tile, out, activation=activation, bias=bias)
     if tile.road == "pointer":
         check(tile, out, even_k=False)
 
@@ -232,7 +242,7 @@ def test_older_gpus_multiply_int8_and_copy_ahead(sm: int):
 
     from qbert.kernels.int8_gemm import int8_gemm_pointer
 
-    meta = Int8Meta(128, 128, 128, GELU=True, GROUP=8, EVEN_K=True)
+    meta = Int8Meta(128, 128, 128, ACTIVATION=1, GROUP=8, EVEN_K=True)
     arguments = {
         "q_ptr": "*i8", "w_ptr": "*i8", "out_ptr": "*bf16", "end": _end("*fp32"), "t": "i32", "sizes": ("i32",) * 3,
         "META": sm90.Constant(meta),

@@ -59,6 +59,7 @@ def test_equals_reference_with_every_epilogue() -> None:
     """Of the table's tiles: for few, for some and for many tokens."""
     ends: list[dict[str, Any]] = [
         {"activation": "gelu"}, {"bias": False}, {"dtype": "bfloat16"}, {"dtype": "float16", "activation": "gelu"},
+        {"activation": "silu"}, {"activation": "gelu_tanh"}, {"dtype": "float16", "activation": "relu"},
     ]  # fmt: skip
     problems = [("check", SCHEMES[index % 5], tokens, 40, 384, None, end)
                 for index, (tokens, end) in enumerate(itertools.product((5, 100, 530), ends))]  # fmt: skip
@@ -260,7 +261,7 @@ def _build_finish(dictionary: bool, outliers: bool = False, ones: tuple[str, ...
     weight = {"dictionaries": _dictionaries(size("matrices"), outliers, codebook=None)} if dictionary else {}
     arguments = {
         "sums": "*i32", **weight, "y": "*bf16", "end": End("*fp32", "*fp32", "*fp32", "fp32"),
-        "shape": Shape(size("t"), size("n"), "i32"), "META": sm90.Constant(LowbitMeta(16, 128, SPLIT_K=8, GELU=True)),
+        "shape": Shape(size("t"), size("n"), "i32"), "META": sm90.Constant(LowbitMeta(16, 128, SPLIT_K=8, ACTIVATION=1)),
     }  # fmt: skip
     kernel = gobo_finish_kernel if dictionary else int4_finish_kernel
     return sm90.build(kernel, arguments, unaligned=("t", "matrices"))

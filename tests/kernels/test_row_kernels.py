@@ -41,7 +41,10 @@ def test_results_are_the_references():
         {"operation": operation, "scheme": scheme, **shape}
         for operation, scheme in (*TABLES, NORM)
         for shape in shapes + ([] if scheme and scheme.startswith("w4") else odd)
-    ] + [{"operation": NORM[0], "t": 5, "n": 0, "k": 768, "dtype": "bfloat16"}])  # fmt: skip
+    ] + [{"operation": NORM[0], "t": 5, "n": 0, "k": 768, "dtype": "bfloat16"}] + [
+        {"operation": NORM[0], "n": 0, "keeps": Keeps.SUM.value, **shape}
+        for shape in ({"t": 3, "k": 70, "dtype": "float32"}, {"t": 2, "k": 768, "dtype": "float16"})
+    ])  # fmt: skip
 
 
 @pytest.mark.interpreter
@@ -136,12 +139,13 @@ def test_quantize_per_token_compiles(k, dtype):
 NORM_TYPES = Norm("*fp32", "*fp32", "fp32")
 
 
-def compiled_norm(y, residual, k):
+def compiled_norm(y, residual, k, keeps=Keeps.NORM):
     from qbert.kernels.add_layer_norm_quantize import add_layer_norm_quantize_kernel
 
     arguments = {
         "y_ptr": f"*{y}", "residual_ptr": f"*{residual}", "norm": NORM_TYPES, "to": Normed(f"*{residual}", "*i8", "*fp32"),
         "k": "i32", "strides": ("i32", "i32"), "BLOCK": sm90.Constant(rows.block_of(k)),
+        "SUM": sm90.Constant(keeps is Keeps.SUM),
     }  # fmt: skip
     return compiled(add_layer_norm_quantize_kernel, arguments, k)
 
@@ -149,8 +153,9 @@ def compiled_norm(y, residual, k):
 @pytest.mark.compile
 @pytest.mark.parametrize("k", [768, 4096])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_add_layer_norm_quantize_compiles(k, dtype):
-    built = compiled_norm("fp32", dtype, k)
+@pytest.mark.parametrize("keeps", list(Keeps))
+def test_add_layer_norm_quantize_compiles(k, dtype, keeps):
+    built = compiled_norm("fp32", dtype, k, keeps)
     check(built)
     assert (built.count("BAR") == 0) == (k <= 1024), "one warp holds a row of up to 1024 without a barrier"
 

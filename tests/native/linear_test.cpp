@@ -10,7 +10,18 @@ using namespace qbert;
 using data::Buffer;
 using data::Random;
 
-double gelu(double x) { return x * 0.5 * std::erfc(-x / std::sqrt(2.0)); }
+double activated(Activation activation, double x) {
+    switch (activation) {
+        case Activation::gelu: return x * 0.5 * std::erfc(-x / std::sqrt(2.0));
+        case Activation::gelu_tanh: return x / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+        case Activation::relu: return x > 0 ? x : x * 0;
+        case Activation::silu: return x / (1 + std::exp(-x));
+        default: return x;
+    }
+}
+
+const std::initializer_list<Activation> kActivations = {Activation::none, Activation::gelu, Activation::gelu_tanh, Activation::relu,
+                                                        Activation::silu};
 
 struct Problem {
     LinearArgs args{};
@@ -31,7 +42,7 @@ struct Problem {
         make_rest(random);
         const Weight& w = args.weight;
         name = "format " + std::to_string(static_cast<int>(format)) + " t " + std::to_string(args.t) + " n " + std::to_string(w.n) +
-               " k " + std::to_string(w.k) + " matrices " + std::to_string(w.matrices);
+               " k " + std::to_string(w.k) + " matrices " + std::to_string(w.matrices) + (args.gated ? " gated" : "");
     }
 
     bool is_dictionary() const {
@@ -51,6 +62,8 @@ struct Problem {
             w.matrices = random.between(2, 3);
             w.n = w.matrices * random.between(1, 60);
         }
+        args.gated = random.once_in(3);
+        if (args.gated) w.n = 2 * kPanelLanes * random.between(1, 5) * w.matrices;
     }
 
     void make_activations(Random& random) {
@@ -113,14 +126,27 @@ struct Problem {
             for (int64_t i = 0; i < args.weight.n; ++i) bias[i] = static_cast<float>(random.normal());
             args.bias = bias.data();
         }
-        args.activation = random.one_of({Activation::none, Activation::gelu});
+        args.activation = random.one_of(kActivations);
         args.requantize = random.once_in(3);
         args.float_type = args.requantize ? FloatType::f32 : random.one_of({FloatType::f32, FloatType::bf16, FloatType::f16});
         args.inverse_out_scale = static_cast<float>(random.uniform(1, 40));
     }
 
-    // The exact result, and the sum of the magnitudes that it was added up from.
+    int64_t channels() const { return args.gated ? args.weight.n / 2 : args.weight.n; }
+
+    // The exact result, and what its error is relative to.
     void exact(int64_t token, int64_t channel, double& y, double& magnitude) const {
+        sum(token, channel, y, magnitude);
+        y = activated(args.activation, y);
+        if (!args.gated) return;
+        double gate, size;
+        sum(token, args.weight.n / 2 + channel, gate, size);
+        magnitude = magnitude * size;
+        y *= gate;
+    }
+
+    // A row's sum, and the sum of the magnitudes that it was added up from.
+    void sum(int64_t token, int64_t channel, double& y, double& magnitude) const {
         const Weight& w = args.weight;
         const bool has_outliers = w.outliers.rowptr != nullptr;
         int64_t acc = 0;
@@ -138,11 +164,10 @@ struct Problem {
             y += bias[channel];
             magnitude += std::fabs(bias[channel]);
         }
-        if (args.activation == Activation::gelu) y = gelu(y);
     }
 
     data::Floats output() const {
-        return args.requantize ? data::Floats{} : data::Floats(args.float_type, args.t * args.weight.n);
+        return args.requantize ? data::Floats{} : data::Floats(args.float_type, args.t * channels());
     }
 };
 
@@ -150,7 +175,7 @@ struct Problem {
 template <class Compute>
 std::vector<uint8_t> bytes_of(Problem& problem, Compute compute) {
     LinearArgs args = problem.args;
-    const int64_t size = args.t * args.weight.n * (args.requantize ? 1 : data::size_of(args.float_type));
+    const int64_t size = args.t * problem.channels() * (args.requantize ? 1 : data::size_of(args.float_type));
     Buffer<uint8_t> out(size);
     args.out = out.data();
     compute(args);
@@ -165,18 +190,20 @@ void run_kernel(const Kernels& kernels, const LinearArgs& args, int64_t strips_p
         const int64_t rows = args.t - i * 16 < 16 ? args.t - i * 16 : 16;
         kernels.pack_strip(args.q + i * 16 * k, rows, k, packed.data() + i * bytes);
     }
-    for (int64_t block = 0; block * kBlockChannels < n; ++block) {
+    const int64_t channels = args.gated ? n / 2 : n, per_block = args.gated ? kGatedChannels : kBlockChannels;
+    const auto compute = args.gated ? kernels.gated_block : kernels.linear_block;
+    for (int64_t block = 0; block * per_block < channels; ++block) {
         for (int64_t first = 0; first < strips; first += strips_per_task) {
             Buffer<uint8_t> scratch(kernels.linear_scratch_bytes(args));
             const int64_t stop = first + strips_per_task < strips ? first + strips_per_task : strips;
-            kernels.linear_block(args, block, packed.data(), first, stop, scratch.data());
+            compute(args, block, packed.data(), first, stop, scratch.data());
         }
     }
 }
 
 void check_against_loops(const Problem& problem, const std::vector<uint8_t>& bytes, const std::string& isa) {
     const LinearArgs& args = problem.args;
-    const int64_t n = args.weight.n;
+    const int64_t n = problem.channels();
     data::Floats out = problem.output();
     if (!args.requantize) std::memcpy(out.bytes.data(), bytes.data(), bytes.size());
     for (int64_t i = 0; i < args.t * n; ++i) {

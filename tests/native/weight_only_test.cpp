@@ -14,7 +14,15 @@ using data::Buffer;
 using data::Floats;
 using data::Random;
 
-double gelu(double x) { return x * 0.5 * std::erfc(-x / std::sqrt(2.0)); }
+double activated(Activation activation, double x) {
+    switch (activation) {
+        case Activation::gelu: return x * 0.5 * std::erfc(-x / std::sqrt(2.0));
+        case Activation::gelu_tanh: return x / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+        case Activation::relu: return x > 0 ? x : x * 0;
+        case Activation::silu: return x / (1 + std::exp(-x));
+        default: return x;
+    }
+}
 
 struct Problem {
     WeightOnlyArgs args{};
@@ -101,7 +109,7 @@ struct Problem {
             for (int64_t i = 0; i < args.weight.n; ++i) bias.set(i, random.normal());
             args.bias = bias.bytes.data();
         }
-        args.activation = random.one_of({Activation::none, Activation::gelu});
+        args.activation = random.one_of({Activation::none, Activation::gelu, Activation::gelu_tanh, Activation::relu, Activation::silu});
     }
 
     void check_against_loops(const Floats& out) const {
@@ -114,7 +122,7 @@ struct Problem {
                 y += term;
                 magnitude += std::fabs(term);
             }
-            if (args.activation == Activation::gelu) y = gelu(y);
+            y = activated(args.activation, y);
             const double found = out.get(i);
             if (std::isnan(y) ? std::isnan(found) : std::fabs(found - y) <= 4e-6 * magnitude + out.rounding(y)) continue;
             std::ostringstream message;

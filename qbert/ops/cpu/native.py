@@ -17,8 +17,6 @@ from qbert.formats import DICT3, DICT4, INT4, INT8, Format, PerGroup, PerRow, Pe
 from qbert.ops import checks
 from qbert.ops.abi import (
     FLOAT_TYPES,
-    Activation,
-    Keeps,
     WeightFormat,
     dense,
     inverse_scale,
@@ -58,6 +56,8 @@ _LAYOUTS: dict[Format, Layout] = dict(_PANELS.keys())
 _GRANULARITY: dict[Format, type] = {INT8: PerRow, INT4: PerGroup, DICT4: PerTensor, DICT3: PerTensor}
 # Input channels in a row of int4 panels, where a group ends with a row; and whose products weight-only kernels sum up first.
 _GROUP_MULTIPLE, _FLOAT_GROUP_MULTIPLE = 8, 32
+
+_GATED_MULTIPLE = 32  # rows of a gated weight: whole panels of 16 in each half
 
 
 class _Held(NamedTuple):
@@ -117,15 +117,15 @@ def _rows_of(table: Table) -> _Held:
 
 
 def integer_linear(a: Linear) -> Tensor:
-    x, s, weight, bias, activation, _, out = a
+    x, s, weight, bias, activation, gated, out = a
     assert s is not None
     # Kept in names: a temporary would be freed before the kernel reads it.
     x, s = dense(x), dense(s)
     bias = None if bias is None else dense(bias, torch.float32)
-    y = x.new_empty(x.shape[0], weight.n, dtype=checks.out_type(out))
+    y = x.new_empty(x.shape[0], a.n, dtype=checks.out_type(out))
     _cpu.linear(
-        weight.prepared(_product).struct, x.data_ptr(), s.data_ptr(), x.shape[0], pointer(bias), activation, y.data_ptr(),
-        out_type(out), inverse_scale(out), torch.get_num_threads(),
+        weight.prepared(_product).struct, x.data_ptr(), s.data_ptr(), x.shape[0], pointer(bias), activation, gated,
+        y.data_ptr(), out_type(out), inverse_scale(out), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -182,7 +182,7 @@ def add_norm(a: AddNorm) -> tuple[Tensor, Tensor, Tensor]:
     out, (codes, scale) = residual.new_empty(t, k), _codes_and_scales(residual, t, k)
     _cpu.add_norm_rows(
         y.data_ptr(), FLOAT_TYPES[y.dtype], residual.data_ptr(), FLOAT_TYPES[residual.dtype], gamma.data_ptr(),
-        beta.data_ptr(), eps, out.data_ptr(), codes.data_ptr(), scale.data_ptr(), t, k, torch.get_num_threads(),
+        beta.data_ptr(), eps, a.keeps, out.data_ptr(), codes.data_ptr(), scale.data_ptr(), t, k, torch.get_num_threads(),
     )  # fmt: skip
     return out, codes, scale
 
@@ -269,8 +269,10 @@ def _known(scheme: Scheme) -> bool:
 def _linear_obstacle(problem: Problem) -> str | None:
     scheme, layout = problem.scheme, problem.layout
     assert scheme is not None
-    if problem.gated or problem.activation not in (Activation.NONE, Activation.GELU):
-        return "it does not gate, and its only activation is gelu"
+    if problem.gated and scheme.activation is None:
+        return "it does not gate products of floats"
+    if problem.gated and problem.n % _GATED_MULTIPLE:
+        return f"a gated linear with a weight of {problem.n} rows; it takes multiples of {_GATED_MULTIPLE}"
     if not _known(scheme):
         return f"it is not written for weights as {scheme.name} stores them"
     formats, multiple = (
@@ -301,16 +303,12 @@ def _row_obstacle(problem: Problem) -> str | None:
     return None if problem.k else "rows without columns"
 
 
-def _norm_obstacle(problem: Problem) -> str | None:
-    return "it does not keep the sum" if problem.keeps is not Keeps.NORM else _row_obstacle(problem)
-
-
 _CALLS: dict[str, tuple[Callable[[Any], Any], Callable[[Problem], str | None]]] = {
     "linear": (linear, _linear_obstacle),
     "quantize_rows": (quantize_rows, lambda problem: None),
     "embedding": (embedding, lambda problem: _row_obstacle(problem) or _table_obstacle(problem)),
     "attention": (attention, _attention_obstacle),
-    "add_norm": (add_norm, _norm_obstacle),
+    "add_norm": (add_norm, _row_obstacle),
     "embed_norm": (embed_norm, lambda problem: _row_obstacle(problem) or _table_obstacle(problem)),
 }
 

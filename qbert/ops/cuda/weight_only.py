@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qbert.ops.abi import FLOAT_TYPES, Activation
+from qbert.ops.abi import FLOAT_TYPES
 from qbert.ops.cuda import launch
 from qbert.ops.kernel import Problem
 from qbert.ops.operands import require_operands
 from qbert.ops.operations import Linear
+from qbert.ops.reference import activated
 from qbert.target import Target
 from qbert.weight import Layout
 
@@ -51,7 +52,7 @@ def _expanded(a: Linear) -> Tensor:
             stream=launch.stream_of(x.device), **weight.prepared(launch.packed),
         )  # fmt: skip
     y = torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
-    return torch.nn.functional.gelu(y) if a.activation is Activation.GELU else y
+    return activated(y, a.activation, gated=False)
 
 
 FAMILY = launch.Family(

@@ -135,7 +135,7 @@ class Int8Meta(NamedTuple):
 
     Attributes:
         BLOCK_T, BLOCK_N, BLOCK_K: tokens, output and input channels of a tile.
-        GELU: whether the activation is it.
+        ACTIVATION: its number, see `kernels.epilogue`.
         GROUP: see `place`.
         SUBTILES: parts in which a tile is stored.
         EVEN_K: whether k is a multiple of BLOCK_K, so that loads need no mask.
@@ -144,7 +144,7 @@ class Int8Meta(NamedTuple):
     BLOCK_T: int
     BLOCK_N: int
     BLOCK_K: int
-    GELU: bool
+    ACTIVATION: int
     GROUP: int = 1
     SUBTILES: int = 1
     EVEN_K: bool = False
@@ -156,7 +156,7 @@ class LowbitMeta(NamedTuple):
     Attributes:
         BLOCK_T, BLOCK_N: tokens and output channels of a tile.
         SPLIT_K: programs that share a tile's input channels; with more than one they leave partial sums.
-        GELU: whether the activation is it.
+        ACTIVATION: its number, see `kernels.epilogue`.
         GROUP: see `tile_of`.
         TMA: whether tokens and codes are descriptors of (BLOCK_T, 128) and (BLOCK_N, 64) blocks; else they are pointers.
         PRMT: see `kernels.expand`.
@@ -169,7 +169,7 @@ class LowbitMeta(NamedTuple):
     BLOCK_T: int
     BLOCK_N: int
     SPLIT_K: int
-    GELU: bool
+    ACTIVATION: int
     GROUP: int = 1
     TMA: bool = False
     PRMT: bool = False
@@ -187,7 +187,7 @@ class WeightOnlyMeta(NamedTuple):
         BITS: of a code.
         GROUP: input channels that share a scale, a multiple of 32; 0 where a row or none has one.
         OUTLIERS: how many of a row are added at a time.
-        GELU: whether the activation is it.
+        ACTIVATION: its number, see `kernels.epilogue`.
         BLOCK_T: tokens of a program, a multiple of 8; of float32, any power of two.
         REPEATS: groups of eight rows of a program.
         WARPS: of a program.
@@ -198,7 +198,7 @@ class WeightOnlyMeta(NamedTuple):
     BITS: int
     GROUP: int
     OUTLIERS: int
-    GELU: bool
+    ACTIVATION: int
     BLOCK_T: int
     REPEATS: int
     WARPS: int

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from qbert.ops import checks
-from qbert.ops.abi import Activation, inverse_scale
+from qbert.ops.abi import inverse_scale
 from qbert.ops.kernel import Problem
 from qbert.ops.operands import require_operands
 from qbert.ops.operations import Linear
@@ -45,7 +45,7 @@ def linear(a: Linear) -> Tensor:
         # Without fused multiply-adds: the reference rounds the product with a scale before it adds the bias.
         options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
         end = End(s, weight.scale, bias, inverse_scale(out))
-        meta = Int8Meta(tile.block_t, tile.block_n, tile.block_k, activation is Activation.GELU)
+        meta = Int8Meta(tile.block_t, tile.block_n, tile.block_k, int(activation))
         _LAUNCH[tile.road](_Operands(q, weight.qdata, y, end), tile, meta, target, options)
     return y
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qbert.ops import checks
-from qbert.ops.abi import Activation, inverse_scale
+from qbert.ops.abi import inverse_scale
 from qbert.ops.kernel import Problem
 from qbert.ops.operands import require_operands
 from qbert.ops.operations import Linear
@@ -111,7 +111,7 @@ class _Plan(NamedTuple):
     @property
     def finish_meta(self) -> LowbitMeta:
         """Of the kernel that adds partial sums up."""
-        return LowbitMeta(_FINISH_T, _FINISH_N, self.meta.SPLIT_K, self.meta.GELU)
+        return LowbitMeta(_FINISH_T, _FINISH_N, self.meta.SPLIT_K, self.meta.ACTIVATION)
 
     def out(self, y: Tensor) -> Tensor:
         """Where the product goes."""
@@ -129,7 +129,6 @@ def _plan(a: Linear) -> _Plan:
     launch = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
     if tile.road == "tma" and tile.block_t * tile.block_n <= MAX_REGISTERS // 2 * 32 * tile.warps:
         launch["maxnreg"] = MAX_REGISTERS  # half of them hold sums
-    gelu = a.activation is Activation.GELU
     return _Plan(
         tile,
         q,
@@ -138,7 +137,7 @@ def _plan(a: Linear) -> _Plan:
         q.new_empty(split, t, n, dtype=torch.int32) if split > 1 else None,
         (-(-t // tile.block_t) * -(-n // tile.block_n), split),
         launch,
-        LowbitMeta(tile.block_t, tile.block_n, split, gelu, tile.group, TMA=tma, PRMT=_PRMT),
+        LowbitMeta(tile.block_t, tile.block_n, split, int(a.activation), tile.group, TMA=tma, PRMT=_PRMT),
     )
 
 

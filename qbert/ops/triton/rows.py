@@ -59,7 +59,9 @@ def add_norm(a: AddNorm) -> tuple[Tensor, Tensor, Tensor]:
     normed = _normed(residual, t, k)
     if t:
         strides = y.stride(0), residual.stride(0)
-        add_layer_norm_quantize_kernel[(t,)](y, residual, a.norm, normed, k, strides, block_of(k), **row_options(k))
+        add_layer_norm_quantize_kernel[(t,)](
+            y, residual, a.norm, normed, k, strides, block_of(k), a.keeps is Keeps.SUM, **row_options(k)
+        )
     return normed
 
 
@@ -173,8 +175,6 @@ def width_obstacle(problem: Problem) -> str | None:
 
 def norm_obstacle(problem: Problem) -> str | None:
     """Of a norm, which must have something to divide by."""
-    if problem.keeps is not Keeps.NORM:
-        return "it does not keep the sum"
     return width_obstacle(problem) if problem.k else "rows without columns"
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from qbert.formats import Format
-from qbert.ops.abi import Activation
 from qbert.ops.kernel import Problem
 from qbert.ops.operands import require_operands
 from qbert.ops.operations import Linear
+from qbert.ops.reference import activated
 from qbert.ops.triton.arguments import ExpandMeta, Packed, Shape, WeightOnlyMeta
 from qbert.ops.triton.launch import INTERPRETED, layout_obstacle, require_weight, target_for
 from qbert.tiles import TileConfig, select_tile, tile_key
@@ -74,7 +74,7 @@ def linear(a: Linear) -> Tensor:
     if k and streams(t, weight.scheme.weight, weight.layout, weight.scheme.group_size or 0, x.dtype):
         return _streamed(a._replace(x=x.contiguous()))
     y = torch.nn.functional.linear(x, _expanded(x, weight), None if bias is None else bias.to(x.dtype))
-    return torch.nn.functional.gelu(y) if a.activation is Activation.GELU else y
+    return activated(y, a.activation, gated=False)
 
 
 def obstacle(problem: Problem) -> str | None:
@@ -93,7 +93,7 @@ def _streamed(a: Linear) -> Tensor:
     tile = select_tile(tile_key(scheme), min(t, FEW_TOKENS), n, k, target_for(x))
     block_t, repeats = tokens_of(tile, t, group, x.dtype), tile.block_n // ROWS.value
     meta = WeightOnlyMeta(
-        weight.layout.value, scheme.weight_bits, group, outliers_of(block_t), a.activation is Activation.GELU, block_t, repeats,
+        weight.layout.value, scheme.weight_bits, group, outliers_of(block_t), int(a.activation), block_t, repeats,
         tile.warps, _PRMT,
     )  # fmt: skip
     if y.numel():
