@@ -16,6 +16,7 @@ from qbert.encoder import steps
 from qbert.encoder.calibration import Calibration, LayerScales, Overflow
 from qbert.encoder.program import CU_SEQLENS, HIDDEN, ONES, Layer, Program, Step, codes_of, freeing, scales_of
 from qbert.encoder.steps import BoundLinear, Heads, Label, Tables, Tokens
+from qbert.encoder.stock import found_in
 from qbert.encoder.watch import Watch
 from qbert.families import EncoderFamily, PositionTable
 from qbert.formats import INT8, SCHEMES, Role
@@ -55,9 +56,8 @@ def build(watch: Watch, base: nn.Module, family: EncoderFamily, calibration: Cal
         family.program(builder, family.layer)
         layers.append(builder.layer())
     embedding, of_rows, positions = _embedding(watch, base, family, residual)
-    for name, module in base.named_modules():
-        if name and name.partition(".")[0] != family.pooler:
-            watch.calls(module)
+    watch.configuration(base, family.settings.values())
+    watch.calls(base, found_in(base, family))
     return Program(
         family,
         embedding,
@@ -172,6 +172,8 @@ class LayerBuilder:
         """GELU(x - top) of the neurons that outgrow `top`, and their way to "sum"; w8a8 whatever the layer's scheme."""
         assert self._scales is not None
         up, activation, tokens = self._written[slot]
+        for each in (up, down):  # whose memory the program shares, too
+            self._watch.copied((*each._parameters.values(), *each._buffers.values()))
         neurons = torch.tensor(overflow.neurons, device=up.quantized.device)
         rising = decode(_weight(up))[neurons]
         bias = _bias(up)
@@ -213,7 +215,7 @@ class LayerBuilder:
         """The layer's own: its modules may have been pruned to fewer heads than the configuration says."""
         attention = self._layer.get_submodule(query.rpartition(".")[0])
         size = head_size(attention, module.out_features, int(self._settings["heads"]))
-        return Heads(module.out_features // size, size, size**-0.5)
+        return Heads(module.out_features // size, size, float(getattr(attention, "scaling", size**-0.5)))
 
 
 def head_size(attention: nn.Module, width: int, heads: int) -> int:

@@ -9,7 +9,9 @@ from torch import nn
 
 from qbert.encoder.build import head_size
 from qbert.encoder.calibration import Calibration
+from qbert.encoder.fingerprint import differs, fingerprint_of
 from qbert.encoder.parts import LayerParts, parts_of
+from qbert.encoder.stock import stock_obstacle
 from qbert.errors import QBertError
 from qbert.families import FAMILIES, EncoderFamily, family_of
 from qbert.modules import QEmbedding, QLinear
@@ -17,9 +19,6 @@ from qbert.ops import FLOAT_DTYPES
 
 HEAD_SIZES = (32, 64)  # what the attention operator is made for
 GELU = "gelu"  # the exact one; every other name is an approximation or another function
-FORWARD = "forward"
-# Hooks that transformers itself puts on layers to collect hidden states: the fused forward collects them without.
-_CAPTURE = "transformers.utils.output_capturing"
 
 
 def encoders(model: nn.Module) -> Iterator[tuple[str, nn.Module, EncoderFamily]]:
@@ -36,11 +35,14 @@ def layer_names(base: nn.Module, family: EncoderFamily) -> list[str]:
     return [f"{family.layers}.{index}" for index in range(len(layers))]
 
 
-def check_calibration(base: nn.Module, calibration: Calibration) -> None:
+def check_calibration(base: nn.Module, calibration: Calibration, *, same_model: bool = True) -> None:
     """Holds a calibration to an encoder.
 
+    Args:
+        same_model: it must have been made of this model's weights, too, where it says of which it was made.
+
     Raises:
-        QBertError: a layer or a slot is missing or unknown, or an overflow neuron does not exist.
+        QBertError: a layer or a slot is missing or unknown, an overflow neuron does not exist, or it is of another model.
     """
     family = family_of(base)
     assert family is not None
@@ -52,6 +54,17 @@ def check_calibration(base: nn.Module, calibration: Calibration) -> None:
         if name not in calibration.layers:
             raise QBertError(f"calibration lacks layer {name!r}; it has {len(calibration.layers)} of {len(names)}")
         _check_slots(base, name, calibration, parts_of(family))
+    if same_model:
+        _check_model(base, family, names, calibration)
+
+
+def _check_model(base: nn.Module, family: EncoderFamily, layers: list[str], calibration: Calibration) -> None:
+    found = None if calibration.fingerprint is None else fingerprint_of(base, family, layers)
+    if found is None or calibration.fingerprint is None:
+        return
+    reason = differs(found, calibration.fingerprint)
+    if reason is not None:
+        raise QBertError(f"calibration is of another model: {reason}; call qbert.calibrate on this one")
 
 
 def _check_slots(base: nn.Module, name: str, calibration: Calibration, parts: LayerParts) -> None:
@@ -79,9 +92,9 @@ def obstacle(base: nn.Module) -> str | None:
         return f"{type(base).__name__} is of no family that can be fused ({known})"
     try:
         reason = _configuration_obstacle(base.config, family) or _module_obstacle(base, family)
-    except AttributeError as error:  # of get_submodule, for a model that somebody took apart
+        return reason or stock_obstacle(base, family)
+    except AttributeError as error:  # for a model that somebody took apart
         return f"it is not built like {family.name}: {error}"
-    return reason or _hook_obstacle(base, family)
 
 
 def _configuration_obstacle(config: Any, family: EncoderFamily) -> str | None:
@@ -111,18 +124,34 @@ def _module_obstacle(base: nn.Module, family: EncoderFamily) -> str | None:
             return f"{path} is not a plain table"
         if table.embedding_dim != width:
             return f"{path} has {table.embedding_dim} columns, {paths.norm} is over {width}"
+        if type(table) is nn.Embedding and table.weight.shape != (table.num_embeddings, table.embedding_dim):
+            return f"{path} holds {tuple(table.weight.shape)}, not {(table.num_embeddings, table.embedding_dim)}"
         dtype = table.output_like.dtype if type(table) is QEmbedding else table.get_parameter("weight").dtype
         if dtype not in FLOAT_DTYPES:
             return f"{path} is {dtype}; fused are {', '.join(str(each) for each in FLOAT_DTYPES)}"
+    reason = _padding_obstacle(base, family)
     if not layer_names(base, family):
         return "it has no layers"
     if paths.projection and hasattr(base, paths.projection):
         projection: Any = base.get_submodule(paths.projection)
-        reason = _linear_obstacle(base, paths.projection) or _takes(projection, paths.projection, width)
+        reason = reason or _linear_obstacle(base, paths.projection) or _takes(projection, paths.projection, width)
         width = getattr(projection, "out_features", width)
     for name in layer_names(base, family):
         reason = reason or _layer_obstacle(base, name, parts_of(family), width) or _head_obstacle(base, name, family)
     return reason
+
+
+def _padding_obstacle(base: nn.Module, family: EncoderFamily) -> str | None:
+    """Positions are counted from what the embeddings module says is padding; the fused encoder asks the table."""
+    if not family.skips_padding or family.embeddings.positions is None:
+        return None
+    embeddings, table = base.get_submodule(family.embeddings.positions.rpartition(".")[0]), family.embeddings.positions
+    expected, found = base.get_submodule(table).padding_idx, getattr(embeddings, "padding_idx", None)
+    return (
+        None
+        if found == expected
+        else f"its embeddings count positions after {found}, not after the {expected} of {table}"
+    )
 
 
 def _layer_obstacle(base: nn.Module, name: str, parts: LayerParts, hidden: int) -> str | None:
@@ -164,6 +193,10 @@ def _linear_obstacle(base: nn.Module, path: str) -> str | None:
         return f"{path} is {'float' if type(module) is nn.Linear else type(module).__name__}"
     if module.scheme.activation is None:
         return f"{path} has scheme {module.scheme.name}, which has no integer activations"
+    if (module.out_features, module.in_features) != tuple(module.shape):
+        return f"{path} says that it is {(module.out_features, module.in_features)}, and its weight is {tuple(module.shape)}"
+    if module.bias is not None and module.bias.shape != (module.out_features,):
+        return f"{path}.bias is {tuple(module.bias.shape)}, not {(module.out_features,)}"
     return None
 
 
@@ -171,6 +204,9 @@ def _norm_obstacle(base: nn.Module, path: str, width: int) -> str | None:
     norm = base.get_submodule(path)
     if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None:
         return f"{path} is not a LayerNorm with weight and bias"
+    for name in ("weight", "bias"):
+        if getattr(norm, name).shape != tuple(norm.normalized_shape):
+            return f"{path}.{name} is {tuple(getattr(norm, name).shape)}, not {tuple(norm.normalized_shape)}"
     found = _normed_width(base, path)
     return None if found == width else f"{path} is over {found} channels, not {width}"
 
@@ -189,15 +225,3 @@ def _head_obstacle(base: nn.Module, name: str, family: EncoderFamily) -> str | N
     if size not in HEAD_SIZES:
         return f"its heads are of size {size:g}; fused are {HEAD_SIZES[0]} and {HEAD_SIZES[1]}"
     return None if width % size == 0 else f"{name} is {width} wide, which heads of {size} do not make"
-
-
-def _hook_obstacle(base: nn.Module, family: EncoderFamily) -> str | None:
-    for name, module in base.named_modules():
-        if not name or name.partition(".")[0] == family.pooler:  # these two are called as ever
-            continue
-        if FORWARD in module.__dict__:
-            return f"{name} has a forward of its own, which a fused encoder would not call"
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if getattr(hook, "__module__", None) != _CAPTURE:
-                return f"{name} has a hook, which a fused encoder would not call"
-    return None

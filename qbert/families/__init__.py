@@ -7,8 +7,8 @@ from qbert.families.family import EmbeddingPaths, EncoderFamily, LayerPaths, Par
 from qbert.families.heads import KEEP_FLOAT, SCORE_TABLES, TASK_HEADS
 
 __all__ = [
-    "FAMILIES", "KEEP_FLOAT", "SCORE_TABLES", "TASK_HEADS", "EmbeddingPaths", "EncoderFamily", "LayerPaths", "Part", "PositionTable",
-    "family_of",
+    "FAMILIES", "KEEP_FLOAT", "SCORE_TABLES", "TASK_HEADS", "EmbeddingPaths", "EncoderFamily", "LayerPaths", "Part",
+    "PositionTable", "family_of",
 ]  # fmt: skip
 
 FAMILIES: tuple[EncoderFamily, ...] = (bert.FAMILY, roberta.FAMILY, electra.FAMILY, distilbert.FAMILY)

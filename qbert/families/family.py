@@ -87,7 +87,7 @@ ACTIVATIONS: dict[str, Part] = {
         "transformers.activations.GELUTanh",
         "transformers.activations.PytorchGELUTanh",
         act=functools.partial(torch.nn.functional.gelu, approximate="tanh"),
-    ),  # fmt: skip
+    ),
     "relu": part("torch.nn.modules.activation.ReLU"),
     "silu": part("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation"),
     "swish": part("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation"),
