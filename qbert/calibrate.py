@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qbert.encoder import Calibration, LayerScales, Overflow, encoders, layer_names, unfused
 from qbert.encoder.calibration import MAX_OVERFLOW_NEURONS
+from qbert.encoder.fingerprint import fingerprint_of
 from qbert.encoder.parts import Slot, parts_of
 from qbert.errors import QBertError
 from qbert.families import EncoderFamily
@@ -63,7 +64,8 @@ def calibrate(
         For `quantize_(model, recipe, fuse=True, calibration=...)` and `fuse_`.
 
     Raises:
-        QBertError: no text, no tokenizer, no encoder or more than one, or an activation that is NaN or infinite.
+        QBertError: no text, a batch without a token, no tokenizer, no encoder or more than one, or an activation that is NaN
+            or infinite.
     """
     if not 0 <= overflow_neurons <= MAX_OVERFLOW_NEURONS:
         raise QBertError(f"overflow_neurons is {overflow_neurons}; allowed: 0 ... {MAX_OVERFLOW_NEURONS}")
@@ -76,7 +78,8 @@ def calibrate(
         activated = [slot for slot, seen in parts_of(family).slots.items() if seen.activated]
         spectra = {name: _Spectra(name, ranges[name], activated, overflow_neurons) for name in layers}
         _observe(base, family, batches, spectra, progress, len(batches))
-    return Calibration(layers={name: spectrum.scales() for name, spectrum in spectra.items()})
+    scales = {name: spectrum.scales() for name, spectrum in spectra.items()}
+    return Calibration(layers=scales, fingerprint=fingerprint_of(base, family))
 
 
 def default_texts(count: int = 128) -> list[str]:
@@ -311,6 +314,11 @@ def _batches(base: Any, texts: Any, tokenizer: Any, batch_size: int) -> list[dic
     batches = [_with_mask(batch, family_takes, base.device) for batch in given]
     if not any(bool(batch["attention_mask"].any()) for batch in batches):
         raise QBertError("no text to calibrate with; allowed: at least one token")
+    for index, batch in enumerate(batches):
+        if not bool(batch["attention_mask"].any()):
+            rows, width = batch["attention_mask"].shape
+            where = f"batch {index} of {len(batches)}, {rows} x {width}"
+            raise QBertError(f"{where}, has no token to calibrate with; leave it out")
     return batches
 
 

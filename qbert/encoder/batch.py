@@ -48,12 +48,14 @@ class Packing:
         batch, width: of the padded batch.
         cu_seqlens: (batch + 1,) int32: sequence i is the packed tokens cu_seqlens[i] ... cu_seqlens[i + 1] - 1.
         kept: (t,) int64 indices into the flattened batch, ascending; None where nothing is padding.
+        headless: (rows,) int64, the rows that have tokens and padding before the first of them; None where there are none.
     """
 
     batch: int
     width: int
     cu_seqlens: Tensor
     kept: Tensor | None
+    headless: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -211,18 +213,22 @@ def packing_of(batch: int, width: int, mask: Tensor | None, device: torch.device
     """
     if mask is not None:
         if mask.shape != (batch, width):
-            raise QBertError(f"attention_mask is {tuple(mask.shape)}; allowed with a fused encoder: ({batch}, {width})")
+            allowed = f"({batch}, {width}); call qbert.unfuse_(model) first if you need a mask of another shape"
+            raise QBertError(f"attention_mask is {tuple(mask.shape)}; allowed with a fused encoder: {allowed}")
         there = (mask if mask.device.type == "cpu" else mask.to(device)).to(torch.bool)
         bounds = torch.zeros(batch + 1, dtype=torch.int32, device=there.device)
         torch.cumsum(there.sum(1, dtype=torch.int32), 0, dtype=torch.int32, out=bounds[1:])
-        tokens, runs = torch.stack((bounds[-1], _most_runs(there))).tolist() if unbroken else (int(bounds[-1]), 1)
-        if runs > 1:
+        headed = there[:, :1].sum(dtype=torch.int32)
+        runs = _most_runs(there) if unbroken else torch.ones_like(headed)
+        tokens, heads, most = torch.stack((bounds[-1], headed, runs)).tolist()  # one wait for all
+        if most > 1:
             raise QBertError(
                 "attention_mask has padding between tokens of a row, which changes how far apart they are; a fused encoder "
                 "whose attention goes by distances does not take that: call qbert.unfuse_(model) first if you need it"
             )
         if tokens < batch * width:
-            return Packing(batch, width, _sent(bounds, device), _sent(_kept(there.reshape(-1), tokens), device))
+            kept, headless = _kept(there.reshape(-1), tokens), None if heads == batch else _headless(there)
+            return Packing(batch, width, _sent(bounds, device), _sent(kept, device), headless)
     return Packing(batch, width, torch.arange(batch + 1, dtype=torch.int32, device=device) * width, None)
 
 
@@ -230,6 +236,12 @@ def _most_runs(there: Tensor) -> Tensor:
     """Of tokens side by side, in the row that has most of them."""
     begins = there & ~torch.nn.functional.pad(there[:, :-1], (1, 0))
     return begins.sum(1, dtype=torch.int32).amax() if there.numel() else there.new_zeros((), dtype=torch.int32)
+
+
+def _headless(there: Tensor) -> Tensor | None:
+    """Rows (rows,) that have tokens, but none in the first column."""
+    rows = (there.any(1) & ~there[:, 0]).nonzero().view(-1)
+    return rows if len(rows) else None
 
 
 def _kept(there: Tensor, tokens: int) -> Tensor:

@@ -18,6 +18,7 @@ from qbert.encoder.calibration import Calibration, LayerScales, Overflow
 from qbert.encoder.parts import QKV
 from qbert.encoder.program import CU_SEQLENS, HIDDEN, ONES, Layer, Program, Step, codes_of, freeing, scales_of
 from qbert.encoder.steps import BoundLinear, Heads, Label, Projected, Tables, Tokens
+from qbert.encoder.stock import found_in
 from qbert.encoder.watch import Watch
 from qbert.families import EncoderFamily, PositionTable
 from qbert.families.family import BiasOf, RotaryOf, WindowOf
@@ -85,9 +86,8 @@ def build(watch: Watch, base: nn.Module, family: EncoderFamily, calibration: Cal
     settings = {name: family.setting(base.config, name) for name in family.settings}
     layers = _layers(Site(watch, base, family, where, settings), calibration)
     embedding, of_rows, positions = _embedding(watch, base, family, where.residual)
-    for name, module in base.named_modules():
-        if not family.called(name):
-            watch.calls(module)
+    watch.configuration(base, (*family.settings.values(), *family.reads))
+    watch.calls(base, found_in(base, family))
     return Program(
         family,
         embedding,
@@ -243,6 +243,8 @@ class LayerBuilder:
         """GELU(x - top) of the neurons that outgrow `top`, and their way to "sum"; w8a8 whatever the layer's scheme."""
         assert self._scales is not None
         up, activation, tokens = self._written[slot]
+        for each in (up, down):  # whose memory the program shares, too
+            self._watch.copied((*each._parameters.values(), *each._buffers.values()))
         neurons = torch.tensor(overflow.neurons, device=up.quantized.device)
         rising = decode(_weight(up))[neurons]
         bias = _bias(up)
@@ -290,7 +292,7 @@ class LayerBuilder:
         """The layer's own: its modules may have been pruned to fewer heads than the configuration says."""
         attention = self._layer.get_submodule(query.rpartition(".")[0])
         size = head_size(attention, width, int(self._settings["heads"]))
-        return Heads(width // size, size, size**-0.5)
+        return Heads(width // size, size, float(getattr(attention, "scaling", size**-0.5)))
 
     def _table(self, made_by: BiasOf | RotaryOf | None) -> Tensor | None:
         return None if made_by is None else self._site.shared(made_by(self._site.base, self._layer))

@@ -10,7 +10,9 @@ from torch import nn
 
 from qbert.encoder.build import has_projection, head_size
 from qbert.encoder.calibration import Calibration
+from qbert.encoder.fingerprint import differs, fingerprint_of
 from qbert.encoder.parts import QKV, LayerParts, parts_of
+from qbert.encoder.stock import stock_obstacle
 from qbert.errors import QBertError
 from qbert.families import FAMILIES, EncoderFamily, family_of
 from qbert.modules import QEmbedding, QLinear
@@ -20,9 +22,6 @@ from qbert.ops.reference_kernels import REFERENCE
 from qbert.ops.table import select
 from qbert.target import target_of
 
-FORWARD = "forward"
-# Hooks that transformers itself puts on layers to collect hidden states: the fused forward collects them without.
-_CAPTURE = "transformers.utils.output_capturing"
 
 
 def encoders(model: nn.Module) -> Iterator[tuple[str, nn.Module, EncoderFamily]]:
@@ -38,11 +37,14 @@ def layer_names(base: nn.Module, family: EncoderFamily) -> list[str]:
     return list(family.calls(base, family.layers))
 
 
-def check_calibration(base: nn.Module, calibration: Calibration) -> None:
+def check_calibration(base: nn.Module, calibration: Calibration, *, same_model: bool = True) -> None:
     """Holds a calibration to an encoder.
 
+    Args:
+        same_model: it must have been made of this model's weights, too, where it says of which it was made.
+
     Raises:
-        QBertError: a layer or a slot is missing or unknown, or an overflow neuron does not exist.
+        QBertError: a layer or a slot is missing or unknown, an overflow neuron does not exist, or it is of another model.
     """
     family = family_of(base)
     assert family is not None
@@ -54,6 +56,17 @@ def check_calibration(base: nn.Module, calibration: Calibration) -> None:
         if name not in calibration.layers:
             raise QBertError(f"calibration lacks layer {name!r}; it has {len(calibration.layers)} of {len(names)}")
         _check_slots(base, name, path, calibration, parts_of(family))
+    if same_model:
+        _check_model(base, family, calibration)
+
+
+def _check_model(base: nn.Module, family: EncoderFamily, calibration: Calibration) -> None:
+    found = None if calibration.fingerprint is None else fingerprint_of(base, family)
+    if found is None or calibration.fingerprint is None:
+        return
+    reason = differs(found, calibration.fingerprint)
+    if reason is not None:
+        raise QBertError(f"calibration is of another model: {reason}; call qbert.calibrate on this one")
 
 
 def _check_slots(base: nn.Module, name: str, path: str, calibration: Calibration, parts: LayerParts) -> None:
@@ -81,9 +94,9 @@ def obstacle(base: nn.Module) -> str | None:
         return f"{type(base).__name__} is of no family that can be fused ({known})"
     try:
         reason = _configuration_obstacle(base.config, family) or _module_obstacle(base, family) or family.obstacle(base)
-    except AttributeError as error:  # of get_submodule, for a model that somebody took apart
+        return reason or stock_obstacle(base, family)
+    except AttributeError as error:  # for a model that somebody took apart
         return f"it is not built like {family.name}: {error}"
-    return reason or _hook_obstacle(base, family)
 
 
 def _configuration_obstacle(config: Any, family: EncoderFamily) -> str | None:
@@ -115,15 +128,18 @@ def _module_obstacle(base: nn.Module, family: EncoderFamily) -> str | None:
             return f"{path} is not a plain table"
         if table.embedding_dim != width:
             return f"{path} has {table.embedding_dim} columns, {paths.norm} is over {width}"
+        if type(table) is nn.Embedding and table.weight.shape != (table.num_embeddings, table.embedding_dim):
+            return f"{path} holds {tuple(table.weight.shape)}, not {(table.num_embeddings, table.embedding_dim)}"
         dtype = table.output_like.dtype if type(table) is QEmbedding else table.get_parameter("weight").dtype
         if dtype not in FLOAT_DTYPES:
             return f"{path} is {dtype}; fused are {', '.join(str(each) for each in FLOAT_DTYPES)}"
+    reason = _padding_obstacle(base, family)
     layers = list(dict.fromkeys(family.calls(base, family.layers).values()))
     if not layers:
         return "it has no layers"
     if paths.projection is not None and has_projection(base, family):
         projection: Any = base.get_submodule(paths.projection)
-        reason = _linear_obstacle(base, paths.projection) or _takes(projection, paths.projection, width)
+        reason = reason or _linear_obstacle(base, paths.projection) or _takes(projection, paths.projection, width)
         width = getattr(projection, "out_features", width)
     for layer in layers:
         reason = reason or _layer_obstacle(base, layer, parts_of(family), width) or _head_obstacle(base, layer, family)
@@ -142,6 +158,19 @@ def _pre_norm_obstacle(base: nn.Module, layers: list[str], family: EncoderFamily
         _norm_obstacle(base, norm, width) for norm in (*(f"{each}.{path}" for each in layers[1:]), family.final_norm)
     )
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def _padding_obstacle(base: nn.Module, family: EncoderFamily) -> str | None:
+    """Positions are counted from what the embeddings module says is padding; the fused encoder asks the table."""
+    if not family.skips_padding or family.embeddings.positions is None:
+        return None
+    embeddings, table = base.get_submodule(family.embeddings.positions.rpartition(".")[0]), family.embeddings.positions
+    expected, found = base.get_submodule(table).padding_idx, getattr(embeddings, "padding_idx", None)
+    return (
+        None
+        if found == expected
+        else f"its embeddings count positions after {found}, not after the {expected} of {table}"
+    )
 
 
 def _layer_obstacle(base: nn.Module, name: str, parts: LayerParts, hidden: int) -> str | None:
@@ -184,6 +213,10 @@ def _linear_obstacle(base: nn.Module, path: str) -> str | None:
         return f"{path} is {'float' if type(module) is nn.Linear else type(module).__name__}"
     if module.scheme.activation is None:
         return f"{path} has scheme {module.scheme.name}, which has no integer activations"
+    if (module.out_features, module.in_features) != tuple(module.shape):
+        return f"{path} says that it is {(module.out_features, module.in_features)}, and its weight is {tuple(module.shape)}"
+    if module.bias is not None and module.bias.shape != (module.out_features,):
+        return f"{path}.bias is {tuple(module.bias.shape)}, not {(module.out_features,)}"
     return None
 
 
@@ -191,6 +224,9 @@ def _norm_obstacle(base: nn.Module, path: str, width: int) -> str | None:
     norm = base.get_submodule(path)
     if type(norm) is not nn.LayerNorm or norm.weight is None:
         return f"{path} is not a LayerNorm with a weight"
+    for name, tensor in (("weight", norm.weight), ("bias", norm.bias)):
+        if tensor is not None and tensor.shape != tuple(norm.normalized_shape):
+            return f"{path}.{name} is {tuple(tensor.shape)}, not {tuple(norm.normalized_shape)}"
     found = _normed_width(base, path)
     return None if found == width else f"{path} is over {found} channels, not {width}"
 
@@ -217,15 +253,3 @@ def _head_obstacle(base: nn.Module, name: str, family: EncoderFamily) -> str | N
     if select("attention", problem, target_of(device)).name != REFERENCE:
         return None
     return f"its heads are of size {size}, for which there is no attention kernel on {device}"
-
-
-def _hook_obstacle(base: nn.Module, family: EncoderFamily) -> str | None:
-    for name, module in base.named_modules():
-        if family.called(name):
-            continue
-        if FORWARD in module.__dict__:
-            return f"{name} has a forward of its own, which a fused encoder would not call"
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if getattr(hook, "__module__", None) != _CAPTURE:
-                return f"{name} has a hook, which a fused encoder would not call"
-    return None

@@ -63,4 +63,5 @@ FAMILY = EncoderFamily(
     pool=pooled,
     poolers=("pooler", "pooler_activation"),
     calls=calls,
+    reads=("num_hidden_layers", "num_hidden_groups"),
 )

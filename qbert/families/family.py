@@ -215,6 +215,7 @@ class EncoderFamily:
         calls: (encoder, `layers`) -> in order, a name for each call of a layer -> the path of that layer.
         final_norm: path of the norm after the last layer of a pre-norm family.
         settings: names in the model's configuration: of "heads" and "activation".
+        reads: other names there that say what the encoder computes.
         collects: its `forward` collects hidden states by itself: all or none, and beside them in a tuple the place of a pooler
             that is not there.
         obstacle: why an encoder of it cannot be fused though its modules are what they should be; None where it can.
@@ -241,6 +242,7 @@ class EncoderFamily:
     settings: dict[str, str] = field(
         default_factory=lambda: {"heads": "num_attention_heads", "activation": "hidden_act"}
     )
+    reads: tuple[str, ...] = ()
     collects: bool = False
     obstacle: Callable[[Any], str | None] = no_obstacle
 

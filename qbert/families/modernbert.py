@@ -83,7 +83,6 @@ FAMILY = EncoderFamily(
         "embeddings.drop": DROPOUT,
         "layers": LIST,
         "layers.*": part("*EncoderLayer", reads=("attention_type",)),
-        "layers.0.attn_norm": IDENTITY,
         "layers.*.attn": part("*Attention", reads=("head_dim",), is_causal=False),
         "layers.*.attn.out_drop": replace(DROPOUT, classes=(*DROPOUT.classes, *IDENTITY.classes)),
         "layers.*.mlp": part("*MLP"),
@@ -98,6 +97,7 @@ FAMILY = EncoderFamily(
     distances=ROTARY,
     program=program,
     final_norm="final_norm",
+    reads=("local_attention", "max_position_embeddings"),
     settings={"heads": "num_attention_heads", "activation": "hidden_activation"},
     obstacle=obstacle,
 )
