@@ -23,7 +23,6 @@ from qbert.ops.table import select
 from qbert.target import target_of
 
 
-
 def encoders(model: nn.Module) -> Iterator[tuple[str, nn.Module, EncoderFamily]]:
     """Qualified name, module and family of every encoder of a known family in a model, the model itself included."""
     for name, module in model.named_modules():

@@ -117,7 +117,8 @@ class FusedForward:
         encoder = self.encoder()
         layers = len(encoder.program.layers)
         asked = bool(hidden_states) if self.family.collects else hidden_states
-        wanted = set(range(layers + 1)) if asked is True else _selected(asked, config.num_hidden_layers + 1)
+        count: int = self.base.config.num_hidden_layers + 1  # type: ignore[union-attr,operator]
+        wanted = set(range(layers + 1)) if asked is True else _selected(asked, count)
         with torch.no_grad():
             batch = Batch.of(inputs, self.family, encoder.program.positions, encoder.device)
             states = _states(encoder, self.graphs, batch, wanted)

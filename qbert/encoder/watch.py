@@ -46,6 +46,7 @@ class Watch:
         self._dicts: list[dict[Any, Any]] = []
         self._names: list[Any] = []
         self._things: list[object] = []
+        self._seen: set[object] = set()  # places, and ids of tensors
         self._modules: list[nn.Module] = []
         self._kinds: list[type] = []
         self._classes: list[type] = []  # whose functions are looked up, their names, and what was found
@@ -146,6 +147,9 @@ class Watch:
         )
 
     def _place(self, place: dict[Any, Any], name: Any) -> None:
+        if (id(place), name) in self._seen:  # of a layer that is called again
+            return
+        self._seen.add((id(place), name))
         self._dicts.append(place)
         self._names.append(name)
         self._things.append(place.get(name))
@@ -153,7 +157,8 @@ class Watch:
     def _tensor(self, place: dict[str, Any], name: str) -> None:
         self._place(place, name)
         tensor = place.get(name)
-        if tensor is not None and tensor.numel():
+        if tensor is not None and tensor.numel() and id(tensor) not in self._seen:
+            self._seen.add(id(tensor))
             self.watched.append(tensor)
             self._pointers.append(tensor.data_ptr())
 

@@ -87,8 +87,8 @@ def part(*classes: str, reads: tuple[str, ...] = (), buffers: Mapping[str, str] 
 
 COUNTING, ZEROS = "0, 1, 2 ...", "zeros"
 LIST = part("torch.nn.modules.container.ModuleList")
-IDENTITY = part("torch.nn.modules.linear.Identity")
 DROPOUT = part("torch.nn.modules.dropout.Dropout")
+OPTIONAL_DROPOUT = part("torch.nn.modules.dropout.Dropout", "torch.nn.modules.linear.Identity")
 ACTIVATION = Part(activation="activation")
 # Name in a configuration -> the class that computes it, and what that must hold.
 ACTIVATIONS: dict[str, Part] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 from qbert.families.family import (
     ACTIVATION,
     DROPOUT,
-    IDENTITY,
     LIST,
+    OPTIONAL_DROPOUT,
     EmbeddingPaths,
     EncoderFamily,
     LayerBuilder,
@@ -84,7 +83,7 @@ FAMILY = EncoderFamily(
         "layers": LIST,
         "layers.*": part("*EncoderLayer", reads=("attention_type",)),
         "layers.*.attn": part("*Attention", reads=("head_dim",), is_causal=False),
-        "layers.*.attn.out_drop": replace(DROPOUT, classes=(*DROPOUT.classes, *IDENTITY.classes)),
+        "layers.*.attn.out_drop": OPTIONAL_DROPOUT,
         "layers.*.mlp": part("*MLP"),
         "layers.*.mlp.act": ACTIVATION,
         "layers.*.mlp.drop": DROPOUT,
