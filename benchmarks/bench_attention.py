@@ -254,7 +254,9 @@ def _qbert(problem: Problem, per_token: bool = False, requant: bool = False) -> 
     scales = scales.expand(case.tokens, 3).contiguous() if per_token else scales
     out_scale = float(problem.expected.abs().max()) / 127
     out: Out = out_scale if requant else out_dtype
-    a = Attention(problem.codes.flatten(1), scales, problem.cu_seqlens, case.heads, case.head_dim**-0.5, out)
+    a = Attention(
+        problem.codes.flatten(1), scales, problem.cu_seqlens, case.heads, case.head_dim**-0.5, None, None, None, out
+    )
     kernel = select("attention", problem_of(a), target_of(device)).name
     # Its second product is in float16 on a GPU: held to the bound of the other candidates there.
     work = _work(problem, "bf16" if cuda else "int8", 1, 1 if requant else out_dtype.itemsize)

@@ -8,7 +8,8 @@ feed-forward network that outgrow all others are left out of that choice and kep
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from qbert.encoder import Calibration, LayerScales, Overflow, encoders, layer_names, unfused
 from qbert.encoder.calibration import MAX_OVERFLOW_NEURONS
-from qbert.encoder.parts import parts_of
+from qbert.encoder.fingerprint import fingerprint_of
+from qbert.encoder.parts import Slot, parts_of
 from qbert.errors import QBertError
 from qbert.families import EncoderFamily
 from qbert.formats import INT8
@@ -62,7 +64,8 @@ def calibrate(
         For `quantize_(model, recipe, fuse=True, calibration=...)` and `fuse_`.
 
     Raises:
-        QBertError: no text, no tokenizer, no encoder or more than one, or an activation that is NaN or infinite.
+        QBertError: no text, a batch without a token, no tokenizer, no encoder or more than one, or an activation that is NaN
+            or infinite.
     """
     if not 0 <= overflow_neurons <= MAX_OVERFLOW_NEURONS:
         raise QBertError(f"overflow_neurons is {overflow_neurons}; allowed: 0 ... {MAX_OVERFLOW_NEURONS}")
@@ -75,7 +78,8 @@ def calibrate(
         activated = [slot for slot, seen in parts_of(family).slots.items() if seen.activated]
         spectra = {name: _Spectra(name, ranges[name], activated, overflow_neurons) for name in layers}
         _observe(base, family, batches, spectra, progress, len(batches))
-    return Calibration(layers={name: spectrum.scales() for name, spectrum in spectra.items()})
+    scales = {name: spectrum.scales() for name, spectrum in spectra.items()}
+    return Calibration(layers=scales, fingerprint=fingerprint_of(base, family))
 
 
 def default_texts(count: int = 128) -> list[str]:
@@ -211,26 +215,76 @@ def _observe(
     done: int,
 ) -> None:
     """Runs the batches and shows each layer's observer what is not padding."""
-    kept: list[Tensor] = []
-
-    def show(observer: _Observer, slot: str, x: Tensor) -> None:
-        observer.see(slot, x.reshape(-1, x.shape[-1])[kept[0]])
-
+    calls: dict[str, list[str]] = {}  # a layer's path -> names of its calls, in order
+    for name, path in family.calls(base, family.layers).items():
+        calls.setdefault(path, []).append(name)
     with contextlib.ExitStack() as hooks:
-        for name, observer in observers.items():
+        kept = _Kept()
+        for path, names in calls.items():
             for slot, seen in parts_of(family).slots.items():
-                module = base.get_submodule(f"{name}.{seen.path}")
+                turns = itertools.cycle([observers[name] for name in names])
+                show = _Show(slot, seen, turns, kept, _table_of(base, path, seen))
+                module = base.get_submodule(f"{path}.{seen.path}")
                 if seen.side == "output":
-                    after = lambda _m, _i, out, observer=observer, slot=slot: show(observer, slot, out)
+                    after = lambda _m, _i, out, show=show: show(out)
                     hooks.callback(module.register_forward_hook(after).remove)
                 else:
-                    before = lambda _m, inputs, observer=observer, slot=slot: show(observer, slot, inputs[0])
+                    before = lambda _m, inputs, show=show: show(inputs[0])
                     hooks.callback(module.register_forward_pre_hook(before).remove)
         for index, batch in enumerate(batches, done + 1):
-            kept[:] = [batch["attention_mask"].bool().flatten().nonzero().flatten()]
+            kept.of(batch)
             base(**batch)
             if progress:
                 progress(index, 2 * len(batches))
+
+
+class _Kept:
+    """Of the batch that runs: which of its tokens are not padding, and where they stand in their sequences."""
+
+    tokens: Tensor
+    positions: Tensor
+
+    def of(self, batch: Mapping[str, Tensor]) -> None:
+        mask = batch["attention_mask"].bool()
+        self.tokens = mask.flatten().nonzero().flatten()
+        self.positions = (mask.cumsum(1) - 1).flatten()[self.tokens]
+
+
+@dataclass
+class _Show:
+    """Shows what passes at a slot to the observer whose turn it is: a layer that is called again has another one then.
+
+    Attributes:
+        rotations: by which queries and keys are rotated before they are rounded.
+    """
+
+    slot: str
+    seen: Slot
+    turns: Iterator[_Observer]
+    kept: _Kept
+    rotations: Tensor | None
+
+    def __call__(self, x: Tensor) -> None:
+        index, parts = self.seen.part
+        rows = x.reshape(-1, x.shape[-1])[self.kept.tokens].chunk(parts, dim=1)[index]
+        if self.rotations is not None:
+            rows = rotated(rows, self.rotations[self.kept.positions])
+        next(self.turns).see(self.slot, rows)
+
+
+def _table_of(base: nn.Module, path: str, seen: Slot) -> Tensor | None:
+    return None if seen.rotary is None else seen.rotary(base, base.get_submodule(path))
+
+
+def rotated(x: Tensor, rotations: Tensor) -> Tensor:
+    """Rows (t, heads * head_dim), each head of them rotated by its token's angles.
+
+    Args:
+        rotations: (t, head_dim) cosines, then sines (see `qbert.ops.operations.Attention`).
+    """
+    cosines, sines = rotations[:, None].chunk(2, dim=2)
+    first, second = x.to(torch.float32).unflatten(1, (-1, rotations.shape[1])).chunk(2, dim=2)
+    return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=2).flatten(1)
 
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
@@ -260,6 +314,11 @@ def _batches(base: Any, texts: Any, tokenizer: Any, batch_size: int) -> list[dic
     batches = [_with_mask(batch, family_takes, base.device) for batch in given]
     if not any(bool(batch["attention_mask"].any()) for batch in batches):
         raise QBertError("no text to calibrate with; allowed: at least one token")
+    for index, batch in enumerate(batches):
+        if not bool(batch["attention_mask"].any()):
+            rows, width = batch["attention_mask"].shape
+            where = f"batch {index} of {len(batches)}, {rows} x {width}"
+            raise QBertError(f"{where}, has no token to calibrate with; leave it out")
     return batches
 
 

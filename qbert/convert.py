@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qbert.encoder import Calibration, check_calibration, encoders, obstacle, remove_fused, set_fused
+from qbert.encoder.stock import is_stock
 from qbert.errors import CheckpointError, QBertError
 from qbert.formats import Role, Scheme
 from qbert.modules import ModuleSpec, QEmbedding, QLinear, QTiedLinear, QuantizedModule
@@ -128,6 +129,16 @@ def fuse_(model: nn.Module, calibration: Calibration | None = None) -> nn.Module
     return model
 
 
+def fuse_loaded_(model: nn.Module, calibration: Calibration | None) -> None:
+    """`fuse_` for a model that came with its calibration in one file: a digest says already that they belong together.
+
+    Raises:
+        QBertError: a calibration that does not fit.
+    """
+    _check_fusing(model, True, calibration, same_model=False)
+    _fuse(model, calibration)
+
+
 def unfuse_(model: nn.Module) -> nn.Module:
     """Undoes `fuse_`: the encoders run module by module again. Returns the same model."""
     for _, base, _ in encoders(model):
@@ -199,7 +210,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlanEntry]:
     """What `quantize_` would do with every linear and embedding, without doing it.
 
     Raises:
-        QBertError: a quantized model, or a recipe whose override matches nothing.
+        QBertError: a quantized model, or a recipe with an override or an exclusion that matches nothing.
     """
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
@@ -217,7 +228,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlanEntry]:
         if decision.scheme is not None and obstacle:
             decision = Decision(None, obstacle)
         entries.append(PlanEntry(name, module, decision))
-    _check_overrides_match(recipe, [entry.name for entry in entries])
+    _check_names_match(recipe, [entry.name for entry in entries])
     return _follow_ties(entries, recipe, obstacles)
 
 
@@ -235,7 +246,7 @@ def float_reasons(model: nn.Module) -> dict[str, str]:
     return dict(getattr(model, _REASONS, {}))
 
 
-def _check_fusing(model: nn.Module, fuse: bool, calibration: Calibration | None) -> None:
+def _check_fusing(model: nn.Module, fuse: bool, calibration: Calibration | None, *, same_model: bool = True) -> None:
     if calibration is None:
         return
     if not fuse:
@@ -243,7 +254,7 @@ def _check_fusing(model: nn.Module, fuse: bool, calibration: Calibration | None)
     found = [base for _, base, _ in encoders(model)]
     if len(found) != 1:
         raise QBertError(f"a calibration is of one encoder; {type(model).__name__} has {len(found)}")
-    check_calibration(found[0], calibration)
+    check_calibration(found[0], calibration, same_model=same_model)
 
 
 def _fuse(model: nn.Module, calibration: Calibration | None) -> None:
@@ -283,6 +294,10 @@ def _directly_read(model: nn.Module) -> dict[nn.Module, str]:
 def _obstacle(module: nn.Linear | nn.Embedding) -> str | None:
     if module.weight.device.type == "meta":
         return "its weight is on the meta device and has no values"
+    if "forward" in module.__dict__:
+        return "it has a forward of its own, which a quantized module would not have"
+    if not is_stock(type(module)):
+        return f"the forward of all {type(module).__name__}s was replaced, and a quantized module would not have it"
     if "weight" not in module._parameters:
         return "its weight is computed from others (weight norm, pruning)"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
@@ -326,15 +341,16 @@ def _veto(entry: PlanEntry, recipe: Recipe) -> str | None:
     return decision.reason if decision.scheme is None and decision.reason.startswith(("excluded", "override")) else None
 
 
-def _check_overrides_match(recipe: Recipe, names: list[str]) -> None:
+def _check_names_match(recipe: Recipe, names: list[str]) -> None:
     from qbert.recipe import matches
 
-    for pattern in recipe.overrides:
-        if not any(matches(name, pattern) for name in names):
-            some = ", ".join(names[:3]) or "none"
-            raise QBertError(
-                f"override {pattern!r} matches no linear or embedding; the model has {len(names)}: {some}, ..."
-            )
+    for kind, patterns in (("override", recipe.overrides), ("exclude", recipe.exclude)):
+        for pattern in patterns:
+            if not any(matches(name, pattern) for name in names):
+                some = ", ".join(names[:3]) or "none"
+                raise QBertError(
+                    f"{kind} {pattern!r} matches no linear or embedding; the model has {len(names)}: {some}, ..."
+                )
 
 
 def _quantized_module(entry: PlanEntry) -> QLinear | QEmbedding:

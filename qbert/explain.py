@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from torch import nn
 
 from qbert.convert import float_reasons
-from qbert.encoder import GraphReport, encoders, fused_forward, obstacle
+from qbert.encoder import FusedForward, GraphReport, encoders, fused_forward, obstacle
 from qbert.modules import QTiedLinear, QuantizedModule
 from qbert.ops.cuda import missing_extension
 from qbert.target import target_of
@@ -131,10 +131,18 @@ def _encoder_rows(model: nn.Module) -> list[EncoderRow]:
         fused, shown = fused_forward(base), name or type(base).__name__
         if fused is not None:
             graphs = None if fused.graphs is None else fused.graphs.report()
-            rows.append(EncoderRow(shown, fused.variant, _VARIANTS[fused.variant], fused.extra_bytes(), graphs))
+            rows.append(EncoderRow(shown, fused.variant, _reason(base, fused), fused.extra_bytes(), graphs))
         else:
             rows.append(EncoderRow(shown, "no", obstacle(base) or "not asked for: fuse=True, or qbert.fuse_(model)"))
     return rows
+
+
+def _reason(base: nn.Module, fused: FusedForward) -> str:
+    """What a fused encoder computes with, and what keeps it from that now."""
+    reason, why = _VARIANTS[fused.variant], obstacle(base)
+    if fused.calibration is not None and fused.calibration.fingerprint is None:
+        reason += ", of an older file that does not say of which model"
+    return reason if why is None else f"{reason}; calls are refused now: {why}"
 
 
 def _quantized_row(name: str, module: QuantizedModule | QTiedLinear) -> Row:

@@ -188,7 +188,8 @@ def _draw_attention(draw: _Draw) -> Attention:
     scales = torch.tensor([0.02, 0.03, 0.01])
     if draw.per_token:  # up to four times larger in one token than in another
         scales = scales * 4 ** (torch.rand(draw.t, 3, generator=draw.generator) - 0.5)
-    return Attention(qkv, scales, _uneven_cu_seqlens(draw.t, draw.generator), heads, head_dim**-0.5, draw.dtype)
+    bounds = _uneven_cu_seqlens(draw.t, draw.generator)
+    return Attention(qkv, scales, bounds, heads, head_dim**-0.5, None, None, None, draw.dtype)
 
 
 def _draw_add_norm(draw: _Draw) -> AddNorm:
@@ -281,14 +282,14 @@ def _attention(a: Attention, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     its value to both sides.
     """
     t, width = a.qkv.shape[0], a.qkv.shape[1] // 3
-    query, key, value = a.qkv.view(t, 3, a.heads, a.head_dim).to(torch.float64).permute(1, 2, 0, 3)
-    scales = a.scales.expand(t, 3)
+    integers, scales = reference.attention_codes(a)
+    query, key, value = integers.to(torch.float64)
     out, room = torch.empty(query.shape, dtype=dtype), torch.zeros_like(query)
     for start, stop in itertools.pairwise(a.cu_seqlens.tolist()):
         span = slice(start, stop)
         products = query[:, span] @ key[:, span].transpose(1, 2)
-        exact, exact_factor = reference.attention_weights(products, scales[span], a.softmax_scale)
-        _, factor = reference.attention_weights(products.to(dtype), scales[span], a.softmax_scale)
+        exact, exact_factor = reference.attention_weights(a, products, scales[..., span])
+        _, factor = reference.attention_weights(a, products.to(dtype), scales[..., span])
         half = exact.floor() + 0.5
         ambiguous = (exact - half).abs() <= _AMBIGUOUS
         codes = torch.where(ambiguous, half, exact.round())

@@ -29,8 +29,19 @@ CONFIGS: dict[str, PretrainedConfig] = {
         vocab_size=97, dim=64, n_layers=2, n_heads=2, hidden_dim=128, max_position_embeddings=40
     ),
     "Electra": ElectraConfig(**SIZES, embedding_size=32),
-}
+    "Data2VecText": transformers.Data2VecTextConfig(**SIZES),
+    "BertGeneration": transformers.BertGenerationConfig(**SIZES),
+    "MPNet": transformers.MPNetConfig(**SIZES),
+    "Albert": transformers.AlbertConfig(**SIZES, embedding_size=32),
+    "ModernBert": transformers.ModernBertConfig(  # full attention, then two layers with a window of 4 tokens on each side
+        **SIZES | {"num_hidden_layers": 3}, local_attention=8, pad_token_id=1, bos_token_id=2, eos_token_id=3, cls_token_id=2,
+        sep_token_id=3,
+    ),
+}  # fmt: skip
 FOUR = ("Bert", "Roberta", "DistilBert", "Electra")
+EVERY = (*FOUR, "MPNet", "Albert", "ModernBert", "BertGeneration")  # one of each family
+BY_DISTANCE = ("MPNet", "ModernBert")  # those whose attention goes by how far apart tokens stand
+_CLASSES = {"BertGenerationModel": "BertGenerationEncoder"}  # where a bare encoder is no ...Model
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
 A8 = ("w8a8", "w4a8", "gobo3a8", "gobo4a8")
 VARIANTS = ("dynamic", "static")
@@ -40,12 +51,12 @@ LEAST_SQNR_DB = {"dynamic": 25.0, "static": 20.0}
 
 def float_model(name: str = "BertModel", seed: int = 0, **changes: Any) -> Any:
     """Random weights with outliers, large enough that attention is not uniform."""
-    family = next(family for family in CONFIGS if name.startswith(family))
+    family = max((family for family in CONFIGS if name.startswith(family)), key=len)
     config = copy.deepcopy(CONFIGS[family])
     for key, value in changes.items():
         setattr(config, key, value)
     torch.manual_seed(seed)
-    model = getattr(transformers, name)(config).eval()
+    model = getattr(transformers, _CLASSES.get(name, name))(config).eval()
     with torch.no_grad():
         for index, module in enumerate(model.modules()):
             if isinstance(module, nn.Linear | nn.Embedding):

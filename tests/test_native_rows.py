@@ -380,7 +380,9 @@ def test_a_softmax_scale_that_is_none_is_named(softmax_scale: float) -> None:
 def test_sums_that_could_overflow_are_refused() -> None:
     t = _cpu.MAX_ATTENTION_TERMS + 1
     bounds = torch.tensor([0, t], dtype=torch.int32)
-    problem = Attention(torch.zeros(t, 3, dtype=torch.int8), torch.ones(3), bounds, 1, 1.0, torch.float32)
+    problem = Attention(
+        torch.zeros(t, 3, dtype=torch.int8), torch.ones(3), bounds, 1, 1.0, None, None, None, torch.float32
+    )
     with pytest.raises(QBertError, match=f"attention over {t} tokens"):
         run(problem)
     wide = torch.zeros(1, 3 * t, dtype=torch.int8)

@@ -444,7 +444,9 @@ def test_attention_of_sums_that_float32_does_not_hold(t: int, head_dim: int) -> 
     """Equal keys: all probabilities are 255, and odd sums of them times 127 pass 2**24."""
     qkv = torch.full((t, 3 * head_dim), 127, dtype=torch.int8)
     qkv[0, 2 * head_dim] = 126
-    problem = Attention(qkv, torch.ones(3), torch.tensor([0, t], dtype=torch.int32), 1, 1e-6, torch.float32)
+    problem = Attention(
+        qkv, torch.ones(3), torch.tensor([0, t], dtype=torch.int32), 1, 1e-6, None, None, None, torch.float32
+    )
     out = call(problem)
     exact = torch.tensor([(127 * t - 1) / t, *[127.0] * (head_dim - 1)], dtype=torch.float64)
     assert float((out - exact).abs().max()) <= 3 * 127 * 2**-24
@@ -690,7 +692,11 @@ WRONG_TENSORS: list[tuple[Case, dict[str, Any], str]] = [
     (W4A16, {"s": torch.ones(3)}, "scheme w4a16 takes activations as floats without scales"),
     (W8A16, {"x": torch.zeros(3, 64, dtype=torch.float64)}, "activations are torch.float64; allowed"),
     (W4A16, {"x": torch.zeros(2, 3, 64)}, r"activations must be \(t, k\), got \(2, 3, 64\)"),
-    (ATTENTION, {"qkv": torch.zeros(3, 960)}, r"qkv must be \(t, 3 \* 5 \* head_dim\) int8, got .*960"),
+    (
+        ATTENTION,
+        {"qkv": torch.zeros(3, 960).double()},
+        r"qkv must be \(t, 3 \* 5 \* head_dim\) int8 or float, got .*960",
+    ),
     (ATTENTION, {"heads": 7}, r"qkv must be \(t, 3 \* 7 \* head_dim\) int8"),
     (ATTENTION_INT8, {"heads": 0}, "heads is 0; allowed: 1 or more"),
     (ATTENTION_INT8, {"scales": torch.ones(2, 3)}, r"scales must be .* got torch.float32 \(2, 3\)"),
@@ -1002,7 +1008,7 @@ def test_the_judge_takes_either_neighbour_of_an_ambiguous_probability_and_no_oth
     """Two keys of the same score whose values' scales make the second probability 127.5: float32 may take 127 or 128."""
     qkv = torch.tensor([[1, 0, 3, 5, 100, 60], [1, 0, 3, 5, -50, 70]], dtype=torch.int8)
     scales = torch.tensor([[0.1, 0.1, 0.5], [0.1, 0.1, 0.25]])
-    problem = Attention(qkv, scales, torch.tensor([0, 2], dtype=torch.int32), 1, 0.5, torch.float32)
+    problem = Attention(qkv, scales, torch.tensor([0, 2], dtype=torch.int32), 1, 0.5, None, None, None, torch.float32)
     value = qkv[:, 4:].to(torch.float32)
     actual = ((255 * value[0] + code * value[1]) * (0.5 / 255 / 2)).expand(2, 2)
     if code in (127, 128):

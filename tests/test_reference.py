@@ -398,7 +398,7 @@ def _attention_problem(lengths: list[int], heads: int, head_dim: int, per_token:
 def _attention(
     qkv: Tensor, scales: Tensor, bounds: Tensor, heads: int, softmax_scale: float, out: Out = torch.float32
 ) -> Tensor:
-    return reference.attention(Attention(qkv, scales, bounds, heads, softmax_scale, out))
+    return reference.attention(Attention(qkv, scales, bounds, heads, softmax_scale, None, None, None, out))
 
 
 LENGTHS = pytest.mark.parametrize(

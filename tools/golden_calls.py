@@ -125,7 +125,7 @@ def call_attention(
     qkv: Tensor, scales: Tensor, cu_seqlens: Tensor, heads: int, softmax_scale: float, out: Out
 ) -> Tensor:
     """Of packed sequences."""
-    return _run(Attention(qkv, scales, cu_seqlens, heads, softmax_scale, out))
+    return _run(Attention(qkv, scales, cu_seqlens, heads, softmax_scale, None, None, None, out))
 
 
 def call_add_norm(y: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, ...]:

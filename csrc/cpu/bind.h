@@ -17,5 +17,6 @@ void bind_weight(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
 void bind_rows(pybind11::module_& module);
 void bind_weight_only(pybind11::module_& module);
+void bind_watch(pybind11::module_& module);
 
 }  // namespace qbert

@@ -43,4 +43,5 @@ PYBIND11_MODULE(_cpu, module) {
     qbert::bind_linear(module);
     qbert::bind_rows(module);
     qbert::bind_weight_only(module);
+    qbert::bind_watch(module);
 }

@@ -42,12 +42,14 @@ _START = r"(?:^|\.)"
 _END = r"(?:\.|$)"  # the module itself and whatever a wrapper put below it
 _BERT_LAYER = _START + r"encoder\.layer\.\d+"  # BERT, RoBERTa, ELECTRA, MPNet
 _DISTIL_LAYER = _START + r"transformer\.layer\.\d+"
+_ALBERT_LAYER = _START + r"albert_layer_groups\.\d+\.albert_layers\.\d+"
+_MODERN_LAYER = _START + r"layers\.\d+"
 
-_HEAD_NAMES = ("pooler", *TASK_HEADS, "vocab_layer_norm")  # the last is DistilBERT's
+_HEAD_NAMES = ("pooler", "pooler_activation", *TASK_HEADS, "vocab_layer_norm")  # the last is DistilBERT's
 
 # First match wins: leaves stand before the containers whose own (functional) work is what is left of them.
 PATTERNS: tuple[tuple[Component, str], ...] = (
-    (Component.EMBEDDINGS, _START + r"(?:embeddings|embeddings_project)" + _END),
+    (Component.EMBEDDINGS, _START + r"(?:embeddings|embeddings_project|embedding_hidden_mapping_in)" + _END),
     # BERT, RoBERTa, ELECTRA
     (Component.QKV_LINEARS, _BERT_LAYER + r"\.attention\.self\.(?:query|key|value)" + _END),
     (Component.ATTENTION_SCORES, _BERT_LAYER + r"\.attention\.self(?:\.dropout)?$"),
@@ -67,6 +69,21 @@ PATTERNS: tuple[tuple[Component, str], ...] = (
     (Component.ATTENTION_SCORES, _DISTIL_LAYER + r"\.attention(?:\.dropout)?$"),
     (Component.FFN, _DISTIL_LAYER + r"\.ffn" + _END),
     (Component.NORMS, _DISTIL_LAYER + r"(?:\.sa_layer_norm|\.output_layer_norm)?$"),
+    # ALBERT: its attention adds a residual besides, its layer the other
+    (Component.QKV_LINEARS, _ALBERT_LAYER + r"\.attention\.(?:query|key|value)" + _END),
+    (Component.ATTENTION_OUTPUT, _ALBERT_LAYER + r"\.attention\.dense" + _END),
+    (Component.NORMS, _ALBERT_LAYER + r"\.attention\.(?:LayerNorm|output_dropout)$"),
+    (Component.ATTENTION_SCORES, _ALBERT_LAYER + r"\.attention(?:\.attention_dropout)?$"),
+    (Component.FFN, _ALBERT_LAYER + r"\.(?:ffn|ffn_output|activation)" + _END),
+    (Component.NORMS, _ALBERT_LAYER + r"(?:\.full_layer_layer_norm|\.dropout)?$"),
+    # ModernBERT: rotations belong to the scores
+    (Component.QKV_LINEARS, _MODERN_LAYER + r"\.attn\.Wqkv" + _END),
+    (Component.ATTENTION_OUTPUT, _MODERN_LAYER + r"\.attn\.Wo" + _END),
+    (Component.ATTENTION_SCORES, _MODERN_LAYER + r"\.attn(?:\.out_drop)?$"),
+    (Component.ATTENTION_SCORES, _START + r"rotary_emb$"),
+    (Component.FFN, _MODERN_LAYER + r"\.mlp" + _END),
+    (Component.NORMS, _MODERN_LAYER + r"(?:\.attn_norm|\.mlp_norm)?$"),
+    (Component.NORMS, _START + r"final_norm$"),
     (Component.POOLER_HEAD, _START + f"(?:{'|'.join(_HEAD_NAMES)})" + _END),
 )
 

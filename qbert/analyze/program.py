@@ -49,8 +49,8 @@ def called_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`named_modules()` less those in a fused encoder: of these its forward calls the pooler only."""
     silent: set[nn.Module] = set()
     for fused in fused_encoders(model).values():
-        inside = ((name.partition(".")[0], module) for name, module in fused.base.named_modules() if name)
-        silent.update(module for first, module in inside if first != fused.family.pooler)
+        inside = fused.base.named_modules()
+        silent.update(module for name, module in inside if not fused.family.called(name))
     yield from ((name, module) for name, module in model.named_modules() if module not in silent)
 
 

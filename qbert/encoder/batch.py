@@ -48,12 +48,14 @@ class Packing:
         batch, width: of the padded batch.
         cu_seqlens: (batch + 1,) int32: sequence i is the packed tokens cu_seqlens[i] ... cu_seqlens[i + 1] - 1.
         kept: (t,) int64 indices into the flattened batch, ascending; None where nothing is padding.
+        headless: (rows,) int64, the rows that have tokens and padding before the first of them; None where there are none.
     """
 
     batch: int
     width: int
     cu_seqlens: Tensor
     kept: Tensor | None
+    headless: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -121,13 +123,14 @@ class Batch:
             device: the model's.
 
         Raises:
-            QBertError: inputs of other shapes, both ids and rows or none, more tokens than the model has positions for.
+            QBertError: inputs of other shapes, both ids and rows or none, more tokens than the model has positions for;
+                masks or positions that change distances, where attention goes by them.
         """
         words = _words(inputs)
         for name, given in zip(inputs._fields, inputs, strict=True):
             if given is not None and name != "attention_mask" and given.device != device:
                 raise QBertError(f"{name} is on {given.device}, the model on {device}")
-        packing = packing_of(words.shape[0], words.shape[1], inputs.attention_mask, device)
+        packing = packing_of(*words.shape[:2], inputs.attention_mask, device, unbroken=family.distances is not None)
         positions = _positions(packing, inputs, family, table)
         # Without a table of token types (DistilBERT) transformers takes them and forgets them.
         given = inputs.token_type_ids if family.embeddings.token_types is not None else None
@@ -157,14 +160,36 @@ def _words(inputs: Inputs) -> Tensor:
 
 
 def _positions(packing: Packing, inputs: Inputs, family: EncoderFamily, table: PositionTable) -> Tensor:
-    """(t,) positions of the packed tokens, as the family counts them."""
+    """(t,) positions of the packed tokens, as the family counts them; zeros where it has no table of them."""
+    table_is_none = family.embeddings.positions is None
     if inputs.position_ids is not None:
-        return packing.pack(_batched(inputs.position_ids, packing))
+        given = packing.pack(_batched(inputs.position_ids, packing))
+        if not table_is_none:
+            return given
+        _require_steps_of_one(given, packing.cu_seqlens)
     if not family.skips_padding or inputs.input_ids is None:
         first = int(table.padding_idx or 0) + 1 if family.skips_padding else 0
         if packing.tokens and packing.width + first > table.rows:
             raise QBertError(f"{packing.width} tokens; the model has positions for {table.rows - first}")
+    if table_is_none:
+        return torch.zeros(packing.tokens, dtype=torch.int64, device=packing.cu_seqlens.device)
     return family.positions(packing.columns(), inputs.input_ids, packing.pack, table)
+
+
+def _require_steps_of_one(positions: Tensor, cu_seqlens: Tensor) -> None:
+    """Rotations are counted from a sequence's first token, so only differences of positions matter, and those must be columns'.
+
+    Raises:
+        QBertError: two neighbours of a sequence whose positions are not neighbours.
+    """
+    count = torch.arange(positions.shape[0], device=positions.device)
+    index = torch.searchsorted(cu_seqlens, count, right=True, out_int32=True) - 1
+    first = cu_seqlens[index].to(torch.int64)
+    if positions.numel() and not torch.equal(positions - positions[first], count - first):
+        raise QBertError(
+            "position_ids do not go up by one from token to token; a fused encoder with rotary positions takes no others: "
+            "call qbert.unfuse_(model) first if you need them"
+        )
 
 
 def _batched(ids: Tensor, packing: Packing) -> Tensor:
@@ -172,7 +197,7 @@ def _batched(ids: Tensor, packing: Packing) -> Tensor:
     return ids.expand(packing.batch, packing.width)
 
 
-def packing_of(batch: int, width: int, mask: Tensor | None, device: torch.device) -> Packing:
+def packing_of(batch: int, width: int, mask: Tensor | None, device: torch.device, *, unbroken: bool = False) -> Packing:
     """Where the tokens of a batch go.
 
     The one number that the host must know is how many tokens there are. So a mask on a GPU costs one wait for that GPU; a mask
@@ -181,20 +206,42 @@ def packing_of(batch: int, width: int, mask: Tensor | None, device: torch.device
     Args:
         mask: (batch, width), not 0 where a token is; None where nothing is padding. Padding may stand anywhere.
         device: where the tokens are.
+        unbroken: the tokens of a row must stand side by side.
 
     Raises:
-        QBertError: a mask of another shape.
+        QBertError: a mask of another shape, or with padding between tokens where there may be none.
     """
     if mask is not None:
         if mask.shape != (batch, width):
-            raise QBertError(f"attention_mask is {tuple(mask.shape)}; allowed with a fused encoder: ({batch}, {width})")
+            allowed = f"({batch}, {width}); call qbert.unfuse_(model) first if you need a mask of another shape"
+            raise QBertError(f"attention_mask is {tuple(mask.shape)}; allowed with a fused encoder: {allowed}")
         there = (mask if mask.device.type == "cpu" else mask.to(device)).to(torch.bool)
         bounds = torch.zeros(batch + 1, dtype=torch.int32, device=there.device)
         torch.cumsum(there.sum(1, dtype=torch.int32), 0, dtype=torch.int32, out=bounds[1:])
-        tokens = int(bounds[-1])
+        headed = there[:, :1].sum(dtype=torch.int32)
+        runs = _most_runs(there) if unbroken else torch.ones_like(headed)
+        tokens, heads, most = torch.stack((bounds[-1], headed, runs)).tolist()  # one wait for all
+        if most > 1:
+            raise QBertError(
+                "attention_mask has padding between tokens of a row, which changes how far apart they are; a fused encoder "
+                "whose attention goes by distances does not take that: call qbert.unfuse_(model) first if you need it"
+            )
         if tokens < batch * width:
-            return Packing(batch, width, _sent(bounds, device), _sent(_kept(there.reshape(-1), tokens), device))
+            kept, headless = _kept(there.reshape(-1), tokens), None if heads == batch else _headless(there)
+            return Packing(batch, width, _sent(bounds, device), _sent(kept, device), headless)
     return Packing(batch, width, torch.arange(batch + 1, dtype=torch.int32, device=device) * width, None)
+
+
+def _most_runs(there: Tensor) -> Tensor:
+    """Of tokens side by side, in the row that has most of them."""
+    begins = there & ~torch.nn.functional.pad(there[:, :-1], (1, 0))
+    return begins.sum(1, dtype=torch.int32).amax() if there.numel() else there.new_zeros((), dtype=torch.int32)
+
+
+def _headless(there: Tensor) -> Tensor | None:
+    """Rows (rows,) that have tokens, but none in the first column."""
+    rows = (there.any(1) & ~there[:, 0]).nonzero().view(-1)
+    return rows if len(rows) else None
 
 
 def _kept(there: Tensor, tokens: int) -> Tensor:

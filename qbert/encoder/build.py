@@ -7,6 +7,7 @@ not come out of a norm is written as a float and scaled token by token (ZeroQuan
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 
 from qbert.encoder import steps
 from qbert.encoder.calibration import Calibration, LayerScales, Overflow
+from qbert.encoder.parts import QKV
 from qbert.encoder.program import CU_SEQLENS, HIDDEN, ONES, Layer, Program, Step, codes_of, freeing, scales_of
-from qbert.encoder.steps import BoundLinear, Heads, Label, Tables, Tokens
+from qbert.encoder.steps import BoundLinear, Heads, Label, Projected, Tables, Tokens
+from qbert.encoder.stock import found_in
 from qbert.encoder.watch import Watch
 from qbert.families import EncoderFamily, PositionTable
+from qbert.families.family import BiasOf, RotaryOf, WindowOf
 from qbert.formats import INT8, SCHEMES, Role
 from qbert.modules import QEmbedding, QLinear, QuantizedModule
-from qbert.ops.abi import FLOAT_DTYPES, Activation
+from qbert.ops.abi import FLOAT_DTYPES, Activation, Keeps
 from qbert.ops.operations import Norm, Out, Table
 from qbert.ops.table import select_layout
 from qbert.quantizers import quantize
@@ -41,36 +45,6 @@ def residual_dtype(target: Target, dtype: torch.dtype) -> torch.dtype:
     return dtype if target.device == "cuda" and dtype in FLOAT_DTYPES else torch.float32
 
 
-def build(watch: Watch, base: nn.Module, family: EncoderFamily, calibration: Calibration | None) -> Program:
-    """The program of a bare encoder that has no `eligibility.obstacle`; `watch` learns what it was made of."""
-    norm = base.get_submodule(family.embeddings.norm).get_parameter("weight")
-    target = target_of(norm.device)
-    residual = residual_dtype(target, norm.dtype)
-    settings = {name: family.setting(base.config, name) for name in family.settings}
-    layers = []
-    for index in range(watch.layers(base, family.layers)):
-        name = f"{family.layers}.{index}"
-        scales = None if calibration is None else calibration.layers[name]
-        builder = LayerBuilder(watch, watch.module(base, name), name, Where(target, residual), scales, settings)
-        family.program(builder, family.layer)
-        layers.append(builder.layer())
-    embedding, of_rows, positions = _embedding(watch, base, family, residual)
-    for name, module in base.named_modules():
-        if name and name.partition(".")[0] != family.pooler:
-            watch.calls(module)
-    return Program(
-        family,
-        embedding,
-        of_rows,
-        tuple(layers),
-        _hidden_size(base, family),
-        norm.dtype,
-        residual,
-        norm.device,
-        positions,
-    )
-
-
 class Where(NamedTuple):
     """Where a program runs, and the type of its residual stream there."""
 
@@ -78,25 +52,89 @@ class Where(NamedTuple):
     residual: torch.dtype
 
 
+@dataclass(frozen=True)
+class Site:
+    """What the builders of all layers of an encoder share.
+
+    Attributes:
+        watch: learns what a program is made of.
+        settings: of the model's configuration.
+        tables: biases and rotations made so far, so that layers with equal ones have the same.
+    """
+
+    watch: Watch
+    base: nn.Module
+    family: EncoderFamily
+    where: Where
+    settings: dict[str, Any]
+    tables: list[Tensor] = field(default_factory=list)
+
+    def shared(self, table: Tensor) -> Tensor:
+        """The table, or an equal one that was there before."""
+        for held in self.tables:
+            if held.shape == table.shape and torch.equal(held, table):
+                return held
+        self.tables.append(table)
+        return table
+
+
+def build(watch: Watch, base: nn.Module, family: EncoderFamily, calibration: Calibration | None) -> Program:
+    """The program of a bare encoder that has no `eligibility.obstacle`; `watch` learns what it was made of."""
+    norm = base.get_submodule(family.embeddings.norm).get_parameter("weight")
+    target = target_of(norm.device)
+    where = Where(target, residual_dtype(target, norm.dtype))
+    settings = {name: family.setting(base.config, name) for name in family.settings}
+    layers = _layers(Site(watch, base, family, where, settings), calibration)
+    embedding, of_rows, positions = _embedding(watch, base, family, where.residual)
+    watch.configuration(base, (*family.settings.values(), *family.reads))
+    watch.calls(base, found_in(base, family))
+    return Program(
+        family,
+        embedding,
+        of_rows,
+        layers,
+        _hidden_size(base, family),
+        norm.dtype,
+        where.residual,
+        norm.device,
+        positions,
+    )
+
+
+def _layers(site: Site, calibration: Calibration | None) -> tuple[Layer, ...]:
+    """The layers in the order of their calls. What is called again with the same scales, none, is built once."""
+    family, built = site.family, {}
+    calls = family.calls(site.base, family.layers)
+    for path in dict.fromkeys((family.layers, *(path.rpartition(".")[0] for path in calls.values()))):
+        site.watch.layers(site.base, path)
+    if family.distances is not None:
+        site.watch.tensors(site.watch.module(site.base, family.distances))
+    layers = []
+    for (name, path), following in zip(calls.items(), (*list(calls.values())[1:], None), strict=True):
+        scales = None if calibration is None else calibration.layers[name]
+        layer = built.get(path) if scales is None else None
+        if layer is None:
+            builder = LayerBuilder(site, name, path, following, scales)
+            family.program(builder, family.layer)
+            layer = built[path] = builder.layer()
+        layers.append(replace(layer, name=name))
+    return tuple(layers)
+
+
 class LayerBuilder:
     """Writes the steps of one layer (see `families.family.LayerBuilder`).
 
     Args:
+        name: of the call, as the calibration has it.
+        path, following: of the layer and of the one called next, None after the last.
         scales: static ones; None to take scales token by token.
-        settings: of the model's configuration.
     """
 
-    def __init__(
-        self,
-        watch: Watch,
-        layer: nn.Module,
-        name: str,
-        where: Where,
-        scales: LayerScales | None,
-        settings: dict[str, Any],
-    ) -> None:
-        self._watch, self._layer, self._name, self._settings = watch, layer, name, settings
-        (self._target, self._residual), self._scales = where, scales
+    def __init__(self, site: Site, name: str, path: str, following: str | None, scales: LayerScales | None) -> None:
+        self._site, self._name, self._following, self._scales = site, name, following, scales
+        self._watch, self._settings = site.watch, site.settings
+        self._target, self._residual = site.where
+        self._layer = self._watch.module(site.base, path)
         self._steps: list[Step] = []
         self._written: dict[
             str, tuple[QLinear, Activation, Tokens]
@@ -109,69 +147,104 @@ class LayerBuilder:
         done = freeing(self._steps, KEPT)
         return Layer(self._name, done, self._heads.count, self._heads.size, self._ffn, self._scales is not None)
 
-    def attention(self, query: str, key: str, value: str) -> None:
-        modules: list[Any] = [self._watch.module(self._layer, path) for path in (query, key, value)]
+    def attention(
+        self, *qkv: str, bias: BiasOf | None = None, rotary: RotaryOf | None = None, window: WindowOf | None = None
+    ) -> None:
+        modules: list[Any] = [self._watch.module(self._layer, path) for path in qkv]
         for module, rows in zip(modules, share_rows([_weight(each) for each in modules]) or (), strict=False):
             module.register_buffer("qdata", rows)  # before it is watched: another tensor is in its place now
         for module in modules:
             self._watch.tensors(module)
-        label = Label("query, key, value", "attention linear")
-        self._heads = self._heads_of(query, modules[0])
-        names, width = ("query", "key", "value"), modules[0].out_features
-        if self._scales is None:
-            out: Out = self._residual
-            weight, bias = stacked([_weight(each) for each in modules]), _stacked_biases(modules, (1.0, 1.0, 1.0))
-            bound = BoundLinear(weight, bias, Activation.NONE, self._residual)
-            self._steps.append(steps.linear(label, bound, self._tokens(HIDDEN), "qkv", self._target))
-            self._steps.append(steps.quantize(label.name, "qkv", width, self._residual, self._target, parts=3))
-            scales: Tensor | str = scales_of("qkv")
-        else:
-            out, static = self._scales.scales["context"], [self._scales.scales[name] for name in names]
-            factors = [1.0 / scale for scale in static]
-            weight = stacked([rescaled(_weight(each), factor) for each, factor in zip(modules, factors, strict=True)])
-            bound = BoundLinear(weight, _stacked_biases(modules, factors), Activation.NONE, 1.0)
-            self._steps.append(steps.linear(label, bound, self._tokens(HIDDEN), codes_of("qkv"), self._target))
-            scales = torch.tensor(static, dtype=torch.float32, device=weight.device)
+        width = sum(module.out_features for module in modules) // len(QKV)
+        self._heads = self._heads_of(qkv[0], width)._replace(
+            window=None if window is None else window(self._site.base, self._layer),
+            bias=self._table(bias),
+            rotary=self._table(rotary),
+        )
+        projected = self._projected(modules, width, static=self._static("query") and rotary is None)
+        out = self._out("context")
         self._quantized(
             "attention",
             "context",
             width,
-            lambda writes: steps.attention(self._heads, scales, out, writes, self._target),
+            lambda writes: steps.attention(self._heads, projected, out, writes, self._target),
         )
 
-    def linear(self, path: str, reads: str, writes: str, activation: str | None = None) -> None:
+    def _projected(self, modules: Sequence[QLinear], width: int, static: bool) -> Projected:
+        """The product of queries, keys and values, as attention reads it.
+
+        Static codes come out of the product, scales of each token need a step more; what is yet to be rotated stays float,
+        and attention rounds it.
+        """
+        label, tokens = Label("query, key, value", "attention linear"), self._tokens(HIDDEN)
+        scales = (
+            [self._scales.scales[name] for name in QKV] if self._scales is not None and self._static("query") else None
+        )
+        if static:
+            assert scales is not None
+            factors = [1.0 / scale for scale in scales]
+            weight = stacked([rescaled(_weight(each), factor) for each, factor in zip(modules, factors, strict=True)])
+            bound = BoundLinear(weight, _stacked_biases(modules, factors), Activation.NONE, 1.0)
+            self._steps.append(steps.linear(label, bound, tokens, codes_of("qkv"), self._target))
+            return Projected(codes_of("qkv"), _static(scales, weight.device), torch.int8)
+        weight = stacked([_weight(each) for each in modules])
+        bound = BoundLinear(weight, _stacked_biases(modules, (1.0,) * len(modules)), Activation.NONE, self._residual)
+        self._steps.append(steps.linear(label, bound, tokens, "qkv", self._target))
+        if self._heads.rotary is not None:
+            given = None if scales is None else _static(scales, weight.device)
+            return Projected("qkv", given, self._residual)
+        self._steps.append(steps.quantize(label.name, "qkv", width, self._residual, self._target, parts=len(QKV)))
+        return Projected(codes_of("qkv"), scales_of("qkv"), torch.int8)
+
+    def linear(self, path: str, reads: str, writes: str, activation: str | None = None, gated: bool = False) -> None:
         module = self._linear_at(path)
         done = Activation.named(self._settings[activation]) if activation is not None else Activation.NONE
-        out = self._residual if self._scales is None else self._scales.scales[writes]
-        bound, tokens = BoundLinear(_weight(module), _bias(module), done, out), self._tokens(reads)
-        label = Label("feed-forward in", "ffn")
+        bound = BoundLinear(_weight(module), _bias(module), done, self._out(writes), gated)
+        label, tokens = Label("feed-forward in", "ffn"), self._tokens(reads)
         self._written[writes] = module, done, tokens
-        self._ffn = module.out_features
+        self._ffn = bound.width
         self._quantized(
-            label.name, writes, module.out_features, lambda slot: steps.linear(label, bound, tokens, slot, self._target)
+            label.name, writes, bound.width, lambda slot: steps.linear(label, bound, tokens, slot, self._target)
         )
 
     def linear_add_norm(self, linear: str, norm: str, reads: str) -> None:
-        module, held = self._linear_at(linear), self._watch.module(self._layer, norm)
-        self._watch.tensors(held)
+        self._sum(linear, self._watch.module(self._layer, norm), reads, Keeps.NORM)
+
+    def linear_add(self, linear: str, norm: str, reads: str) -> None:
+        self._sum(linear, self._watch.module(self._layer, norm), reads, Keeps.SUM)
+
+    def linear_add_last(self, linear: str, norm: str, reads: str) -> None:
+        if self._following is not None:
+            self._sum(linear, self._watch.module(self._site.base, f"{self._following}.{norm}"), reads, Keeps.SUM)
+            return
+        final = self._site.family.final_norm
+        assert final is not None
+        self._sum(linear, self._watch.module(self._site.base, final), reads, Keeps.NORM)
+
+    def _sum(self, linear: str, norm: nn.Module, reads: str, keeps: Keeps) -> None:
+        """A linear from a slot, the stream added to it, and the norm of that."""
+        module, held = self._linear_at(linear), _norm(norm)
+        self._watch.tensors(norm)
         first = reads == "context"
         label = Label("attention output", "attention linear") if first else Label("feed-forward out", "ffn")
         weight = _weight(module)
-        if self._scales is not None and reads in self._scales.scales:
+        if self._scales is not None and self._static(reads):
             weight = rescaled(weight, self._scales.scales[reads])
         bound = BoundLinear(weight, _bias(module), Activation.NONE, self._residual)
         overflow = None if self._scales is None else self._scales.overflow.get(reads)
         if overflow is None:
-            self._steps += steps.linear_add_norm(label, bound, self._tokens(reads), _norm(held), self._target)
+            self._steps += steps.linear_add_norm(label, bound, self._tokens(reads), held, keeps, self._target)
         else:
             self._steps.append(steps.linear(label, bound, self._tokens(reads), "sum", self._target))
             self._steps += self._overflow(module, reads, overflow)
-            self._steps.append(steps.add_norm(label.name, "sum", _norm(held), self._residual, self._target))
+            self._steps.append(steps.add_norm(label.name, "sum", held, keeps, self._residual, self._target))
 
     def _overflow(self, down: QLinear, slot: str, overflow: Overflow) -> list[Step]:
         """GELU(x - top) of the neurons that outgrow `top`, and their way to "sum"; w8a8 whatever the layer's scheme."""
         assert self._scales is not None
         up, activation, tokens = self._written[slot]
+        for each in (up, down):  # whose memory the program shares, too
+            self._watch.copied((*each._parameters.values(), *each._buffers.values()))
         neurons = torch.tensor(overflow.neurons, device=up.quantized.device)
         rising = decode(_weight(up))[neurons]
         bias = _bias(up)
@@ -194,14 +267,20 @@ class LayerBuilder:
 
     def _quantized(self, name: str, slot: str, width: int, step: Callable[[str], Step]) -> None:
         """A step that fills a quantized slot: codes at once where its scale is static, else floats, then their codes."""
-        if self._scales is not None:
+        if self._static(slot):
             self._steps.append(step(codes_of(slot)))
             return
         self._steps += [step(slot), steps.quantize(name, slot, width, self._residual, self._target)]
 
+    def _static(self, slot: str) -> bool:
+        return self._scales is not None and slot in self._scales.scales
+
+    def _out(self, slot: str) -> Out:
+        """What fills a quantized slot gives: codes with its static scale, or floats."""
+        return self._scales.scales[slot] if self._scales is not None and self._static(slot) else self._residual
+
     def _tokens(self, slot: str) -> Tokens:
-        static = self._scales is not None and slot in self._scales.scales
-        return Tokens(codes_of(slot), ONES if static else scales_of(slot))
+        return Tokens(codes_of(slot), ONES if self._static(slot) else scales_of(slot))
 
     def _linear_at(self, path: str) -> QLinear:
         module = self._watch.module(self._layer, path)
@@ -209,16 +288,24 @@ class LayerBuilder:
         assert isinstance(module, QLinear)
         return module
 
-    def _heads_of(self, query: str, module: QLinear) -> Heads:
+    def _heads_of(self, query: str, width: int) -> Heads:
         """The layer's own: its modules may have been pruned to fewer heads than the configuration says."""
         attention = self._layer.get_submodule(query.rpartition(".")[0])
-        size = head_size(attention, module.out_features, int(self._settings["heads"]))
-        return Heads(module.out_features // size, size, size**-0.5)
+        size = head_size(attention, width, int(self._settings["heads"]))
+        return Heads(width // size, size, float(getattr(attention, "scaling", size**-0.5)))
+
+    def _table(self, made_by: BiasOf | RotaryOf | None) -> Tensor | None:
+        return None if made_by is None else self._site.shared(made_by(self._site.base, self._layer))
+
+
+def _static(scales: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(scales, dtype=torch.float32, device=device)
 
 
 def head_size(attention: nn.Module, width: int, heads: int) -> int:
     """Channels of a head: what the attention module says of itself, else the width over the configuration's heads."""
-    return int(getattr(attention, "attention_head_size", 0)) or width // heads
+    said = getattr(attention, "attention_head_size", 0) or getattr(attention, "head_dim", 0)
+    return int(said) or width // heads
 
 
 def _small_weight(weight: Tensor) -> Weight:
@@ -236,18 +323,17 @@ def _embedding(
     """Steps from ids, steps from word rows, and what is to be known of the position table."""
     paths = family.embeddings
     words, held_norm = watch.module(base, paths.words), watch.module(base, paths.norm)
-    positions: Any = watch.module(base, paths.positions)
-    types = None if paths.token_types is None else watch.module(base, paths.token_types)
-    projection: Any = getattr(base, paths.projection, None) if paths.projection else None
-    if projection is not None:
-        projection = watch.module(base, str(paths.projection))
+    positions, types = (
+        None if path is None else watch.module(base, path) for path in (paths.positions, paths.token_types)
+    )
+    projection: Any = watch.module(base, str(paths.projection)) if has_projection(base, family) else None
     for module in (words, positions, types, held_norm, projection):
         if module is not None:
             watch.tensors(module)
-    places = _float_table(positions, residual)
-    no_types = places.new_zeros(1, places.shape[1])
-    tables = Tables(_word_table(words), places, no_types if types is None else _float_table(types, residual))
-    target, norm = target_of(places.device), _norm(held_norm)
+    norm = _norm(held_norm)
+    none = norm.gamma.new_zeros(1, norm.gamma.shape[0], dtype=residual)  # in place of a table that a family has not
+    places, kinds = (none if table is None else _float_table(table, residual) for table in (positions, types))
+    tables, target = Tables(_word_table(words), places, kinds), target_of(none.device)
     projected: list[Step] = []
     if projection is not None:
         bound = BoundLinear(_weight(projection), _bias(projection), Activation.NONE, residual)
@@ -256,12 +342,24 @@ def _embedding(
             steps.linear(label, bound, Tokens(codes_of(HIDDEN), scales_of(HIDDEN)), HIDDEN, target),
             steps.quantize(label.name, HIDDEN, projection.out_features, residual, target),
         ]
-    rows, padding_idx = places.shape[0], positions.padding_idx
     return (
         freeing([steps.embed_norm(tables, norm, target), *projected], KEPT),
         freeing([steps.norm_of_rows(tables, norm, target), *projected], KEPT),
-        PositionTable(rows, padding_idx),
+        _position_table(base, positions),
     )
+
+
+def has_projection(base: nn.Module, family: EncoderFamily) -> bool:
+    """Whether a linear stands between the embeddings and the first layer."""
+    parent, _, name = (family.embeddings.projection or "").rpartition(".")
+    return bool(name) and hasattr(base.get_submodule(parent), name)
+
+
+def _position_table(base: Any, positions: Any) -> PositionTable:
+    """Of the table; without one, the configuration says how many positions there are."""
+    if positions is None:
+        return PositionTable(int(base.config.max_position_embeddings), None)
+    return PositionTable(positions.num_embeddings, positions.padding_idx)
 
 
 def _word_table(words: nn.Module) -> Table:
@@ -277,7 +375,8 @@ def _float_table(module: nn.Module, dtype: torch.dtype) -> Tensor:
 
 def _hidden_size(base: nn.Module, family: EncoderFamily) -> int:
     """Columns of the residual stream: those that a layer's query takes."""
-    query: Any = base.get_submodule(f"{family.layers}.0.{family.layer.query}")
+    first = next(iter(family.calls(base, family.layers).values()))
+    query: Any = base.get_submodule(f"{first}.{family.layer.qkv[0]}")
     return int(query.in_features)
 
 
@@ -292,7 +391,9 @@ def _weight(module: QuantizedModule) -> Weight:
 
 def _norm(module: nn.Module) -> Norm:
     assert isinstance(module, nn.LayerNorm)
-    return Norm(module.weight.detach().to(torch.float32), module.bias.detach().to(torch.float32), module.eps)
+    gamma = module.weight.detach().to(torch.float32)
+    beta = torch.zeros_like(gamma) if module.bias is None else module.bias.detach().to(torch.float32)
+    return Norm(gamma, beta, module.eps)
 
 
 def _bias(module: QLinear) -> Tensor | None:

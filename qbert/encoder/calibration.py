@@ -66,17 +66,35 @@ class LayerScales(BaseModel):
         return self
 
 
+class Fingerprint(BaseModel):
+    """Samples of a model's values, by which it is known again after quantizing, casting, moving and saving.
+
+    Attributes:
+        family: of the encoder.
+        kept: gains and biases, a few of each layer; equal but for the rounding of casts.
+        sums: of rows of weights; near each other whatever the scheme.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    family: str
+    kept: Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(strict=False)]
+    sums: Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(strict=False)]
+
+
 class Calibration(BaseModel):
     """The static scales of all layers of an encoder, from `qbert.calibrate`.
 
     Attributes:
         layers: name of the layer, from the encoder (``"encoder.layer.0"``), the same for a bare encoder and inside a head
             model -> its scales.
+        fingerprint: of the model that it was made of; None in files that were written before there was one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     layers: dict[str, LayerScales] = Field(min_length=1)
+    fingerprint: Fingerprint | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -89,7 +107,7 @@ class Calibration(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` gives the same bits back."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude=None if self.fingerprint else {"fingerprint"})
 
     def to_version_1(self) -> dict[str, Any]:
         """The same as version 1 of a record spelled it; what such a record's digest is of."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,15 +19,19 @@ from torch import Tensor, nn
 
 from qbert.encoder.batch import Batch, Inputs
 from qbert.encoder.calibration import Calibration
-from qbert.encoder.eligibility import FORWARD, encoders, obstacle
+from qbert.encoder.eligibility import encoders, obstacle
+from qbert.encoder.gate import Gate
 from qbert.encoder.graphs import GraphCache
 from qbert.encoder.run import Encoder
+from qbert.encoder.stock import FORWARD, in_training
 from qbert.errors import QBertError
 from qbert.families import EncoderFamily, family_of
 
 # Handed down by heads and tokenizers, and of no meaning to an encoder.
 _IGNORED = ("num_items_in_batch",)
 _preparing = threading.Lock()
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # older torch cannot say so
+log = logging.getLogger(__name__)
 
 
 class _SignatureOfTheClass:
@@ -48,6 +53,7 @@ class FusedForward:
 
     Attributes:
         graphs: CUDA graphs of its sizes of batches, where `qbert.compile` asked for them.
+        gate: keeps calls and loads of weights apart.
     """
 
     __name__ = FORWARD
@@ -58,6 +64,7 @@ class FusedForward:
         self.family = family
         self.calibration = calibration
         self.graphs: GraphCache | None = None
+        self._told = False
         self.__doc__ = type(base).forward.__doc__
         self.__setstate__({})
 
@@ -85,6 +92,8 @@ class FusedForward:
         return encoder
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.jit.is_tracing() or _is_exporting():
+            raise QBertError(_refusal("torch.export or torch.jit.trace", "call qbert.unfuse_(model) first"))
         return self._untraced(args, kwargs)
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -98,26 +107,63 @@ class FusedForward:
             raise QBertError(_refusal("training mode", "call model.eval() first"))
         inputs = Inputs(*(given.pop(name, None) for name in Inputs._fields))
         self._refuse(given)
+        call = self.gate.enter()
+        try:
+            return self._run(inputs, hidden_states, return_dict)
+        finally:
+            self.gate.leave(call)
+
+    def _run(self, inputs: Inputs, hidden_states: bool | int | Sequence[int] | None, return_dict: bool | None) -> Any:
         encoder = self.encoder()
         layers = len(encoder.program.layers)
-        wanted = _selected(hidden_states, layers + 1)
+        asked = bool(hidden_states) if self.family.collects else hidden_states
+        count: int = self.base.config.num_hidden_layers + 1  # type: ignore[union-attr,operator]
+        wanted = set(range(layers + 1)) if asked is True else _selected(asked, count)
         with torch.no_grad():
-            states = _run(encoder, self.graphs, inputs, wanted)
+            batch = Batch.of(inputs, self.family, encoder.program.positions, encoder.device)
+            states = _states(encoder, self.graphs, batch, wanted)
+            if batch.packing.headless is not None:
+                self._fill_first_column(states, inputs, batch.packing.headless)
         last = states[-1]
         fields: dict[str, Any] = {"last_hidden_state": last}
-        if self.family.pooler is not None:
-            pooler = getattr(self.base, self.family.pooler)
-            fields["pooler_output"] = None if pooler is None else pooler(last)
+        if self.family.pool is not None:
+            fields["pooler_output"] = self.family.pool(self.base, last)
         if hidden_states:
             fields["hidden_states"] = (*states[:-1], last if layers in wanted else None)
         output = getattr(importlib.import_module("transformers.modeling_outputs"), self.family.output)(**fields)
-        return output.to_tuple() if return_dict is False else output
+        if return_dict is not False:
+            return output
+        return tuple(fields.values()) if self.family.collects else output.to_tuple()
+
+    def _fill_first_column(self, states: list[Tensor | None], inputs: Inputs, rows: Tensor) -> None:
+        """What padding before a row's first token is read as: a pooler and its like take column 0, whatever is there.
+
+        It is computed module by module, as unfused: such a token sees the row's tokens and is seen by none.
+
+        Args:
+            states: (batch, width, h) or None; column 0 of `rows` is written.
+            rows: (rows,) that begin with padding.
+        """
+        if not self._told:
+            self._told = True
+            log.warning("rows begin with padding: their first column is computed unfused; padding at the end is faster")
+        base: Any = self.base
+        twin = object.__new__(type(base))  # the same modules, without the fused forward and without a pooler
+        twin.__dict__.update({name: value for name, value in base.__dict__.items() if name != FORWARD})
+        twin.__dict__["_modules"] = base._modules | dict.fromkeys(self.family.poolers)
+        given = {name: _rows_of(each, rows) for name, each in inputs._asdict().items() if each is not None}
+        found = type(base).forward(twin, **given, output_hidden_states=True, return_dict=True)
+        for state, exact in zip(states, found.hidden_states, strict=True):
+            if state is not None:
+                state[rows.to(state.device), 0] = exact[:, 0].to(state.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_encoder", "_untraced")}
+        own = ("_encoder", "_untraced", "gate")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.gate = Gate()
         self._encoder: Encoder | None = None
         # There is nothing left to compile, and a compiler would take what `Watch` compares for constants.
         self._untraced = torch.compiler.disable(self._forward)
@@ -127,6 +173,9 @@ class FusedForward:
         if why is not None:
             name = type(self.base).__name__
             raise QBertError(f"{name} is fused, but now {why}; undo that or call qbert.unfuse_(model)")
+        part = in_training(self.base, self.family)
+        if part is not None:
+            raise QBertError(_refusal(f"training mode of {part}", "call model.eval() first"))
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be moved or loaded into later
             encoder = Encoder(self.base, self.family, self.calibration)
         if encoder.device.type == "cuda":  # other threads' streams will read what this one's is still writing
@@ -150,10 +199,14 @@ class FusedForward:
                 raise QBertError(_refusal(name, "call qbert.unfuse_(model) first if you need it"))
 
 
-def _run(encoder: Encoder, graphs: GraphCache | None, inputs: Inputs, wanted: set[int]) -> list[Tensor | None]:
+def _rows_of(given: Tensor, rows: Tensor) -> Tensor:
+    """Those rows of an input; all of one that is the same for every row."""
+    return given if given.shape[0] == 1 else given[rows.to(given.device)]
+
+
+def _states(encoder: Encoder, graphs: GraphCache | None, batch: Batch, wanted: set[int]) -> list[Tensor | None]:
     """The wanted hidden states (batch, width, h) in the model's type, zeros at padding; the last is always there."""
     program = encoder.program
-    batch = Batch.of(inputs, program.family, program.positions, encoder.device)
     if batch.size == 0:
         nothing = torch.zeros(0, encoder.hidden_size, device=encoder.device)
         return [batch.unpack(nothing, encoder.dtype, copy=True) for _ in range(len(program.layers) + 1)]
@@ -173,12 +226,10 @@ def _replayed(encoder: Encoder, graphs: GraphCache, batch: Batch, wanted: set[in
     return graphs.run(encoder, batch.tokens, lambda hidden: batch.unpack(hidden, encoder.dtype, copy=True))
 
 
-def _selected(hidden_states: bool | int | Sequence[int] | None, count: int) -> set[int]:
-    """Which of `count` hidden states transformers would give: all, one or some, negative from the end."""
+def _selected(hidden_states: int | Sequence[int] | None, count: int) -> set[int]:
+    """Which hidden states transformers would give, one or some; negative from the end of `count`, the configuration's."""
     if not hidden_states:
         return set()
-    if hidden_states is True:
-        return set(range(count))
     chosen = [hidden_states] if isinstance(hidden_states, int) else hidden_states
     return {index % count for index in chosen if -count <= index < count}
 
@@ -197,15 +248,44 @@ def set_fused(base: nn.Module, calibration: Calibration | None) -> None:
     """Fuses an encoder that has no `obstacle`. One that was fused and compiled stays compiled."""
     family, former = family_of(base), fused_forward(base)
     assert family is not None
-    forward = base.__dict__[FORWARD] = FusedForward(base, family, calibration)
+    remove_fused(base)
+    forward = FusedForward(base, family, calibration)
+    _attach(base, forward)
     if former is not None and former.graphs is not None:
         forward.graphs = GraphCache(former.graphs.limits)
 
 
 def remove_fused(base: nn.Module) -> None:
     """Gives an encoder its class's forward back."""
-    if fused_forward(base) is not None:
-        del base.__dict__[FORWARD]
+    if fused_forward(base) is None:
+        return
+    del base.__dict__[FORWARD]
+    for hooks, own in (
+        (base._load_state_dict_pre_hooks, _before_loading),
+        (base._load_state_dict_post_hooks, _after_loading),
+    ):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is own]:
+            del hooks[key]
+
+
+def _attach(base: nn.Module, forward: FusedForward) -> None:
+    base.__dict__[FORWARD] = forward
+    base.register_load_state_dict_pre_hook(_before_loading)
+    base.register_load_state_dict_post_hook(_after_loading)
+
+
+def _before_loading(base: nn.Module, *_: Any) -> None:
+    forward = fused_forward(base)
+    if forward is not None:
+        forward.gate.shut()
+        if torch.cuda.is_available() and any(each.is_cuda for each in base.parameters()):
+            torch.cuda.synchronize()  # calls that are out may not be computed yet
+
+
+def _after_loading(base: nn.Module, _: Any) -> None:
+    forward = fused_forward(base)
+    if forward is not None:
+        forward.gate.open()
 
 
 @contextmanager
@@ -219,4 +299,4 @@ def unfused(model: nn.Module) -> Iterator[None]:
     finally:
         for base, forward in taken:
             if forward is not None:
-                base.__dict__[FORWARD] = forward
+                _attach(base, forward)

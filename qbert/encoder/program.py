@@ -74,6 +74,9 @@ class Step:
         scheme: of the weight, None where there is none.
         weight_bytes: of the weight in memory.
         float_bytes: of an element of its float result; 1 where that is int8.
+        read_bytes: of an element of the queries, keys and values of attention: 1 of codes.
+        gated: half of the linear's channels multiply the other half.
+        window: of attention, see `qbert.ops.operations.Attention`.
         frees: slots that no later step reads.
     """
 
@@ -88,15 +91,20 @@ class Step:
     scheme: Scheme | None = None
     weight_bytes: int = 0
     float_bytes: int = 4
+    read_bytes: int = 1
+    gated: bool = False
+    window: int | None = None
     frees: tuple[str, ...] = ()
 
     def cost(self, lengths: Sequence[int]) -> Cost:
         """For sequences of that many tokens."""
         t, (n, k), f = sum(lengths), self.shape, self.float_bytes
-        if self.operation == "attention":  # queries, keys and values are int8
-            return Cost(2 * n * k * sum(length * length for length in lengths), 0, t * n * k * (3 + f))
+        if self.operation == "attention":
+            pairs = sum(_pairs(length, self.window) for length in lengths)
+            return Cost(2 * n * k * pairs, 0, t * n * k * (3 * self.read_bytes + f))
         if self.operation == "linear":
-            return Cost(t * n * k, self.weight_bytes, t * (k + n * f))
+            columns = n // 2 if self.gated else n
+            return Cost(t * n * k, self.weight_bytes, t * (k + columns * f))
         if self.operation == "linear_add_norm":  # reads the residual, writes the norm and its codes
             return Cost(t * n * k, self.weight_bytes, t * (k + n * (2 * f + 1)))
         floats, codes = _ROW_BYTES[self.operation]
@@ -108,6 +116,12 @@ class Step:
         scheme = "" if self.scheme is None else f" {self.scheme.name}"
         slots = f"{', '.join(self.reads)} -> {', '.join(self.writes)}"
         return f"{self.name:<24} {self.operation}{scheme} {size}: {slots} ({self.kernel})"
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """(query, key) pairs of a sequence."""
+    reach = length if window is None else min(window, length)
+    return length * (2 * reach + 1) - reach * (reach + 1) if reach < length else length * length
 
 
 @dataclass(frozen=True)

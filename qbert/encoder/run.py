@@ -32,6 +32,7 @@ class Encoder:
         self.program: Program = build(self.watch, base, family, calibration)
         self.dtype, self.device = self.program.dtype, self.program.device
         self.residual, self.hidden_size = self.program.residual, self.program.hidden_size
+        self.watch.made(self._bound())
         self._ones = torch.ones(0)
 
     def run(self, batch: Batch, wanted: Collection[int]) -> list[Tensor | None]:
@@ -87,11 +88,12 @@ class Encoder:
     def extra_bytes(self) -> int:
         """Memory that is held beside the modules' own tensors."""
         own = {tensor.untyped_storage().data_ptr() for tensor in self.watch.watched}
-        held = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for tensor in _tensors_in([cell for _, step in self.program.steps() for cell in _bound(step)])
-        }
+        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in self._bound()}
         return sum(nbytes for storage, nbytes in held.items() if storage not in own)
+
+    def _bound(self) -> Iterator[Tensor]:
+        """Tensors that the program computes with."""
+        return _tensors_in([cell for _, step in self.program.steps() for cell in _bound(step)])
 
 
 def execute(steps: Sequence[Step], slots: Slots) -> None:

@@ -16,7 +16,7 @@ from qbert.errors import QBertError
 from qbert.ops import checks
 from qbert.ops.abi import Activation, Keeps
 from qbert.ops.composed import composes
-from qbert.ops.kernel import Problem
+from qbert.ops.kernel import Pattern, Problem
 from qbert.ops.operations import (
     AddNorm,
     Attention,
@@ -57,7 +57,7 @@ class BoundLinear:
         weight: (n, k) of a scheme with int8 activations.
         bias: (n,) float or None.
         out: type of the float result, or the static scale of an int8 one.
-        gated: whether the weight is (2 n, k): see `Linear`.
+        gated: the second half of the channels multiplies the activated first.
     """
 
     weight: Weight
@@ -65,6 +65,11 @@ class BoundLinear:
     activation: Activation
     out: Out
     gated: bool = False
+
+    @property
+    def width(self) -> int:
+        """Columns of the result."""
+        return self.weight.n // 2 if self.gated else self.weight.n
 
     def problem(self) -> Problem:
         """For the choice of a kernel."""
@@ -79,31 +84,31 @@ def linear(label: Label, bound: BoundLinear, tokens: Tokens, writes: str, target
     checks.weight(bound.weight)
     call, problem = runner("linear", bound.problem(), target), bound.problem()
     codes, scales = tokens
-    weight, bias, activation, gated, out = bound.weight, bound.bias, bound.activation, bound.gated, bound.out
+    weight, bias, activation, out, gated = bound.weight, bound.bias, bound.activation, bound.out, bound.gated
 
     def run(slots: Slots) -> None:
         slots[writes] = call(Linear(slots[codes], slots[scales], weight, bias, activation, gated, out))
 
     return Step(
         *label, "linear", explain("linear", problem, target).name, tokens, (writes,), run, weight.shape, weight.scheme,
-        weight.nbytes, problem.dtype.itemsize,
+        weight.nbytes, problem.dtype.itemsize, gated=gated,
     )  # fmt: skip
 
 
 def linear_add_norm(
-    label: Label, bound: BoundLinear, tokens: Tokens, norm: Norm, target: Target, keeps: Keeps = Keeps.NORM
+    label: Label, bound: BoundLinear, tokens: Tokens, norm: Norm, keeps: Keeps, target: Target
 ) -> list[Step]:
     """LayerNorm(linear + hidden), whose type the linear's result has: one step where a kernel does both.
 
     Args:
-        keeps: what hidden becomes; its codes and scales are always the norm's.
+        keeps: what hidden is then; its codes are those of the norm.
     """
     problem = bound.problem()._replace(keeps=keeps)
     if composes(problem, target):
         summed = "sum"
         return [
             linear(label, bound, tokens, summed, target),
-            add_norm(label.name, summed, norm, bound.out, target, keeps),
+            add_norm(label.name, summed, norm, keeps, bound.out, target),
         ]
     checks.weight(bound.weight)
     call, (codes, scales) = runner("linear_add_norm", problem, target), tokens
@@ -121,8 +126,8 @@ def linear_add_norm(
     ]  # fmt: skip
 
 
-def add_norm(name: str, reads: str, norm: Norm, dtype: Out, target: Target, keeps: Keeps = Keeps.NORM) -> Step:
-    """LayerNorm(slot + hidden) with its codes and scales, into hidden, or where it `keeps` the sum that with them."""
+def add_norm(name: str, reads: str, norm: Norm, keeps: Keeps, dtype: Out, target: Target) -> Step:
+    """LayerNorm(slot + hidden), or that sum, with the norm's codes and scales, into hidden."""
     assert isinstance(dtype, torch.dtype)
     k = norm.gamma.shape[0]
     problem = Problem(None, None, 0, k, dtype, keeps=keeps)
@@ -182,45 +187,60 @@ def quantize(name: str, slot: str, k: int, dtype: torch.dtype, target: Target, p
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Heads:
+class Heads(NamedTuple):
     """The heads of a layer's attention.
 
     Attributes:
         scale: factor on the scores.
+        window, bias, rotary: see `Attention`.
     """
 
     count: int
     size: int
     scale: float
+    window: int | None = None
+    bias: Tensor | None = None
+    rotary: Tensor | None = None
 
 
-def attention(heads: Heads, scales: Tensor | str, out: Out, writes: str, target: Target) -> Step:
-    """Attention over the codes of "qkv".
+class Projected(NamedTuple):
+    """Queries, keys and values of attention.
+
+    Attributes:
+        slot: where they lie: codes, or floats that attention rounds itself.
+        scales: (3,) static, or the slot of those of each token; None of floats that get scales token by token.
+        dtype: theirs.
+    """
+
+    slot: str
+    scales: Tensor | str | None
+    dtype: torch.dtype
+
+
+def attention(heads: Heads, qkv: Projected, out: Out, writes: str, target: Target) -> Step:
+    """Attention of a layer's heads.
 
     Args:
-        scales: (3,) static, or the slot of those of each token.
         out: type of the float result, or the static scale of an int8 one.
     """
     dtype = out if isinstance(out, torch.dtype) else torch.int8
-    problem = Problem(None, None, heads.count, heads.size, dtype)
+    pattern = Pattern(
+        qkv.dtype != torch.int8, heads.window is not None, heads.bias is not None, heads.rotary is not None
+    )
+    problem = Problem(None, None, heads.count, heads.size, dtype, pattern=pattern)
     call = runner("attention", problem, target)
-    qkv, count, factor = codes_of("qkv"), heads.count, heads.scale
-    reads: tuple[str, ...] = (qkv, CU_SEQLENS)
-    if isinstance(scales, str):
-        reads, slot = (qkv, scales, CU_SEQLENS), scales
+    (slot, scales, given), (count, _, factor, window, bias, rotary) = qkv, heads
+    reads = (slot, scales, CU_SEQLENS) if isinstance(scales, str) else (slot, CU_SEQLENS)
 
-        def run(slots: Slots) -> None:
-            slots[writes] = call(Attention(slots[qkv], slots[slot], slots[CU_SEQLENS], count, factor, out))
-    else:
-        static = scales
-
-        def run(slots: Slots) -> None:
-            slots[writes] = call(Attention(slots[qkv], static, slots[CU_SEQLENS], count, factor, out))
+    def run(slots: Slots) -> None:
+        of_tokens = slots[scales] if isinstance(scales, str) else scales
+        slots[writes] = call(
+            Attention(slots[slot], of_tokens, slots[CU_SEQLENS], count, factor, window, bias, rotary, out)
+        )
 
     return Step(
         "attention", "attention", "attention", explain("attention", problem, target).name, reads, (writes,), run,
-        (heads.count, heads.size), float_bytes=dtype.itemsize,
+        (heads.count, heads.size), float_bytes=dtype.itemsize, read_bytes=given.itemsize, window=window,
     )  # fmt: skip
 
 

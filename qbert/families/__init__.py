@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from qbert.families import bert, distilbert, electra, roberta
-from qbert.families.family import EmbeddingPaths, EncoderFamily, LayerPaths, PositionTable
+from qbert.families import albert, bert, bert_generation, distilbert, electra, modernbert, mpnet, roberta
+from qbert.families.family import EmbeddingPaths, EncoderFamily, LayerPaths, Part, PositionTable
 from qbert.families.heads import KEEP_FLOAT, SCORE_TABLES, TASK_HEADS
 
 __all__ = [
-    "FAMILIES", "KEEP_FLOAT", "SCORE_TABLES", "TASK_HEADS", "EmbeddingPaths", "EncoderFamily", "LayerPaths", "PositionTable",
-    "family_of",
+    "FAMILIES", "KEEP_FLOAT", "SCORE_TABLES", "TASK_HEADS", "EmbeddingPaths", "EncoderFamily", "LayerPaths", "Part",
+    "PositionTable", "family_of",
 ]  # fmt: skip
 
-FAMILIES: tuple[EncoderFamily, ...] = (bert.FAMILY, roberta.FAMILY, electra.FAMILY, distilbert.FAMILY)
+FAMILIES: tuple[EncoderFamily, ...] = tuple(
+    each.FAMILY for each in (bert, roberta, electra, distilbert, mpnet, albert, modernbert, bert_generation)
+)
 _BY_CLASS = {model: family for family in FAMILIES for model in family.models}
 
 

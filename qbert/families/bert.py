@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from qbert.families.family import EmbeddingPaths, EncoderFamily, LayerPaths
+from qbert.families.family import (
+    ACTIVATION,
+    COUNTING,
+    DROPOUT,
+    LIST,
+    ZEROS,
+    EmbeddingPaths,
+    EncoderFamily,
+    LayerPaths,
+    part,
+)
 
 FAMILY = EncoderFamily(
     name="BERT",
@@ -20,14 +30,29 @@ FAMILY = EncoderFamily(
     ),
     layers="encoder.layer",
     layer=LayerPaths(
-        query="attention.self.query",
-        key="attention.self.key",
-        value="attention.self.value",
+        qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
         attention_output="attention.output.dense",
         attention_norm="attention.output.LayerNorm",
         ffn_in="intermediate.dense",
         ffn_out="output.dense",
         output_norm="output.LayerNorm",
     ),
-    pooler="pooler",
+    stock={
+        "embeddings": part("*Embeddings", buffers={"position_ids": COUNTING, "token_type_ids": ZEROS}),
+        "embeddings.dropout": DROPOUT,
+        "encoder": part("*Encoder"),
+        "encoder.layer": LIST,
+        "encoder.layer.*": part("*Layer", is_decoder=False, add_cross_attention=False),
+        "encoder.layer.*.attention": part("*Attention", is_cross_attention=False),
+        "encoder.layer.*.attention.self": part(
+            "*SelfAttention", reads=("attention_head_size", "scaling"), is_decoder=False, is_causal=False
+        ),
+        "encoder.layer.*.attention.self.dropout": DROPOUT,
+        "encoder.layer.*.attention.output": part("*SelfOutput"),
+        "encoder.layer.*.attention.output.dropout": DROPOUT,
+        "encoder.layer.*.intermediate": part("*Intermediate"),
+        "encoder.layer.*.intermediate.intermediate_act_fn": ACTIVATION,
+        "encoder.layer.*.output": part("*Output"),
+        "encoder.layer.*.output.dropout": DROPOUT,
+    },
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qbert.families import bert
-from qbert.families.family import EncoderFamily, LayerPaths
+from qbert.families.family import ACTIVATION, COUNTING, DROPOUT, LIST, EncoderFamily, LayerPaths, part
 
 FAMILY = EncoderFamily(
     name="DistilBERT",
@@ -15,15 +15,28 @@ FAMILY = EncoderFamily(
     embeddings=replace(bert.FAMILY.embeddings, token_types=None),
     layers="transformer.layer",
     layer=LayerPaths(
-        query="attention.q_lin",
-        key="attention.k_lin",
-        value="attention.v_lin",
+        qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
         attention_output="attention.out_lin",
         attention_norm="sa_layer_norm",
         ffn_in="ffn.lin1",
         ffn_out="ffn.lin2",
         output_norm="output_layer_norm",
     ),
-    pooler=None,
+    pool=None,
+    poolers=(),
+    stock={
+        "embeddings": part("Embeddings", buffers={"position_ids": COUNTING}),
+        "embeddings.dropout": DROPOUT,
+        "transformer": part("Transformer"),
+        "transformer.layer": LIST,
+        "transformer.layer.*": part("TransformerBlock"),
+        "transformer.layer.*.attention": part(
+            "*SelfAttention", reads=("attention_head_size", "scaling"), is_causal=False
+        ),
+        "transformer.layer.*.attention.dropout": DROPOUT,
+        "transformer.layer.*.ffn": part("FFN"),
+        "transformer.layer.*.ffn.dropout": DROPOUT,
+        "transformer.layer.*.ffn.activation": ACTIVATION,
+    },
     settings={"heads": "n_heads", "activation": "activation"},
 )

@@ -12,5 +12,6 @@ FAMILY = replace(
     models=("transformers.models.electra.modeling_electra.ElectraModel",),
     output="BaseModelOutputWithPastAndCrossAttentions",
     embeddings=replace(bert.FAMILY.embeddings, projection="embeddings_project"),
-    pooler=None,
+    pool=None,
+    poolers=(),
 )

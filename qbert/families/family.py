@@ -5,7 +5,8 @@ Nothing here knows torch's modules beyond their attribute paths: `qbert.encoder`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,13 +19,13 @@ class EmbeddingPaths:
     """Where an encoder's embeddings are, as attribute paths from the encoder.
 
     Attributes:
-        words, positions, token_types: tables; the third is None where a family has no token types.
+        words, positions, token_types: tables; None where a family has none of the second or the third.
         norm: LayerNorm over their sum.
         projection: linear to the hidden size; None where there never is one.
     """
 
     words: str
-    positions: str
+    positions: str | None
     token_types: str | None
     norm: str
     projection: str | None = None
@@ -32,11 +33,15 @@ class EmbeddingPaths:
 
 @dataclass(frozen=True)
 class LayerPaths:
-    """Where the parts of one encoder layer are, as attribute paths from the layer, in the order in which a token meets them."""
+    """Where the parts of one encoder layer are, as attribute paths from the layer, in the order in which a token meets them.
 
-    query: str
-    key: str
-    value: str
+    Attributes:
+        qkv: the linears of queries, keys and values; or the one whose channels are all queries, then all keys, then all values.
+        attention_norm: after the sum of attention.
+        output_norm: after the layer's last sum; of a pre-norm family that is the next layer's, which has this path there.
+    """
+
+    qkv: tuple[str, ...]
     attention_output: str
     attention_norm: str
     ffn_in: str
@@ -46,29 +51,94 @@ class LayerPaths:
     @property
     def linears(self) -> tuple[str, ...]:
         """All linears of the layer."""
-        return self.query, self.key, self.value, self.attention_output, self.ffn_in, self.ffn_out
+        return *self.qkv, self.attention_output, self.ffn_in, self.ffn_out
+
+
+# What one layer's attention has beside its heads, of an encoder and that layer.
+BiasOf = Callable[[Any, Any], Tensor]  # (heads, 2 * reach + 1) float32, see `qbert.ops.operations.Attention`
+RotaryOf = Callable[[Any, Any], Tensor]  # (positions, head_dim) float32, see there
+WindowOf = Callable[[Any, Any], "int | None"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module between an encoder's linears, norms and tables, as transformers has it; anything else may compute anything.
+
+    Attributes:
+        classes: allowed ones. A name without a dot is of the model's own module, a star in it stands for the model's name
+            without ``Model`` or ``Encoder`` (``"*Layer"``: BertLayer, RobertaLayer ...).
+        fixed: attribute -> the value that it must have.
+        reads: attributes that a program is made from, whatever their values.
+        buffers: name -> what it must hold (`COUNTING`, `ZEROS`); what the fused encoder takes for granted.
+        activation: a setting of the model's configuration that says what stands there, in place of classes.
+    """
+
+    classes: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
+    buffers: Mapping[str, str] = field(default_factory=dict)
+    activation: str | None = None
+
+
+def part(*classes: str, reads: tuple[str, ...] = (), buffers: Mapping[str, str] | None = None, **fixed: Any) -> Part:
+    """A `Part`, briefly: keywords that are none of its attributes are those that must have the values given."""
+    return Part(classes, fixed, reads, buffers or {})
+
+
+COUNTING, ZEROS = "0, 1, 2 ...", "zeros"
+LIST = part("torch.nn.modules.container.ModuleList")
+DROPOUT = part("torch.nn.modules.dropout.Dropout")
+OPTIONAL_DROPOUT = part("torch.nn.modules.dropout.Dropout", "torch.nn.modules.linear.Identity")
+ACTIVATION = Part(activation="activation")
+# Name in a configuration -> the class that computes it, and what that must hold.
+ACTIVATIONS: dict[str, Part] = {
+    "gelu": part("transformers.activations.GELUActivation", act=torch.nn.functional.gelu),
+    "gelu_new": part("transformers.activations.NewGELUActivation"),
+    "gelu_pytorch_tanh": part(
+        "transformers.activations.GELUTanh",
+        "transformers.activations.PytorchGELUTanh",
+        act=functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+    ),
+    "relu": part("torch.nn.modules.activation.ReLU"),
+    "silu": part("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation"),
+    "swish": part("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation"),
+}
 
 
 class LayerBuilder(Protocol):
     """What a family's program writes a layer's steps with; `qbert.encoder.build` makes them, static or dynamic.
 
-    Values go from step to step in named slots. "hidden" is the residual stream, which every layer begins and ends with. A
-    quantized slot is int8 with scales: static where it is calibrated, else one a token.
+    Values go from step to step in named slots. "hidden" is the residual stream, which every layer begins and ends with; its
+    codes are what linears read of it: of the stream itself where the norm comes after the sum, of the stream's norm where it
+    comes before the linear. A quantized slot is int8 with scales: static where it is calibrated, else one a token.
     """
 
-    def attention(self, query: str, key: str, value: str) -> None:
-        """Three linears of "hidden" as one product, and attention over them, into "context"."""
+    def attention(
+        self, *qkv: str, bias: BiasOf | None = None, rotary: RotaryOf | None = None, window: WindowOf | None = None
+    ) -> None:
+        """The linears of queries, keys and values of "hidden" as one product, and attention over them, into "context"."""
 
-    def linear(self, path: str, reads: str, writes: str, activation: str | None = None) -> None:
-        """A linear from one quantized slot to another; `activation` names a setting of the model's configuration."""
+    def linear(self, path: str, reads: str, writes: str, activation: str | None = None, gated: bool = False) -> None:
+        """A linear from one quantized slot to another; `activation` names a setting of the model's configuration.
+
+        With `gated` its result is activation(first half of the channels) * second half.
+        """
 
     def linear_add_norm(self, linear: str, norm: str, reads: str) -> None:
-        """LayerNorm(linear + "hidden"), into "hidden"."""
+        """Post-norm: LayerNorm(linear + "hidden"), into "hidden"."""
+
+    def linear_add(self, linear: str, norm: str, reads: str) -> None:
+        """Pre-norm: linear + "hidden", into "hidden", with the codes of its norm."""
+
+    def linear_add_last(self, linear: str, norm: str, reads: str) -> None:
+        """The same at the end of a layer: the norm is the next layer's. After the last layer it is the encoder's final norm,
+        which then is "hidden" itself.
+        """
 
 
 def post_norm_layer(b: LayerBuilder, paths: LayerPaths) -> None:
     """BERT's layer (Devlin et al., 2019): attention, then a feed-forward network, each added to its input and normed."""
-    b.attention(paths.query, paths.key, paths.value)
+    b.attention(*paths.qkv)
     b.linear_add_norm(paths.attention_output, paths.attention_norm, reads="context")
     b.linear(paths.ffn_in, reads="hidden", writes="inner", activation="activation")
     b.linear_add_norm(paths.ffn_out, paths.output_norm, reads="inner")
@@ -109,6 +179,22 @@ def positions_after_padding(
     return pack(there.cumsum(1) * there + padding)
 
 
+def layers_in_order(encoder: Any, layers: str) -> dict[str, str]:
+    """A list of layers, each called once."""
+    return {f"{layers}.{index}": f"{layers}.{index}" for index in range(len(encoder.get_submodule(layers)))}
+
+
+def pooled_by_module(encoder: Any, hidden: Tensor) -> Tensor | None:
+    """(batch, h) of the last hidden states (batch, width, h), by the encoder's pooler; None where it was made without."""
+    pooled: Tensor | None = None if encoder.pooler is None else encoder.pooler(hidden)
+    return pooled
+
+
+def no_obstacle(encoder: Any) -> str | None:
+    """None: every encoder of the family whose modules are what they should be can be fused."""
+    return None
+
+
 @dataclass(frozen=True)
 class EncoderFamily:
     """One architecture of encoder.
@@ -118,12 +204,23 @@ class EncoderFamily:
         models: qualified names of the classes of the bare encoder. A subclass may compute something else, so it is not one.
         arguments: names of the positional arguments of its `forward`.
         output: class in ``transformers.modeling_outputs`` that `forward` returns.
-        embeddings, layers, layer: attribute paths; `layers` is the list of layers.
-        pooler: attribute of the module that pools the last hidden states; None where a family has none.
+        embeddings, layers, layer: attribute paths; `layers` is the list of layers, or of groups of them.
+        pool: the pooled output of an encoder and its last hidden states; None where a family has none.
+        poolers: first components of the paths of the modules that `pool` calls.
         positions: how it counts positions.
         skips_padding: positions start after the table's padding_idx.
+        distances: path of the module that says what the distance between two tokens does to their attention. Distances are
+            those in the padded batch, so there a row's tokens must stand side by side. None where attention knows none.
         program: writes the steps of one layer.
+        calls: (encoder, `layers`) -> in order, a name for each call of a layer -> the path of that layer.
+        final_norm: path of the norm after the last layer of a pre-norm family.
         settings: names in the model's configuration: of "heads" and "activation".
+        reads: other names there that say what the encoder computes.
+        collects: its `forward` collects hidden states by itself: all or none, and beside them in a tuple the place of a pooler
+            that is not there.
+        obstacle: why an encoder of it cannot be fused though its modules are what they should be; None where it can.
+        stock: every module but its linears, norms and tables: attribute path -> what must stand there; a star stands for an
+            index of a list. A module that is not named here is an obstacle, and so is one that is missing.
     """
 
     name: str
@@ -133,14 +230,26 @@ class EncoderFamily:
     embeddings: EmbeddingPaths
     layers: str
     layer: LayerPaths
-    pooler: str | None
+    stock: Mapping[str, Part]
+    pool: Callable[[Any, Tensor], Tensor | None] | None = pooled_by_module
+    poolers: tuple[str, ...] = ("pooler",)
     positions: Positions = positions_by_column
     skips_padding: bool = False
+    distances: str | None = None
     program: Callable[[LayerBuilder, LayerPaths], None] = post_norm_layer
+    calls: Callable[[Any, str], dict[str, str]] = layers_in_order
+    final_norm: str | None = None
     settings: dict[str, str] = field(
         default_factory=lambda: {"heads": "num_attention_heads", "activation": "hidden_act"}
     )
+    reads: tuple[str, ...] = ()
+    collects: bool = False
+    obstacle: Callable[[Any], str | None] = no_obstacle
 
     def setting(self, config: Any, name: str) -> Any:
         """A setting of the model's configuration."""
         return getattr(config, self.settings[name])
+
+    def called(self, name: str) -> bool:
+        """Whether a fused encoder still calls the module of that qualified name: itself, and what pools."""
+        return not name or name.partition(".")[0] in self.poolers

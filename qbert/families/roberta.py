@@ -14,7 +14,9 @@ FAMILY = replace(
         "transformers.models.roberta.modeling_roberta.RobertaModel",
         "transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaModel",
         "transformers.models.camembert.modeling_camembert.CamembertModel",
+        "transformers.models.data2vec.modeling_data2vec_text.Data2VecTextModel",
     ),
     positions=positions_after_padding,
     skips_padding=True,
+    stock={**bert.FAMILY.stock, "embeddings": replace(bert.FAMILY.stock["embeddings"], reads=("padding_idx",))},
 )

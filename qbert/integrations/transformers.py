@@ -7,6 +7,7 @@ Importing this module registers the method ``"qbert"`` with transformers (see `q
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import re
@@ -129,7 +130,7 @@ class QBertHfQuantizer(HfQuantizer):
                 if isinstance(module, QuantizedModule):
                     module.use_best_layout()
             if self.quantization_config.fuse:
-                convert.fuse_(model, self.quantization_config.calibration)
+                convert.fuse_loaded_(model, self.quantization_config.calibration)
             _attach(model, Record.of(model, self.quantization_config.recipe, self.quantization_config.record.source))
         else:
             config = self.quantization_config
@@ -147,6 +148,7 @@ class QBertHfQuantizer(HfQuantizer):
         record = Record.of(model, self.quantization_config.recipe, _source(self.quantization_config))
         absent = set(model.all_tied_weights_keys) | set(model._keys_to_ignore_on_save or ())
         stored = {name: tensor for name, tensor in state_dict.items() if name not in absent}
+        _require_loadable(model, record, stored)
         model.config.quantization_config = QBertConfig.of_record(checkpoint.signed(record, stored))
         return state_dict, {}
 
@@ -213,6 +215,33 @@ def save(model: PreTrainedModel, folder: str | Path, *, source: str | None = Non
         _attach(model, record)
     with checkpoint.replacing(folder) as fresh:
         model.save_pretrained(fresh)
+
+
+def _require_loadable(model: PreTrainedModel, record: Record, stored: Mapping[str, Tensor]) -> None:
+    """Holds a model that is to be saved to what loading will build of its configuration.
+
+    Raises:
+        QBertError: a class that transformers does not have, or modules of other shapes than its configuration says.
+    """
+    kind = type(model)
+    if getattr(transformers, kind.__name__, None) is not kind:
+        raise QBertError(
+            f"{kind.__module__}.{kind.__qualname__} is no class of transformers, so what is saved of it could not be loaded; "
+            f"save the transformers model inside, or one of the class that it was made from"
+        )
+    config = copy.deepcopy(model.config)
+    config.architectures = [kind.__name__]
+    try:
+        skeleton = build_skeleton(config, record, stored.keys())
+    except CheckpointError as error:
+        raise QBertError(f"this {kind.__name__} could not be loaded again: {error}") from None
+    expected = checkpoint.expected_tensors(skeleton, skeleton.all_tied_weights_keys)
+    for name, spec in expected.items():
+        if name in stored and tuple(stored[name].shape) != spec.shape:
+            raise QBertError(
+                f"this {kind.__name__} could not be loaded again: {name} is {tuple(stored[name].shape)}, and its configuration "
+                f"makes that {spec.shape}"
+            )
 
 
 def build_skeleton(config: PretrainedConfig, record: Record, names: Collection[str]) -> PreTrainedModel:

@@ -231,23 +231,61 @@ def gated(held: Weight) -> None:
         raise QBertError(f"the weight of a gated linear has {held.n} rows; allowed: even numbers, two a channel")
 
 
-def attention(qkv: Tensor, scales: Tensor, cu_seqlens: Tensor, heads: int, softmax_scale: float) -> None:
-    """What `bounds_cover` checks is not looked at here."""
+def attention(qkv: Tensor, scales: Tensor | None, cu_seqlens: Tensor, heads: int, softmax_scale: float) -> None:
+    """What `bounds_cover` and `positions_cover` check is not looked at here."""
     _require(heads >= 1, lambda: f"heads is {heads}; allowed: 1 or more")
     _require(
-        qkv.dtype == torch.int8 and qkv.dim() == 2 and qkv.shape[1] % (3 * heads) == 0,
-        lambda: f"qkv must be (t, 3 * {heads} * head_dim) int8, got {qkv.dtype} {tuple(qkv.shape)}",
+        (qkv.dtype == torch.int8 or qkv.dtype in FLOAT_DTYPES) and qkv.dim() == 2 and qkv.shape[1] % (3 * heads) == 0,
+        lambda: f"qkv must be (t, 3 * {heads} * head_dim) int8 or float, got {qkv.dtype} {tuple(qkv.shape)}",
     )
-    _require(
-        scales.dtype == torch.float32 and (scales.shape == (3,) or scales.shape == (qkv.shape[0], 3)),
-        lambda: f"scales must be (3,) or ({qkv.shape[0]}, 3) float32, got {scales.dtype} {tuple(scales.shape)}",
-    )
+    _attention_scales(qkv, scales)
     _require(
         cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1,
         lambda: f"cu_seqlens must be (sequences + 1,) int32, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}",
     )
     if not (0 < softmax_scale < math.inf):
         raise QBertError(f"softmax_scale is {softmax_scale}; allowed: finite and above 0")
+
+
+def _attention_scales(qkv: Tensor, scales: Tensor | None) -> None:
+    codes = qkv.dtype == torch.int8
+    if scales is None:
+        _require(not codes, lambda: "scales is None with int8 qkv; allowed: (3,) or (t, 3), or None with float qkv")
+        return
+    each = f" or ({qkv.shape[0]}, 3)" if codes else ""
+    _require(
+        scales.dtype == torch.float32
+        and (scales.shape == (3,) or (scales.shape == (qkv.shape[0], 3) and qkv.dtype == torch.int8)),
+        lambda: f"scales must be (3,){each} float32, got {scales.dtype} {tuple(scales.shape)}",
+    )
+
+
+def attention_pattern(window: int | None, bias: Tensor | None, rotary: Tensor | None, qkv: Tensor, heads: int) -> None:
+    """What else decides which keys a query sees, and what it thinks of them."""
+    if window is not None:
+        _require(window >= 0, lambda: f"window is {window}; allowed: 0 or more, or None for the whole sequence")
+    if bias is not None:
+        _require(
+            bias.dtype == torch.float32 and bias.dim() == 2 and bias.shape[0] == heads and bias.shape[1] % 2 == 1,
+            lambda: f"bias must be ({heads}, 2 * reach + 1) float32, got {bias.dtype} {tuple(bias.shape)}",
+        )
+    if rotary is not None:
+        head_dim = qkv.shape[1] // (3 * heads)
+        _require(
+            qkv.dtype != torch.int8, lambda: "rotary with int8 qkv; allowed: float qkv, which is rounded afterwards"
+        )
+        _require(head_dim % 2 == 0, lambda: f"rotary with heads of {head_dim}; allowed: an even size")
+        _require(
+            rotary.dtype == torch.float32 and rotary.dim() == 2 and rotary.shape[1] == head_dim,
+            lambda: f"rotary must be (positions, {head_dim}) float32, got {rotary.dtype} {tuple(rotary.shape)}",
+        )
+
+
+def positions_cover(rotary: Tensor | None, bounds: list[int]) -> None:
+    """A rotation for every position of the longest sequence. Looks at values, so it is not for fakes."""
+    longest = max((stop - start for start, stop in itertools.pairwise(bounds)), default=0)
+    if rotary is not None and rotary.shape[0] < longest:
+        raise QBertError(f"rotary has {rotary.shape[0]} positions; the longest sequence has {longest} tokens")
 
 
 def add_norm(y: Tensor, residual: Tensor, norm: tuple[Tensor, Tensor, float]) -> None:

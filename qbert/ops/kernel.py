@@ -25,6 +25,23 @@ from qbert.target import Target
 from qbert.weight import Layout, Weight
 
 
+class Pattern(NamedTuple):
+    """What attention does besides a softmax over codes.
+
+    Attributes:
+        floats: whether queries, keys and values are floats, to be rounded inside.
+        window, bias, rotary: whether it has them.
+    """
+
+    floats: bool = False
+    window: bool = False
+    bias: bool = False
+    rotary: bool = False
+
+
+PLAIN_ATTENTION = Pattern()
+
+
 class Problem(NamedTuple):
     """What decides which kernel computes an operation.
 
@@ -36,6 +53,7 @@ class Problem(NamedTuple):
         t: tokens; None where they are not known yet, or make no difference.
         activation, gated: of a linear.
         keeps: of an addition and its norm.
+        pattern: of attention.
     """
 
     scheme: Scheme | None
@@ -47,6 +65,7 @@ class Problem(NamedTuple):
     activation: Activation = Activation.NONE
     gated: bool = False
     keeps: Keeps = Keeps.NORM
+    pattern: Pattern = PLAIN_ATTENTION
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +117,11 @@ def _embedding(a: Embedding) -> Problem:
     return Problem(a.weight.scheme, a.weight.layout, *a.weight.shape, a.out)
 
 
+def _attention(a: Attention) -> Problem:
+    pattern = Pattern(a.qkv.dtype != torch.int8, a.window is not None, a.bias is not None, a.rotary is not None)
+    return Problem(None, None, a.heads, a.head_dim, _out_dtype(a.out), pattern=pattern)
+
+
 def _linear_add_norm(a: LinearAddNorm) -> Problem:
     return Problem(a.weight.scheme, a.weight.layout, *a.weight.shape, a.residual.dtype, keeps=a.keeps)
 
@@ -106,7 +130,7 @@ _PROBLEMS: dict[type[Any], Callable[[Any], Problem]] = {
     QuantizeRows: lambda a: Problem(None, None, 0, a.x.shape[1], a.x.dtype),
     Linear: _linear,
     Embedding: _embedding,
-    Attention: lambda a: Problem(None, None, a.heads, a.head_dim, _out_dtype(a.out)),
+    Attention: _attention,
     AddNorm: lambda a: Problem(None, None, 0, a.residual.shape[1], a.residual.dtype, keeps=a.keeps),
     EmbedNorm: _embed_norm,
     LinearAddNorm: _linear_add_norm,

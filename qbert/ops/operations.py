@@ -130,33 +130,51 @@ class Embedding(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """Self-attention of packed sequences on int8 queries, keys and values; tokens attend within their sequence only.
+    """Self-attention of packed sequences; tokens attend within their sequence only.
 
-    Both products are of integers: the probabilities are rounded to 8 bits, with a scale for each row. For query i and the
-    keys j of its sequence, W_i being the largest of w_ij = exp(score_ij - max_j score_ij) * s_value[j]:
+    Both products are of integers: queries, keys and values are int8 codes, or floats that are rounded to them first, and the
+    probabilities are rounded to 8 bits, with a scale for each row. For query i and the keys j that it sees,
+    W_i being the largest of w_ij = exp(score_ij - max_j score_ij) * s_value[j]:
 
+        score_ij = (query_i . key_j) * (s_query[i] * s_key[j] * softmax_scale) + bias[head, clamp(j - i)]
         p_ij = round(w_ij * (255 / W_i))        out_i = (sum_j p_ij * value_j) * (W_i / 255 / sum_j exp(...))
 
-    A token whose scale is NaN makes its own sequence NaN and no other: its row if the query's is, every row otherwise.
+    A token whose scale is NaN makes rows of its own sequence NaN and no others: its own row if the query's scale is, every
+    row that sees it if the key's or the value's is; with a window those are its neighbours only. Of floats, a head's row with
+    NaN or infinity in it gets scale NaN where scales are dynamic; where they are static, NaN becomes code 0.
 
     Attributes:
-        qkv: (t, 3 * heads * head_dim) int8: all queries, then all keys, then all values of a token.
-        scales: float32 scales of queries, keys and values, above 0: static (3,), or (t, 3) for each token.
+        qkv: (t, 3 * heads * head_dim): all queries, then all keys, then all values of a token. Int8 codes; or floats, which
+            are rounded inside, after the rotation if any.
+        scales: float32 scales of queries, keys and values, above 0: static (3,), or of codes (t, 3) for each token. None, of
+            floats only, is dynamic: each head's query, key and value of each token is rounded as `QuantizeRows` rounds a row.
         cu_seqlens: (sequences + 1,) int32, ascending from 0 to t: sequence i is tokens cu_seqlens[i] ... cu_seqlens[i + 1] - 1.
         heads: 1 or more.
         softmax_scale: factor on the scores, usually head_dim**-0.5.
+        window: a token sees the keys at most so many tokens away, |j - i| <= window (Longformer, Beltagy et al., 2020); 0 is
+            itself alone. None: its whole sequence.
+        bias: (heads, 2 * reach + 1) float32: bias[h, clamp(j - i, -reach, reach) + reach] is added to the scaled score
+            (T5, Raffel et al., 2020). None for none.
+        rotary: (positions, head_dim) float32: cosines (head_dim / 2), then sines (head_dim / 2) of each position in its
+            sequence. The halves (a, b) of a head's query and key become (a cos - b sin, b cos + a sin) in float32 (RoFormer,
+            Su et al., 2021). Of floats only; positions no less than the longest sequence (on a GPU tokens beyond are NaN:
+            nobody looks). None for none.
         out: of the result (t, heads * head_dim).
     """
 
     qkv: Tensor
-    scales: Tensor
+    scales: Tensor | None
     cu_seqlens: Tensor
     heads: int
     softmax_scale: float
+    window: int | None
+    bias: Tensor | None
+    rotary: Tensor | None
     out: Out
 
     def check(self) -> None:
         checks.attention(self.qkv, self.scales, self.cu_seqlens, self.heads, self.softmax_scale)
+        checks.attention_pattern(self.window, self.bias, self.rotary, self.qkv, self.heads)
         checks.out_type(self.out)
 
     def results(self) -> tuple[checks.Like, ...]:
@@ -312,6 +330,7 @@ _FIELDS: dict[Any, _Field] = {
     Tensor | None: _Field(("Tensor? {}",)),
     bool: _Field(("bool {}",)),
     int: _Field(("int {}",)),
+    int | None: _Field(("int? {}",)),
     float: _Field(("float {}",)),
     torch.dtype: _Field(("ScalarType {}_dtype",)),
     Activation: _Field(("str {}",), lambda activation: (activation.text,), Activation.named),

@@ -113,37 +113,78 @@ def embedding(a: Embedding) -> Tensor:
 def attention(a: Attention) -> Tensor:
     """See `Attention`."""
     t, width = a.qkv.shape[0], a.qkv.shape[1] // 3
-    query, key, value = a.qkv.view(t, 3, a.heads, a.head_dim).to(torch.float64).permute(1, 2, 0, 3)
-    scales = a.scales.expand(t, 3)
+    codes, scales = attention_codes(a)
+    query, key, value = codes.to(torch.float64)
     out = torch.zeros_like(query)
     for start, stop in itertools.pairwise(a.cu_seqlens.tolist()):
         span = slice(start, stop)
-        weights, factor = attention_weights(
-            query[:, span] @ key[:, span].transpose(1, 2), scales[span], a.softmax_scale
-        )
+        products = query[:, span] @ key[:, span].transpose(1, 2)
+        weights, factor = attention_weights(a, products, scales[..., span])
         out[:, span] = weights.round() @ value[:, span] * factor
     return to_out(out.transpose(0, 1).reshape(t, width), a.out)
 
 
-def attention_weights(products: Tensor, scales: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
+def attention_codes(a: Attention) -> tuple[Tensor, Tensor]:
+    """Int8 queries, keys and values (3, heads, t, head_dim), and their float32 scales (3, heads, t), or (3, 1, t) where the
+    heads share them. Float queries, keys and values are rotated and rounded here."""
+    t = a.qkv.shape[0]
+    parts = a.qkv.view(t, 3, a.heads, a.head_dim).permute(1, 2, 0, 3)
+    if a.qkv.dtype == torch.int8:
+        assert a.scales is not None
+        return parts, a.scales.expand(t, 3).t()[:, None]
+    parts = parts.to(torch.float32)
+    if a.rotary is not None:
+        parts = torch.cat((rotated(parts[:2], a.rotary, a.cu_seqlens), parts[2:]))
+    if a.scales is None:
+        codes, scales = codes_and_scales(parts.reshape(-1, a.head_dim))
+        return codes.view(parts.shape), scales.view(parts.shape[:3])
+    inverse = torch.ones_like(a.scales) / a.scales
+    codes = torch.round(parts * inverse[:, None, None, None]).nan_to_num(0.0).clamp(-INT8.qmax, INT8.qmax)
+    return codes.to(torch.int8), a.scales.expand(t, 3).t()[:, None]
+
+
+def rotated(x: Tensor, rotary: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Float32 rows (..., t, head_dim), each turned by the angles of its position in its sequence."""
+    lengths = cu_seqlens.diff().tolist()
+    rows = torch.cat([rotary[:length] for length in lengths]) if lengths else rotary[:0]
+    cosine, sine = rows.chunk(2, dim=1)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+def attention_weights(a: Attention, products: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """The softmax of one sequence of t tokens, in the type of `products`.
 
     Args:
         products: (heads, t, t) float, sums of query times key.
-        scales: (t, 3) of queries, keys and values.
+        scales: (3, heads, t) of queries, keys and values, or (3, 1, t).
 
     Returns:
         p (heads, t, t) in 0 ... 255 before it is rounded, and the factor (heads, t, 1) on the sum of round(p) times value.
     """
     if products.numel() == 0:
         return products, products.new_zeros(*products.shape[:2], 1)
-    s_query, s_key, s_value = scales.to(products.dtype).unbind(1)
-    scores = products * (s_query[:, None] * s_key * softmax_scale)
+    s_query, s_key, s_value = scales.to(products.dtype)
+    scores = products * (s_query[:, :, None] * s_key[:, None] * a.softmax_scale)
+    distance = _distances(products)  # of a key from the query
+    if a.bias is not None:
+        reach = a.bias.shape[1] // 2
+        scores = scores + a.bias.to(scores.dtype)[:, distance.clamp(-reach, reach) + reach]
+    if a.window is not None:
+        scores = scores.masked_fill(distance.abs() > a.window, -torch.inf)
     powers = (scores - scores.amax(dim=-1, keepdim=True)).exp()
-    weights = powers * s_value
+    weights = powers * s_value[:, None]
+    if a.window is not None:
+        weights = weights.masked_fill(distance.abs() > a.window, 0.0)  # a scale that is NaN is not seen either
     largest = weights.amax(dim=-1, keepdim=True)
     factor = largest / PROBABILITY_MAX / powers.sum(dim=-1, keepdim=True)
     return weights * (PROBABILITY_MAX / largest), factor
+
+
+def _distances(products: Tensor) -> Tensor:
+    """(t, t): of key j from query i, j - i."""
+    at = torch.arange(products.shape[-1], device=products.device)
+    return at - at[:, None]
 
 
 def add_norm(a: AddNorm) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,9 +21,11 @@ def rescaled(weight: Weight, factor: float) -> Weight:
 def stacked(weights: Sequence[Weight]) -> Weight:
     """Matrices (n, k) of one scheme, layout and k as one of all their rows. Exact: no scale is shared between rows of two.
 
-    Dictionaries stay one for each matrix: codebook (m, 2**bits) and scale (m,).
+    Dictionaries stay one for each matrix: codebook (m, 2**bits) and scale (m,). A matrix alone is itself.
     """
     first = weights[0]
+    if len(weights) == 1:
+        return first
     if not _stack_as_they_lie(weights):
         return stacked([weight.to_layout(Layout.PLAIN) for weight in weights]).to_layout(first.layout)
     parts = {name: [weight.tensors[name] for weight in weights] for name in first.tensors}

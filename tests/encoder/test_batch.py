@@ -19,6 +19,14 @@ COUNTED = [name for name, family in BY_NAME.items() if family.skips_padding]
 TABLE = PositionTable(rows=40, padding_idx=0)
 AFTER_ONE = PositionTable(rows=40, padding_idx=1)  # RoBERTa's
 KINDS = ("right", "left", "holes")
+# Where attention goes by distances, a row's tokens stand side by side.
+EACH = [
+    (name, kind) for name, family in BY_NAME.items() for kind in KINDS if kind != "holes" or family.distances is None
+]
+BY_COLUMN = [
+    name for name, family in BY_NAME.items() if not family.skips_padding and family.embeddings.positions is not None
+]
+WITHOUT_TABLE = [name for name, family in BY_NAME.items() if family.embeddings.positions is None]
 
 
 def _of(name: str, table: PositionTable | None = None, **inputs: Tensor) -> Batch:
@@ -34,8 +42,7 @@ def _there(batch: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("mask_type", [torch.int64, torch.bool, torch.float32], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize(("name", "kind"), EACH)
 def test_tokens_are_what_is_not_padding_in_order(name: str, kind: str, mask_type: torch.dtype) -> None:
     inputs = padded_batch(5, 11, kind=kind)
     there = _there(inputs)
@@ -98,7 +105,7 @@ def test_rows_of_the_callers_in_place_of_ids() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [name for name in BY_NAME if name not in COUNTED])
+@pytest.mark.parametrize("name", BY_COLUMN)
 def test_positions_are_columns(name: str, kind: str) -> None:
     """As transformers has them: a token's place in the padded batch, whatever stands before it."""
     inputs = padded_batch(5, 11, kind=kind)
@@ -109,8 +116,7 @@ def test_positions_are_columns(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("padding", [0, 1, 3])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kind in EACH if name in COUNTED])
 def test_positions_count_what_is_not_padding(name: str, kind: str, padding: int) -> None:
     """RoBERTa asks the ids, not the mask; without ids it counts columns. Either way from after the padding's index."""
     inputs = padded_batch(5, 11, kind=kind)
@@ -131,9 +137,45 @@ def test_positions_and_types_of_the_callers(name: str) -> None:
     each, shared = torch.arange(36).view(4, 9), torch.arange(20, 29)[None]
     for given in (each, shared):
         found = _of(name, **inputs, position_ids=given, token_type_ids=given % 2).tokens
-        assert torch.equal(found.position_ids, given.expand(4, 9)[there])
+        expected = given.expand(4, 9)[there]
+        assert torch.equal(found.position_ids, torch.zeros_like(expected) if name in WITHOUT_TABLE else expected)
         types = given.expand(4, 9)[there] % 2 if BY_NAME[name].embeddings.token_types else torch.zeros_like(found.ids)
         assert torch.equal(found.token_type_ids, types)
+
+
+@pytest.mark.parametrize("name", WITHOUT_TABLE)
+def test_without_a_table_positions_are_not_looked_up(name: str) -> None:
+    for kind in ("right", "left"):
+        inputs = padded_batch(4, 9, kind=kind)
+        assert torch.equal(
+            _of(name, **inputs).tokens.position_ids, torch.zeros(int(_there(inputs).sum()), dtype=torch.int64)
+        )
+
+
+@pytest.mark.parametrize("name", [name for name, family in BY_NAME.items() if family.distances is not None])
+def test_what_changes_distances_is_refused(name: str) -> None:
+    """Packed tokens are as far apart as they lie; transformers counts columns, or what the caller gave."""
+    ids = torch.full((3, 6), 7)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0]])
+    for fine in (mask, mask[:, :1], torch.ones_like(mask), torch.zeros_like(mask)):
+        assert _of(name, input_ids=ids[:, : fine.shape[1]], attention_mask=fine).size == int(fine.sum())
+    for row in ([1, 0, 1, 1, 1, 1], [0, 1, 1, 0, 0, 1]):
+        for broken in (mask.clone(), mask.bool(), mask.float()):
+            broken[1] = torch.tensor(row)
+            with pytest.raises(
+                QBertError, match="attention_mask has padding between tokens of a row, which changes how far"
+            ):
+                _of(name, input_ids=ids, attention_mask=broken)
+    columns = torch.arange(6)
+    for positions in (columns + 3, columns.flip(0), columns * 2, torch.zeros(6, dtype=torch.int64)):
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions.expand(3, 6)}
+        if name in WITHOUT_TABLE and not torch.equal(positions, columns + 3):
+            with pytest.raises(QBertError, match="position_ids do not go up by one from token to token"):
+                _of(name, **given)
+        else:  # a table's rows, not distances
+            assert _of(name, **given).size == 6
+    padding = torch.where(mask.bool(), columns, 0)  # what stands where no token is does not count
+    assert _of(name, input_ids=ids, attention_mask=mask, position_ids=padding).size == 6
 
 
 # ---- the way back ---------------------------------------------------------------------------------------------------
@@ -206,8 +248,9 @@ def test_more_tokens_than_positions_are_refused(name: str) -> None:
     else:
         with pytest.raises(QBertError, match="41 tokens; the model has positions for 40"):
             _of(name, input_ids=wide)
-    positions = torch.zeros(1, 41, dtype=torch.int64)
-    assert _of(name, input_ids=wide, position_ids=positions).size == 41
+    if name not in WITHOUT_TABLE:
+        positions = torch.zeros(1, 41, dtype=torch.int64)
+        assert _of(name, input_ids=wide, position_ids=positions).size == 41
 
 
 # ---- portions -------------------------------------------------------------------------------------------------------

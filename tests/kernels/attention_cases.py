@@ -36,7 +36,7 @@ def sums_are_exact(half: int, head_dim: int = 32, device: str = "cpu") -> None:
     """
     qkv = torch.zeros(2 * half, 3, head_dim, dtype=torch.int8)
     qkv[:half, 2], qkv[half:, 2], qkv[-1, 2] = 127, -127, -126
-    a = Attention(qkv.view(2 * half, -1), torch.ones(3), bounds([2 * half]), 1, 1.0, torch.float32)
+    a = Attention(qkv.view(2 * half, -1), torch.ones(3), bounds([2 * half]), 1, 1.0, None, None, None, torch.float32)
     out = launch(to_device(a, device)).cpu()
     torch.testing.assert_close(out, torch.full_like(out, 1 / (2 * half)), rtol=1e-6, atol=0)
 
@@ -87,4 +87,7 @@ def wrong_bounds_touch_nothing_else(wrong: list[int], device: str = "cpu") -> No
 def nothing_to_do() -> None:
     empty = torch.zeros(0, 3 * 64, dtype=torch.int8)
     for cu_seqlens in (torch.zeros(1, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)):
-        assert launch(Attention(empty, torch.ones(3), cu_seqlens, 1, 0.125, torch.float16)).shape == (0, 64)
+        assert launch(Attention(empty, torch.ones(3), cu_seqlens, 1, 0.125, None, None, None, torch.float16)).shape == (
+            0,
+            64,
+        )

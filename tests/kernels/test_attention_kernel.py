@@ -94,7 +94,7 @@ def test_nothing_to_do():
 
 def test_arguments_are_refused_by_name():
     qkv, bounds = torch.zeros(4, 96, dtype=torch.int8), cases.bounds([4])
-    a = Attention(qkv, torch.ones(3), bounds, 1, 1.0, torch.float32)
+    a = Attention(qkv, torch.ones(3), bounds, 1, 1.0, None, None, None, torch.float32)
     with pytest.raises(QBertError, match="softmax_scale is 0"):
         launch(a._replace(softmax_scale=0.0))
     with pytest.raises(QBertError, match="qkv has strides"):
@@ -108,7 +108,17 @@ def test_arguments_are_refused_by_name():
 
 
 def test_heads_wider_than_the_kernels_are_left_to_others():
-    a = Attention(torch.zeros(4, 3 * 192, dtype=torch.int8), torch.ones(3), cases.bounds([4]), 1, 1.0, torch.float32)
+    a = Attention(
+        torch.zeros(4, 3 * 192, dtype=torch.int8),
+        torch.ones(3),
+        cases.bounds([4]),
+        1,
+        1.0,
+        None,
+        None,
+        None,
+        torch.float32,
+    )
     assert obstacle_of(a) == "heads of 192; it takes up to 128"
     assert is_left_to_others(a)
 

@@ -135,13 +135,14 @@ def attention(a: Attention) -> Tensor:
     t, width = a.qkv.shape
     bounds = a.cu_seqlens.tolist()
     checks.bounds_cover(bounds, t)
-    query, key, value = a.qkv.view(t, 3, a.heads, a.head_dim).to(torch.float32).permute(1, 2, 0, 3)
-    scales = a.scales.expand(t, 3)
+    checks.positions_cover(a.rotary, bounds)
+    codes, scales = reference.attention_codes(a)
+    query, key, value = codes.to(torch.float32)
     out = torch.empty(t, a.heads, a.head_dim)
     for start, stop in itertools.pairwise(bounds):
         span = slice(start, stop)
         products = _float32_product(query[:, span], key[:, span].transpose(1, 2), EXACT_FLOAT32_TERMS)
-        weights, factor = reference.attention_weights(products, scales[span], a.softmax_scale)
+        weights, factor = reference.attention_weights(a, products, scales[..., span])
         sums = _float32_product(weights.round_(), value[:, span], EXACT_PROBABILITY_TERMS)
         out[span] = (sums * factor).transpose(0, 1)
     return reference.to_out(out.view(t, width // 3), a.out)

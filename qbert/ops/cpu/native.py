@@ -236,6 +236,7 @@ def embed_norm(a: EmbedNorm) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attention(a: Attention) -> Tensor:
+    assert a.scales is not None
     qkv, scales, cu_seqlens = dense(a.qkv), dense(a.scales), dense(a.cu_seqlens)
     t, head_dim = qkv.shape[0], a.head_dim
     _check_terms(cu_seqlens, t, head_dim)
@@ -293,6 +294,11 @@ def _table_obstacle(problem: Problem) -> str | None:
     return None if readable else f"it does not read {problem.scheme.name} tables in that layout"
 
 
+def _attention_obstacle(problem: Problem) -> str | None:
+    missing = [name for name, asked in problem.pattern._asdict().items() if asked]
+    return f"attention with {' and '.join(missing)}; it takes int8 codes and whole sequences" if missing else None
+
+
 def _row_obstacle(problem: Problem) -> str | None:
     return None if problem.k else "rows without columns"
 
@@ -301,7 +307,7 @@ _CALLS: dict[str, tuple[Callable[[Any], Any], Callable[[Problem], str | None]]] 
     "linear": (linear, _linear_obstacle),
     "quantize_rows": (quantize_rows, lambda problem: None),
     "embedding": (embedding, lambda problem: _row_obstacle(problem) or _table_obstacle(problem)),
-    "attention": (attention, lambda problem: None),
+    "attention": (attention, _attention_obstacle),
     "add_norm": (add_norm, _row_obstacle),
     "embed_norm": (embed_norm, lambda problem: _row_obstacle(problem) or _table_obstacle(problem)),
 }

@@ -49,6 +49,7 @@ def attention(a: Attention) -> Tensor:
     from qbert.ops.triton.arguments import AttentionMeta, Heads
 
     qkv, scales, cu_seqlens = a.qkv, a.scales, a.cu_seqlens
+    assert scales is not None
     require_operands("attention", qkv.device, qkv=qkv, scales=scales, cu_seqlens=cu_seqlens)
     t, sequences = qkv.shape[0], cu_seqlens.shape[0] - 1
     head_dim, per_token = a.head_dim, scales.dim() == 2
@@ -71,4 +72,7 @@ def attention(a: Attention) -> Tensor:
 
 def obstacle(problem: Problem) -> str | None:
     """Why not this problem on a GPU that the kernels run on; None where they compute it."""
-    return f"heads of {problem.k}; it takes up to {MAX_HEAD_DIM}" if problem.k > MAX_HEAD_DIM else None
+    if problem.k > MAX_HEAD_DIM:
+        return f"heads of {problem.k}; it takes up to {MAX_HEAD_DIM}"
+    missing = [name for name, asked in problem.pattern._asdict().items() if asked]
+    return f"attention with {' and '.join(missing)}; it takes int8 codes and whole sequences" if missing else None

@@ -1,0 +1,99 @@
+"""MPNet (Song et al., 2020): BERT whose attention adds a bias by the distance between two tokens, the same in every layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qbert.families import bert
+from qbert.families.family import (
+    ACTIVATION,
+    COUNTING,
+    DROPOUT,
+    LIST,
+    LayerBuilder,
+    LayerPaths,
+    part,
+    positions_after_padding,
+)
+
+TABLE = "encoder.relative_attention_bias"
+BUCKETS, REACH = (
+    32,
+    128,
+)  # transformers computes with these, whatever the configuration says; beyond, all are in the last bucket
+
+
+def buckets(distances: Tensor) -> Tensor:
+    """The bucket of each distance key - query (T5's rule, Raffel et al., 2020): near ones alone, far ones by logarithm."""
+    half, away = BUCKETS // 2, distances.abs()
+    near = half // 2
+    far = near + (torch.log(away.float() / near) / math.log(REACH / near) * (half - near)).to(torch.int64)
+    return torch.where(distances > 0, half, 0) + torch.where(away < near, away, far.clamp(max=half - 1))
+
+
+def bias_by_distance(encoder: Any, layer: Any) -> Tensor:
+    """(heads, 2 * reach + 1) float32: what each head adds at distances -reach ... reach."""
+    table: Tensor = encoder.get_submodule(TABLE).weight.detach().to(torch.float32)
+    distances = torch.arange(-REACH, REACH + 1, device=table.device)
+    return table[buckets(distances)].t().contiguous()
+
+
+def program(b: LayerBuilder, paths: LayerPaths) -> None:
+    """BERT's layer but for the bias."""
+    b.attention(*paths.qkv, bias=bias_by_distance)
+    b.linear_add_norm(paths.attention_output, paths.attention_norm, reads="context")
+    b.linear(paths.ffn_in, reads="hidden", writes="inner", activation="activation")
+    b.linear_add_norm(paths.ffn_out, paths.output_norm, reads="inner")
+
+
+def obstacle(encoder: Any) -> str | None:
+    """A table of biases that does not fit: fewer buckets than are looked up, or other heads."""
+    shape, heads = tuple(encoder.get_submodule(TABLE).weight.shape), encoder.config.num_attention_heads
+    if shape[0] >= BUCKETS and shape[1] == heads:
+        return None
+    return f"{TABLE} is {shape[0]} buckets of {shape[1]} heads; needed: {BUCKETS} or more, and {heads}"
+
+
+FAMILY = replace(
+    bert.FAMILY,
+    name="MPNet",
+    models=("transformers.models.mpnet.modeling_mpnet.MPNetModel",),
+    arguments=(
+        "input_ids", "attention_mask", "position_ids", "inputs_embeds", "output_attentions", "output_hidden_states",
+        "return_dict",
+    ),
+    output="BaseModelOutputWithPooling",
+    embeddings=replace(bert.FAMILY.embeddings, token_types=None),
+    layer=replace(
+        bert.FAMILY.layer,
+        qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        attention_output="attention.attn.o",
+        attention_norm="attention.LayerNorm",
+    ),
+    stock={
+        "embeddings": part("*Embeddings", reads=("padding_idx",), buffers={"position_ids": COUNTING}),
+        "embeddings.dropout": DROPOUT,
+        "encoder": part("*Encoder"),
+        "encoder.layer": LIST,
+        "encoder.layer.*": part("*Layer"),
+        "encoder.layer.*.attention": part("*Attention"),
+        "encoder.layer.*.attention.attn": part("*SelfAttention", reads=("attention_head_size",)),
+        "encoder.layer.*.attention.attn.dropout": DROPOUT,
+        "encoder.layer.*.attention.dropout": DROPOUT,
+        "encoder.layer.*.intermediate": part("*Intermediate"),
+        "encoder.layer.*.intermediate.intermediate_act_fn": ACTIVATION,
+        "encoder.layer.*.output": part("*Output"),
+        "encoder.layer.*.output.dropout": DROPOUT,
+    },
+    positions=positions_after_padding,
+    skips_padding=True,
+    distances=TABLE,
+    program=program,
+    collects=True,
+    obstacle=obstacle,
+)  # fmt: skip
