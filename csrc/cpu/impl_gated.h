@@ -59,41 +59,38 @@ static void correct_pair(const Outliers& outliers, const PairChannels& c, const 
     }
 }
 
-// The epilogue of a pair: from sums of both halves, side by side, to sixteen results of each token.
+// The epilogue of a pair: sixteen results of a token from sums of both halves side by side.
 template <Activation kActivation, bool kRequantize>
 struct FinishPair {
     const LinearArgs& args;
     const PairChannels& c;
     const BlockProduct& product;
-    int64_t pair;
     int64_t first;       // token of the product's first
+    int64_t channel;     // first of the results
     float* corrections;  // of the strip that is being finished
 
-    // See multiply_by_strip.h; all rows are of one strip.
+    // See multiply_by_strip.h; all rows are of one strip, and there are always both panels.
     QBERT_MEMBER void operator()(int64_t token, int64_t end, int64_t, int64_t, const int32_t* sums, int64_t row_sums) const {
         if (c.outliers && token % kStripTokens == 0) {
             correct_pair(args.weight.outliers, c, product.strips + token / kStripTokens * product.strip_stride, corrections);
         }
         const int64_t n = args.weight.n / kHalves;
-        for (; token < end; ++token, sums += row_sums) {
+        int64_t index = (first + token) * n + channel;
+        for (; token < end; ++token, index += n, sums += row_sums) {
             const f32x16 s = broadcast(args.s[first + token]);
-            f32x16 y[kHalves];
-#pragma GCC unroll 2
-            for (int half = 0; half < kHalves; ++half) {
-                y[half] = to_float(load(sums + half * kPanelLanes)) * c.scale[half];
-                if (c.outliers) y[half] += load(corrections + (half * kStripTokens + token % kStripTokens) * kPanelLanes);
-                y[half] = y[half] * s + c.bias[half];
+            const f32x16 y = activated_as<kActivation>(args.activation, half_of(0, token, sums, s)) * half_of(1, token, sums, s);
+            if (kRequantize) {
+                store_static_codes(static_cast<int8_t*>(args.out) + index, kLanes, y * args.inverse_out_scale);
+            } else {
+                store_floats(args.out, args.float_type, index, kLanes, y);
             }
-            put((first + token) * n + pair * kPanelLanes, activated(kActivation, y[0]) * y[1]);
         }
     }
 
-    QBERT_MEMBER void put(int64_t index, f32x16 y) const {
-        if (kRequantize) {
-            store_static_codes(static_cast<int8_t*>(args.out) + index, kLanes, y * args.inverse_out_scale);
-        } else {
-            store_floats(args.out, args.float_type, index, kLanes, y);
-        }
+    QBERT_MEMBER f32x16 half_of(int half, int64_t token, const int32_t* sums, f32x16 s) const {
+        f32x16 y = to_float(load(sums + half * kPanelLanes)) * c.scale[half];
+        if (c.outliers) y += load(corrections + (half * kStripTokens + token % kStripTokens) * kPanelLanes);
+        return y * s + c.bias[half];
     }
 };
 
@@ -101,60 +98,53 @@ struct PairTask {
     const LinearArgs& args;
     const PairChannels& c;
     const BlockProduct& product;
-    int64_t pair, first;  // first token
+    int64_t first;    // token
+    int64_t channel;  // of the results
     int32_t* sums;
     float* corrections;
 };
 
-template <Activation kActivation>
-QBERT_NOINLINE void multiply_and_gate(const PairTask& t) {
-    if (t.args.requantize) {
-        multiply_block(t.product, t.sums, FinishPair<kActivation, true>{t.args, t.c, t.product, t.pair, t.first, t.corrections});
-    } else {
-        multiply_block(t.product, t.sums, FinishPair<kActivation, false>{t.args, t.c, t.product, t.pair, t.first, t.corrections});
-    }
+template <Activation kActivation, bool kRequantize>
+QBERT_NOINLINE void multiply_and_finish_pair(const PairTask& t) {
+    const FinishPair<kActivation, kRequantize> finish{t.args, t.c, t.product, t.first, t.channel, t.corrections};
+    multiply_block(t.product, t.sums, finish);
 }
 
-static void multiply_and_gate(const PairTask& task) {
-    switch (task.args.activation) {
-        case Activation::none: return multiply_and_gate<Activation::none>(task);
-        case Activation::gelu: return multiply_and_gate<Activation::gelu>(task);
-        case Activation::gelu_tanh: return multiply_and_gate<Activation::gelu_tanh>(task);
-        case Activation::relu: return multiply_and_gate<Activation::relu>(task);
-        case Activation::silu: return multiply_and_gate<Activation::silu>(task);
-    }
-}
-
-// `tokens` tokens from `first` on, whose packed strips are `strips`. `sums` and `expanded` are scratch memory.
-static void multiply_pair(const LinearArgs& args, int64_t pair, const uint8_t* strips, int64_t first, int64_t tokens, int32_t* sums,
-                          int8_t* expanded) {
+static void multiply_pair(const LinearArgs& args, int64_t pair, const uint8_t* strips, int64_t strip_begin, int64_t strip_end,
+                          void* scratch) {
     const Weight& w = args.weight;
     const PairChannels c = pair_channels_of(args, pair);
     const int64_t quads = padded_quads(w.k), panel_stride = panel_stride_of(w), pairs = w.n / kHalves / kPanelLanes;
-    const int8_t* panel = static_cast<const int8_t*>(w.codes) + pair * panel_stride;
-    BlockProduct product{strips, strip_bytes_of(quads), tokens, panel, pairs * panel_stride, kHalves, quads, nullptr};
-    if (w.format == WeightFormat::int8_panels) {
-        product.ahead = pair + 1 < pairs ? panel + panel_stride : nullptr;
-    } else {
-        expand_panels(w, pair, 1, quads, expanded);
-        expand_panels(w, pairs + pair, 1, quads, expanded + panel_stride);
-        product.panels = expanded;
-        product.panel_stride = panel_stride;
+    int32_t* sums = static_cast<int32_t*>(scratch);
+    int8_t* free_scratch = reinterpret_cast<int8_t*>(sums + product_sums(quads));
+    const int8_t* weight = static_cast<const int8_t*>(w.codes) + pair * panel_stride;
+    const int8_t* ahead = pair + 1 < pairs ? weight + panel_stride : nullptr;
+    int64_t distance = pairs * panel_stride;
+    if (w.format != WeightFormat::int8_panels) {
+        expand_panels(w, pair, 1, quads, free_scratch);
+        expand_panels(w, pairs + pair, 1, quads, free_scratch + panel_stride);
+        weight = free_scratch;
+        ahead = nullptr;
+        distance = panel_stride;
+        free_scratch += kHalves * panel_stride;
     }
-    alignas(64) float corrections[kHalves * kStripTokens * kPanelLanes];
-    multiply_and_gate({args, c, product, pair, first, sums, corrections});
+    const int64_t first = strip_begin * kStripTokens, stop = strip_end * kStripTokens < args.t ? strip_end * kStripTokens : args.t;
+    const BlockProduct product{strips, strip_bytes_of(quads), stop - first, weight, distance, kHalves, quads, ahead};
+    const PairTask task{args, c, product, first, pair * kPanelLanes, sums, reinterpret_cast<float*>(free_scratch)};
+    if (args.activation == Activation::gelu) {
+        (args.requantize ? multiply_and_finish_pair<Activation::gelu, true> : multiply_and_finish_pair<Activation::gelu, false>)(task);
+    } else {
+        (args.requantize ? multiply_and_finish_pair<kAnyActivation, true> : multiply_and_finish_pair<kAnyActivation, false>)(task);
+    }
 }
 
-// Results block * kGatedChannels ..., for strips strip_begin ... strip_end - 1, of which `strips` is the first.
+// Results block * kGatedChannels ..., for strips strip_begin ... strip_end - 1; n is a multiple of 16.
 static void gated_block(const LinearArgs& args, int64_t block, const void* strips, int64_t strip_begin, int64_t strip_end, void* scratch) {
     const int64_t begin = block * kGatedPairs, pairs = args.weight.n / kHalves / kPanelLanes;
     const int64_t end = pairs < begin + kGatedPairs ? pairs : begin + kGatedPairs;
-    const int64_t first = strip_begin * kStripTokens, stop = strip_end * kStripTokens < args.t ? strip_end * kStripTokens : args.t;
-    int32_t* sums = static_cast<int32_t*>(scratch);
-    int8_t* expanded = reinterpret_cast<int8_t*>(sums + product_sums(padded_quads(args.weight.k)));
     const DotSession session;
     for (int64_t pair = begin; pair < end; ++pair) {
-        multiply_pair(args, pair, static_cast<const uint8_t*>(strips), first, stop - first, sums, expanded);
+        multiply_pair(args, pair, static_cast<const uint8_t*>(strips), strip_begin, strip_end, static_cast<int8_t*>(scratch));
     }
 }
 

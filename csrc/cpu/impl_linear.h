@@ -113,7 +113,7 @@ struct FinishRows {
             for (int v = 0; v < kVectors; ++v) {
                 f32x16 y = to_float(load(sums + v * kLanes)) * scale[v];
                 if (c.outliers) y += load(corrections + token % kStripTokens * kBlockChannels + at + v * kLanes);
-                put(index + v * kLanes, count, activated(kActivation, y * s + bias[v]));
+                put(index + v * kLanes, count, activated_as<kActivation>(args.activation, y * s + bias[v]));
             }
         }
     }
@@ -149,9 +149,7 @@ static void multiply_and_finish(const BlockTask& task) {
     switch (task.args.activation) {
         case Activation::none: return multiply_and_finish<Activation::none>(task);
         case Activation::gelu: return multiply_and_finish<Activation::gelu>(task);
-        case Activation::gelu_tanh: return multiply_and_finish<Activation::gelu_tanh>(task);
-        case Activation::relu: return multiply_and_finish<Activation::relu>(task);
-        case Activation::silu: return multiply_and_finish<Activation::silu>(task);
+        default: return multiply_and_finish<kAnyActivation>(task);
     }
 }
 

@@ -23,6 +23,14 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 thread_local Scratch packed_activations;
 thread_local Scratch worker_scratch;
 
+int64_t blocks_of(const LinearArgs& args) {
+    const int64_t n = args.weight.n;
+    return args.gated ? ceil_div(n / 2, kGatedChannels) : ceil_div(n, kBlockChannels);
+}
+
+// What computes one of them.
+auto block_kernel(const Kernels& kernels, const LinearArgs& args) { return args.gated ? kernels.gated_block : kernels.linear_block; }
+
 void pack(const Kernels& kernels, const LinearArgs& args, int64_t first, int64_t end, uint8_t* strips) {
     const int64_t k = args.weight.k, bytes = kernels.strip_bytes(k);
     for (int64_t i = first; i < end; ++i, strips += bytes) {
@@ -30,13 +38,6 @@ void pack(const Kernels& kernels, const LinearArgs& args, int64_t first, int64_t
         kernels.pack_strip(args.q + token * k, rows, k, strips);
     }
 }
-
-// Blocks of channels of which the results are made, and what computes one.
-int64_t blocks_of(const LinearArgs& args) {
-    return args.gated ? ceil_div(args.weight.n / 2, kGatedChannels) : ceil_div(args.weight.n, kBlockChannels);
-}
-
-auto block_kernel(const Kernels& kernels, const LinearArgs& args) { return args.gated ? kernels.gated_block : kernels.linear_block; }
 
 // Each task takes a range of tokens through all blocks of channels: what it packs and what it writes stays in its core's cache.
 void linear_by_tokens(const Kernels& kernels, const LinearArgs& args, int64_t strips, int64_t most, int threads) {
