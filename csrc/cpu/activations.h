@@ -69,5 +69,13 @@ QBERT_INLINE f32x16 activated(Activation activation, f32x16 x) {
     }
 }
 
+// In place of an activation that a kernel is compiled for: any of them.
+constexpr Activation kAnyActivation = static_cast<Activation>(-1);
+
+template <Activation kActivation>
+QBERT_INLINE f32x16 activated_as(Activation activation, f32x16 x) {
+    return activated(kActivation == kAnyActivation ? activation : kActivation, x);
+}
+
 }  // namespace QBERT_ISA
 }  // namespace qbert

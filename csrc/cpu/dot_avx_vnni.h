@@ -113,3 +113,5 @@ static int64_t peak_products(int64_t iterations) {
 
 }  // namespace QBERT_ISA
 }  // namespace qbert
+
+#include "cpu/multiply_by_strip.h"

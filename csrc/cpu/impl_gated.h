@@ -59,67 +59,82 @@ static void correct_pair(const Outliers& outliers, const PairChannels& c, const 
     }
 }
 
-// Sixteen results of `rows` tokens of a strip, the first being token `first`; sums of both halves lie side by side, a row every
-// kBlockChannels.
-template <Activation kActivation>
-static void finish_pair(const LinearArgs& args, const PairChannels& c, int64_t pair, int64_t first, int64_t rows, const int32_t* sums,
-                        const float* corrections) {
-    const int64_t n = args.weight.n / kHalves;
-    for (int64_t i = 0; i < rows; ++i, sums += kBlockChannels) {
-        const f32x16 s = broadcast(args.s[first + i]);
-        f32x16 y[kHalves];
-#pragma GCC unroll 2
-        for (int half = 0; half < kHalves; ++half) {
-            y[half] = to_float(load(sums + half * kPanelLanes)) * c.scale[half];
-            if (c.outliers) y[half] += load(corrections + (half * kStripTokens + i) * kPanelLanes);
-            y[half] = y[half] * s + c.bias[half];
-        }
-        const f32x16 result = activated(kActivation, y[0]) * y[1];
-        const int64_t index = (first + i) * n + pair * kPanelLanes;
-        if (args.requantize) {
-            store_static_codes(static_cast<int8_t*>(args.out) + index, kLanes, result * args.inverse_out_scale);
-        } else {
-            store_floats(args.out, args.float_type, index, kLanes, result);
-        }
-    }
-}
+// The epilogue of a pair: sixteen results of a token from sums of both halves side by side.
+template <Activation kActivation, bool kRequantize>
+struct FinishPair {
+    const LinearArgs& args;
+    const PairChannels& c;
+    const BlockProduct& product;
+    int64_t first;       // token of the product's first
+    int64_t channel;     // first of the results
+    float* corrections;  // of the strip that is being finished
 
-static void finish_pair(const LinearArgs& args, const PairChannels& c, int64_t pair, int64_t first, int64_t rows, const int32_t* sums,
-                        const float* corrections) {
-    switch (args.activation) {
-        case Activation::gelu: return finish_pair<Activation::gelu>(args, c, pair, first, rows, sums, corrections);
-        case Activation::gelu_tanh: return finish_pair<Activation::gelu_tanh>(args, c, pair, first, rows, sums, corrections);
-        case Activation::relu: return finish_pair<Activation::relu>(args, c, pair, first, rows, sums, corrections);
-        case Activation::silu: return finish_pair<Activation::silu>(args, c, pair, first, rows, sums, corrections);
-        default: return finish_pair<Activation::none>(args, c, pair, first, rows, sums, corrections);
+    // See multiply_by_strip.h; all rows are of one strip, and there are always both panels.
+    QBERT_MEMBER void operator()(int64_t token, int64_t end, int64_t, int64_t, const int32_t* sums, int64_t row_sums) const {
+        if (c.outliers && token % kStripTokens == 0) {
+            correct_pair(args.weight.outliers, c, product.strips + token / kStripTokens * product.strip_stride, corrections);
+        }
+        const int64_t n = args.weight.n / kHalves;
+        int64_t index = (first + token) * n + channel;
+        for (; token < end; ++token, index += n, sums += row_sums) {
+            const f32x16 s = broadcast(args.s[first + token]);
+            const f32x16 y = activated_as<kActivation>(args.activation, half_of(0, token, sums, s)) * half_of(1, token, sums, s);
+            if (kRequantize) {
+                store_static_codes(static_cast<int8_t*>(args.out) + index, kLanes, y * args.inverse_out_scale);
+            } else {
+                store_floats(args.out, args.float_type, index, kLanes, y);
+            }
+        }
     }
+
+    QBERT_MEMBER f32x16 half_of(int half, int64_t token, const int32_t* sums, f32x16 s) const {
+        f32x16 y = to_float(load(sums + half * kPanelLanes)) * c.scale[half];
+        if (c.outliers) y += load(corrections + (half * kStripTokens + token % kStripTokens) * kPanelLanes);
+        return y * s + c.bias[half];
+    }
+};
+
+struct PairTask {
+    const LinearArgs& args;
+    const PairChannels& c;
+    const BlockProduct& product;
+    int64_t first;    // token
+    int64_t channel;  // of the results
+    int32_t* sums;
+    float* corrections;
+};
+
+template <Activation kActivation, bool kRequantize>
+QBERT_NOINLINE void multiply_and_finish_pair(const PairTask& t) {
+    const FinishPair<kActivation, kRequantize> finish{t.args, t.c, t.product, t.first, t.channel, t.corrections};
+    multiply_block(t.product, t.sums, finish);
 }
 
 static void multiply_pair(const LinearArgs& args, int64_t pair, const uint8_t* strips, int64_t strip_begin, int64_t strip_end,
-                          int8_t* expanded) {
+                          void* scratch) {
     const Weight& w = args.weight;
     const PairChannels c = pair_channels_of(args, pair);
-    const int64_t quads = padded_quads(w.k), panel_stride = (quads + 1) * 64, strip_size = strip_bytes_of(quads);
-    const int64_t second = w.n / kHalves / kPanelLanes + pair;
+    const int64_t quads = padded_quads(w.k), panel_stride = panel_stride_of(w), pairs = w.n / kHalves / kPanelLanes;
+    int32_t* sums = static_cast<int32_t*>(scratch);
+    int8_t* free_scratch = reinterpret_cast<int8_t*>(sums + product_sums(quads));
     const int8_t* weight = static_cast<const int8_t*>(w.codes) + pair * panel_stride;
-    int64_t distance = (second - pair) * panel_stride;
+    const int8_t* ahead = pair + 1 < pairs ? weight + panel_stride : nullptr;
+    int64_t distance = pairs * panel_stride;
     if (w.format != WeightFormat::int8_panels) {
-        expand_panels(w, pair, 1, quads, expanded);
-        expand_panels(w, second, 1, quads, expanded + panel_stride);
-        weight = expanded;
+        expand_panels(w, pair, 1, quads, free_scratch);
+        expand_panels(w, pairs + pair, 1, quads, free_scratch + panel_stride);
+        weight = free_scratch;
+        ahead = nullptr;
         distance = panel_stride;
+        free_scratch += kHalves * panel_stride;
     }
-    alignas(64) int32_t acc[kDotTokens * kBlockChannels];
-    alignas(64) float corrections[kHalves * kStripTokens * kPanelLanes];
-    const int64_t stop = strip_end * kStripTokens < args.t ? strip_end * kStripTokens : args.t;
-    for (int64_t strip = strip_begin; strip < strip_end; strip += kStripsPerDot) {
-        const int64_t first = strip * kStripTokens, rows = stop - first < kDotTokens ? stop - first : kDotTokens;
-        dot<false>(strips + strip * strip_size, rows, weight, distance, kHalves, quads, quads, acc);
-        for (int64_t i = 0; i < rows; i += kStripTokens) {
-            const int64_t of_strip = rows - i < kStripTokens ? rows - i : kStripTokens;
-            if (c.outliers) correct_pair(w.outliers, c, strips + (strip + i / kStripTokens) * strip_size, corrections);
-            finish_pair(args, c, pair, first + i, of_strip, acc + i * kBlockChannels, corrections);
-        }
+    const int64_t first = strip_begin * kStripTokens, stop = strip_end * kStripTokens < args.t ? strip_end * kStripTokens : args.t;
+    const BlockProduct product{strips, strip_bytes_of(quads), stop - first, weight, distance, kHalves, quads, ahead};
+    const PairTask task{args, c, product, first, pair * kPanelLanes, sums, reinterpret_cast<float*>(free_scratch)};
+    if (args.activation == Activation::gelu) {
+        (args.requantize ? multiply_and_finish_pair<Activation::gelu, true> : multiply_and_finish_pair<Activation::gelu, false>)(task);
+    } else {
+        (args.requantize ? multiply_and_finish_pair<kAnyActivation, true> : multiply_and_finish_pair<kAnyActivation, false>)(task);
     }
 }
 

@@ -18,6 +18,7 @@ constexpr int kBlockChannels = kPanelLanes * kBlockPanels;
 constexpr int kGatedPairs = kBlockPanels / 2;  // pairs of panels, one of each half, that a task of a gated product computes together
 constexpr int kGatedChannels = kPanelLanes * kGatedPairs;
 constexpr int kPanelInputs = 64;  // input channels of a packed weight are padded to a multiple of this
+constexpr int kMaxStripsPerTask = 64;  // strips that a task of a product takes at most
 constexpr int kWeightOnlyTokens = 64;  // tokens that a task of a weight-only product takes at most
 
 // What is added to a weight's codes, row by row.
@@ -60,7 +61,7 @@ struct LinearArgs {
     Activation activation;
     bool gated;             // y = activation(first half of the channels) * second half; n is a multiple of 2 kPanelLanes
     void* out;              // (t, n), or (t, n / 2) of a gated product
-    int64_t blocks_ahead;   // the block so many further is read into the cache meanwhile; 0 for none
+    int64_t blocks_ahead;   // the block so many further is read into the cache meanwhile
     bool requantize;        // to int8 with inverse_out_scale; else to float_type
     FloatType float_type;
     float inverse_out_scale;
@@ -160,7 +161,7 @@ struct Kernels {
     int64_t (*strip_bytes)(int64_t k);
     void (*pack_strip)(const int8_t* q, int64_t rows, int64_t k, void* strip);
     int64_t (*linear_scratch_bytes)(const LinearArgs& args);
-    // Output channels block * kBlockChannels ..., for strips strip_begin ... strip_end - 1 of `strips`.
+    // Output channels block * kBlockChannels ..., for strips strip_begin ... strip_end - 1, of which `strips` is the first.
     void (*linear_block)(const LinearArgs& args, int64_t block, const void* strips, int64_t strip_begin, int64_t strip_end,
                          void* scratch);
     // Of a gated product, results block * kGatedChannels ...

@@ -383,8 +383,8 @@ QBERT_INLINE i32x16 round_to_int(f32x16 v) {
 
 // The first `count` lanes rounded to int8 codes -127 ... 127; NaN becomes 0: the residual stream, not this, carries it.
 QBERT_INLINE void store_static_codes(int8_t* to, int64_t count, f32x16 v) {
-    v = select(v == v, v, f32x16{});
-    const i32x16 code = round_to_int(max(min(v, broadcast(127.0f)), broadcast(-127.0f)));
+    const f32x16 inside = max(min(select(v == v, v, f32x16{}), broadcast(127.0f)), broadcast(-127.0f));
+    const i32x16 code = (i32x16)(inside + 12582912.0f);  // as round_to_int, whose last step changes other bytes only
     if (count >= kLanes) return store_codes(to, code);
     int8_t lane[kLanes];
     store_codes(lane, code);

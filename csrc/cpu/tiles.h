@@ -39,6 +39,10 @@ static inline void tile_load(const void* from, int64_t stride) {
     for (int row = 0; row < 16; ++row) memcpy(emulated_tile[kTile].word[row], static_cast<const char*>(from) + row * stride, 64);
 }
 template <int kTile>
+static inline void tile_load_once(const void* from, int64_t stride) {
+    tile_load<kTile>(from, stride);
+}
+template <int kTile>
 static inline void tile_store(void* to, int64_t stride) {
     for (int row = 0; row < 16; ++row) memcpy(static_cast<char*>(to) + row * stride, emulated_tile[kTile].word[row], 64);
 }
@@ -76,6 +80,11 @@ static inline void tile_zero() {
 template <int kTile>
 static inline void tile_load(const void* from, int64_t stride) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(kTile) : "memory");
+}
+// The same of what is not needed again soon: it does not push out of the first cache what is.
+template <int kTile>
+static inline void tile_load_once(const void* from, int64_t stride) {
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(kTile) : "memory");
 }
 template <int kTile>
 static inline void tile_store(void* to, int64_t stride) {

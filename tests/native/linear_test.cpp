@@ -196,7 +196,7 @@ void run_kernel(const Kernels& kernels, const LinearArgs& args, int64_t strips_p
         for (int64_t first = 0; first < strips; first += strips_per_task) {
             Buffer<uint8_t> scratch(kernels.linear_scratch_bytes(args));
             const int64_t stop = first + strips_per_task < strips ? first + strips_per_task : strips;
-            compute(args, block, packed.data(), first, stop, scratch.data());
+            compute(args, block, packed.data() + first * bytes, first, stop, scratch.data());
         }
     }
 }

@@ -164,6 +164,8 @@ def _integer_obstacle(problem: Problem, target: Target, exact: bool) -> str | No
         return "the activations are floats"
     if exact and not target.int_mm_exact:
         return "torch's int8 product saturates on this CPU (no VNNI)"
+    if exact and problem.k == 1:
+        return "torch's int8 product of one input channel is not computed (oneDNN leaves what was in memory)"
     return _obstacle(problem, target)
 
 
