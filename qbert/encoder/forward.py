@@ -151,7 +151,9 @@ class FusedForward:
         given = {name: _rows_of(each, rows) for name, each in inputs._asdict().items() if each is not None}
         wanted = any(state is not None for state in states[:-1])
         found = type(base).forward(twin, **given, output_hidden_states=wanted, return_dict=True)
-        base.__dict__.update({name: value for name, value in twin.__dict__.items() if name != "_modules"})  # what it noted
+        base.__dict__.update(
+            {name: value for name, value in twin.__dict__.items() if name != "_modules"}
+        )  # what it noted
         exact = found.hidden_states if wanted else [*[None] * (len(states) - 1), found.last_hidden_state]
         for state, column in zip(states, exact, strict=True):
             if state is not None:

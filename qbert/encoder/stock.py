@@ -104,8 +104,8 @@ def _parts_by_pattern(base: nn.Module, family: EncoderFamily) -> dict[str, tuple
 
 
 def in_training(base: nn.Module, family: EncoderFamily) -> str | None:
-    """The path of a module that is in training mode, None where all are in evaluation mode."""
-    return next((each.path for each in found_in(base, family) if each.module.training), None)
+    """The path of a module that computes something else in training mode and is in it, None where there is none."""
+    return next((each.path for each in found_in(base, family) if each.inside and each.module.training), None)
 
 
 # ---- why not --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import functools
 import pickle
 import random
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -79,9 +79,11 @@ class Surgery:
         return self.rng.choice([each for each in found if each.is_floating_point() and each.numel()])
 
     def patch(self, owner: Any, name: str, value: Any) -> None:
-        before = owner.__dict__[name] if name in owner.__dict__ else None
+        before = owner.__dict__.get(name)
         setattr(owner, name, value)
-        self.undo.callback(functools.partial(setattr, owner, name, before) if before is not None else functools.partial(delattr, owner, name))
+        self.undo.callback(setattr, owner, name, before) if before is not None else self.undo.callback(
+            delattr, owner, name
+        )
 
 
 def _bent(value: Any) -> Any:
@@ -104,7 +106,9 @@ def swap(s: Surgery) -> None:
     parent, name, module = s.any()
     if isinstance(module, nn.LayerNorm):
         wide = module.normalized_shape
-        new: nn.Module = s.rng.choice([nn.LayerNorm(wide), nn.Identity(), nn.LayerNorm(wide, bias=False), nn.RMSNorm(wide)])
+        new: nn.Module = s.rng.choice(
+            [nn.LayerNorm(wide), nn.Identity(), nn.LayerNorm(wide, bias=False), nn.RMSNorm(wide)]
+        )
     elif isinstance(module, nn.Dropout):
         new = s.rng.choice([nn.Dropout(0.5), nn.Identity(), nn.Tanh(), nn.AlphaDropout(0.1)])
     elif "act" in name:
@@ -135,7 +139,8 @@ def patched_class(s: Surgery) -> None:
     kind = type(s.any()[2])
     if kind.__module__.startswith("torch") and s.rng.random() < 0.5:
         kind = type(s.layer)
-    name = s.rng.choice([each for each in ("forward", "feed_forward_chunk", "ff_chunk", "__call__") if each in vars(kind)] or ["forward"])
+    names = [each for each in ("forward", "feed_forward_chunk", "ff_chunk", "__call__") if each in vars(kind)]
+    name = s.rng.choice(names or ["forward"])
     s.patch(kind, name, _method(getattr(kind, name)))
 
 
@@ -148,7 +153,10 @@ def hook(s: Surgery) -> None:
 
 
 def global_hook(s: Surgery) -> None:
-    handle = nn.modules.module.register_module_forward_hook(lambda m, _a, out: _bent(out) if isinstance(m, nn.Dropout) else None)
+    def bend(module: nn.Module, _: Any, out: Any) -> Any:
+        return _bent(out) if isinstance(module, nn.Dropout) else None
+
+    handle = nn.modules.module.register_module_forward_hook(bend)
     s.undo.callback(handle.remove)
 
 
@@ -232,7 +240,10 @@ def there_and_back(s: Surgery) -> None:
 
 def buffers(s: Surgery) -> None:
     found = [
-        (module, name) for _, _, module in s.modules() for name in ("position_ids", "token_type_ids") if name in module._buffers
+        (module, name)
+        for _, _, module in s.modules()
+        for name in ("position_ids", "token_type_ids")
+        if name in module._buffers
     ]
     if not found:
         return
@@ -318,8 +329,13 @@ def retied(s: Surgery) -> None:
 
 
 def loaded(s: Surgery) -> None:
-    state = {name: each.flip(0) if each.dim() == 1 and "bias" in name else each for name, each in s.model.state_dict().items()}
-    s.model.load_state_dict({name: each.clone() for name, each in state.items()}, assign=s.rng.random() < 0.3, strict=False)
+    state = {
+        name: each.flip(0) if each.dim() == 1 and "bias" in name else each
+        for name, each in s.model.state_dict().items()
+    }
+    s.model.load_state_dict(
+        {name: each.clone() for name, each in state.items()}, assign=s.rng.random() < 0.3, strict=False
+    )
 
 
 def tables(s: Surgery) -> None:
@@ -373,7 +389,9 @@ def _edited(s: Surgery, edit: Callable[[Surgery], None]) -> None:
         pass  # there is nothing of the kind left, or torch itself refuses the edit
 
 
-def _operate(name: str, variant: str, seed: int, edits: list[tuple[Callable[[Surgery], None], str]], undo: ExitStack) -> str:
+def _operate(
+    name: str, variant: str, seed: int, edits: list[tuple[Callable[[Surgery], None], str]], undo: ExitStack
+) -> str:
     """What became of it: "unfused", "refused", "broken" (unfused too), or "same"; a failure where fused and unfused differ."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -391,10 +409,8 @@ def _operate(name: str, variant: str, seed: int, edits: list[tuple[Callable[[Sur
         if when == "fused":
             _edited(s, edit)
     if any(when == "called" for _, when in edits):
-        try:
+        with suppress(Exception):
             _answer(s.model, batch)
-        except Exception:
-            pass
         for edit, when in edits:
             if when == "called":
                 _edited(s, edit)
