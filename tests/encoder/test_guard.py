@@ -138,9 +138,11 @@ def test_writes_through_data_are_seen(variant: str) -> None:
     model, batch = fused_model("BertModel", variant), padded_batch()
     layer = model.encoder.layer[0]
     before = hidden_of(model, **batch)
+    embeddings = model.embeddings
     for tensor in (
         layer.attention.self.query.bias, layer.attention.self.value.scale, layer.output.dense.scale,
-        layer.intermediate.dense.bias, layer.output.LayerNorm.weight, model.embeddings.LayerNorm.bias, model.embeddings.token_type_embeddings.weight,
+        layer.intermediate.dense.bias, layer.output.LayerNorm.weight, embeddings.LayerNorm.bias,
+        embeddings.token_type_embeddings.weight,
     ):  # fmt: skip
         tensor.data.view(-1)[:3] *= 3
         found = hidden_of(model, **batch)

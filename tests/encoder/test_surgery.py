@@ -307,10 +307,10 @@ def copied(s: Surgery) -> None:
 
 
 def pickled(s: Surgery) -> None:
-    try:
+    with suppress(
+        pickle.PicklingError, AttributeError, TypeError, ImportError
+    ):  # of a lambda or a class of this test's
         s.model = pickle.loads(pickle.dumps(s.model))
-    except (pickle.PicklingError, AttributeError, TypeError, ImportError):
-        pass  # of a lambda or a class of this test's
 
 
 def retied(s: Surgery) -> None:
@@ -383,10 +383,9 @@ def _answer(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
 
 
 def _edited(s: Surgery, edit: Callable[[Surgery], None]) -> None:
-    try:
+    # there is nothing of the kind left, or torch itself refuses the edit
+    with suppress(IndexError, AttributeError, TypeError, ValueError, RuntimeError, KeyError):
         edit(s)
-    except (IndexError, AttributeError, TypeError, ValueError, RuntimeError, KeyError):
-        pass  # there is nothing of the kind left, or torch itself refuses the edit
 
 
 def _operate(
