@@ -107,8 +107,8 @@ def _parts_by_pattern(base: nn.Module, family: EncoderFamily) -> dict[str, tuple
 
 
 def in_training(base: nn.Module, family: EncoderFamily) -> str | None:
-    """The path of a module that is in training mode, None where all are in evaluation mode."""
-    return next((each.path for each in found_in(base, family) if each.module.training), None)
+    """The path of a module that computes something else in training mode and is in it, None where there is none."""
+    return next((each.path for each in found_in(base, family) if each.inside and each.module.training), None)
 
 
 # ---- why not --------------------------------------------------------------------------------------------------------
@@ -136,8 +136,8 @@ def _part_obstacle(base: Any, family: EncoderFamily, found: Found) -> str | None
         shown = " or ".join(each.rpartition(".")[2] for each in allowed)
         return f"{path} is a {kind.__module__}.{kind.__qualname__}, not transformers' {shown}"
     for name, value in part.fixed.items():
-        if not _same(getattr(module, name, None), value):
-            return f"{path}.{name} is {getattr(module, name, None)!r}, not {value!r}"
+        if hasattr(module, name) and not _same(getattr(module, name), value):  # other releases have other attributes
+            return f"{path}.{name} is {getattr(module, name)!r}, not {value!r}"
     if CONFIG in module.__dict__ and module.__dict__[CONFIG] is not base.config:
         return f"{path} has a configuration of its own"
     reasons = (_buffer_obstacle(path, module, name, holds) for name, holds in part.buffers.items())
