@@ -7,12 +7,13 @@ fusing or after.
 
 from __future__ import annotations
 
+import dis
 import functools
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -242,12 +243,19 @@ def globals_of(kinds: set[type]) -> Iterator[tuple[dict[str, Any], str]]:
         inner = _innermost(function)
         if not isinstance(inner, FunctionType):
             continue
-        for name in inner.__code__.co_names:
+        for name in _looked_up(inner.__code__):
             names = inner.__globals__
             called = callable(names.get(name)) and not isinstance(names[name], type)
             if called and (id(names), name) not in seen:
                 seen.add((id(names), name))
                 yield names, name
+
+
+@functools.cache
+def _looked_up(code: CodeType) -> tuple[str, ...]:
+    """Names of a function's globals: `co_names` has those of attributes, too, which may stand for something else there."""
+    names = (each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL")
+    return tuple(dict.fromkeys(names))
 
 
 def attention_functions() -> Iterator[dict[Any, Any]]:

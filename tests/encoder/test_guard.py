@@ -37,7 +37,7 @@ def test_what_transformers_builds_is_stock(name: str) -> None:
     family = family_of(model)
     assert family is not None
     assert stock_obstacle(model, family) is None
-    inside = {path for path, _ in model.named_modules() if path and path.partition(".")[0] != family.pooler}
+    inside = {path for path, _ in model.named_modules() if not family.called(path)}
     assert {each.path for each in found_in(model, family)} == inside
 
 
