@@ -117,14 +117,15 @@ class FusedForward:
         encoder = self.encoder()
         layers = len(encoder.program.layers)
         asked = bool(hidden_states) if self.family.collects else hidden_states
-        count: int = self.base.config.num_hidden_layers + 1  # type: ignore[union-attr,operator]
-        wanted = set(range(layers + 1)) if asked is True else _selected(asked, count)
+        config: Any = self.base.config
+        wanted = set(range(layers + 1)) if asked is True else _selected(asked, config.num_hidden_layers + 1)
         with torch.no_grad():
             batch = Batch.of(inputs, self.family, encoder.program.positions, encoder.device)
             states = _states(encoder, self.graphs, batch, wanted)
             if batch.packing.headless is not None:
                 self._fill_first_column(states, inputs, batch.packing.headless)
         last = states[-1]
+        assert last is not None
         fields: dict[str, Any] = {"last_hidden_state": last}
         if self.family.pool is not None:
             fields["pooler_output"] = self.family.pool(self.base, last)

@@ -102,7 +102,8 @@ def _parts_by_pattern(base: nn.Module, family: EncoderFamily) -> dict[str, tuple
         own[family.distances] = _TABLE
     norms = program.norms if program.next_norm is None else [*program.norms, program.next_norm]
     for layer in {_INDEX.sub(".*", path) for path in family.calls(base, family.layers).values()}:
-        own |= {f"{layer}.{each}": _LINEAR for each in program.linears} | {f"{layer}.{each}": _NORM for each in norms}
+        own.update((f"{layer}.{each}", _LINEAR) for each in program.linears)
+        own.update((f"{layer}.{each}", _NORM) for each in norms)
     found = {path: (part, True) for path, part in family.stock.items()}
     return {path: (part, False) for path, part in own.items() if path is not None} | found
 
