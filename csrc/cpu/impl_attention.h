@@ -403,14 +403,15 @@ QBERT_INLINE i32x16 seen_lanes(const Sight& sight, int64_t key) {
 }
 
 // Scores of row i to floats, those of keys that it does not see to minus infinity; a vector whose lanes' largest is the row's.
-// Without biases they are still to be multiplied with `factor`.
+// Without biases they are still to be multiplied with `factor`; with biases they are powers of e, which rounds the scores and
+// not what is left of them below the largest.
 template <bool kPerToken, bool kBias>
 QBERT_INLINE f32x16 scores_seen(const StripRows& strip, int64_t i, const Sight& sight, float factor, const float* key_factors) {
     f32x16 largest = broadcast(-__builtin_inff());
     for_seen<int32_t>(strip, i, sight, [&](int32_t* score, int64_t key) __attribute__((always_inline)) {
         f32x16 x = to_float(load(score));
         if (kPerToken) x *= load(key_factors + key);
-        if (kBias) x = x * factor + load(sight.biases + key);
+        if (kBias) x = madd(x, broadcast(factor), load(sight.biases + key));
         x = select(seen_lanes(sight, key), x, broadcast(-__builtin_inff()));
         largest = max(largest, x);
         store(reinterpret_cast<float*>(score), x);
@@ -419,7 +420,7 @@ QBERT_INLINE f32x16 scores_seen(const StripRows& strip, int64_t i, const Sight& 
 }
 
 // As softmax_static and softmax_per_token, for rows that see different keys, or have biases. `row_factors` are of scores times
-// log2(e); key_factors, value_scales and biases begin with the strip's first key.
+// log2(e), or without it where there are biases; key_factors, value_scales and biases begin with the strip's first key.
 template <bool kPerToken, bool kBias>
 QBERT_NOINLINE void softmax_seen(const StripRows& strip, const Sight* sight, const float* row_factors, const float* key_factors,
                                  const float* value_scales, float s_value) {
@@ -435,7 +436,7 @@ QBERT_NOINLINE void softmax_seen(const StripRows& strip, const Sight* sight, con
         memset(codes, 0, static_cast<size_t>(multiple(strip.length, kBlockKeys)));
         f32x16 sum{}, largest{};
         for_seen<float>(strip, i, sight[i], [&](float* score, int64_t key) __attribute__((always_inline)) {
-            const f32x16 difference = load(score) - top, e = power(kBias ? difference : difference * factor);
+            const f32x16 e = power((load(score) - top) * (kBias ? broadcast(static_cast<float>(kLog2E)) : factor));
             sum += e;
             if (!kPerToken) return store_probabilities(codes + key, e);
             const f32x16 weight = e * load(value_scales + key);
@@ -458,13 +459,13 @@ QBERT_NOINLINE void softmax_seen(const StripRows& strip, const Sight* sight, con
     store(strip.factors, largest / kProbabilityMax / sum_rows(total));
 }
 
-// The biases of a part's head, times log2(e): at index d - (first key - last query) that of a key d after its query.
+// The biases of a part's head: at index d - (first key - last query) that of a key d after its query.
 static void spread_biases(const Head& h) {
     const int64_t reach = h.args.reach, least = h.first_key - (h.part.last - 1);
     const float* bias = h.args.bias + h.part.head * (2 * reach + 1) + reach;
     for (int64_t i = 0; i < h.queries + h.keys + kLanes; ++i) {
         const int64_t distance = larger(-reach, smaller(reach, least + i));
-        h.biases[i] = static_cast<float>(bias[distance] * kLog2E);
+        h.biases[i] = bias[distance];
     }
 }
 
@@ -475,27 +476,32 @@ QBERT_INLINE bool is_scale(float scale) { return scale > 0.0f && scale < __built
 // What the softmax needs of the scales, once for a part; a row's factor is NaN where a scale it depends on is none.
 struct HeadScales {
     bool usable;   // those that all rows depend on, or some
-    float factor;  // static: of the scores, times log2(e)
+    float factor;  // static: of the scores, as score_factor
 };
 
+// On the product of two codes' scales.
+QBERT_INLINE double score_factor(const AttentionArgs& args) {
+    return static_cast<double>(args.softmax_scale) * (args.bias == nullptr ? kLog2E : 1.0);
+}
+
 QBERT_INLINE bool key_is_usable(const Head& h, int64_t i) {
-    const double factor = h.key_scale[i * h.scale_stride] * (static_cast<double>(h.args.softmax_scale) * kLog2E);
+    const double factor = h.key_scale[i * h.scale_stride] * score_factor(h.args);
     return is_scale(h.key_scale[i * h.scale_stride]) && is_scale(h.value_scale[i * h.scale_stride]) &&
            static_cast<float>(factor) < __builtin_inff();
 }
 
 static HeadScales scales_of(const Head& h) {
     HeadScales scales{true, 0.0f};
-    const double to_log2 = static_cast<double>(h.args.softmax_scale) * kLog2E;
+    const double to_score = score_factor(h.args);
     if (h.scale_stride == 0) {
         const float *s = h.args.scales;
-        scales.factor = static_cast<float>(static_cast<double>(s[0]) * s[1] * to_log2);
+        scales.factor = static_cast<float>(static_cast<double>(s[0]) * s[1] * to_score);
         scales.usable = is_scale(s[0]) && is_scale(s[1]) && is_scale(s[2]) && scales.factor < __builtin_inff();
         return scales;
     }
     const float *key = h.key_scale, *value = h.value_scale;
     for (int64_t i = 0; i < h.keys; ++i, key += h.scale_stride, value += h.scale_stride) {
-        h.key_factors[i] = static_cast<float>(*key * to_log2);
+        h.key_factors[i] = static_cast<float>(*key * to_score);
         h.value_scales[i] = *value;
         const bool usable = is_scale(*key) && is_scale(*value) && h.key_factors[i] < __builtin_inff();
         if (!usable) h.key_factors[i] = h.value_scales[i] = 0.0f;  // rows that do not see it shall not notice
