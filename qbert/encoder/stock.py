@@ -96,9 +96,10 @@ def _parts_by_pattern(base: nn.Module, family: EncoderFamily) -> dict[str, tuple
     layer = f"{family.layers}.*"
     own: dict[str | None, Part] = dict.fromkeys((paths.words, paths.positions, paths.token_types), _TABLE)
     own |= {paths.norm: _NORM, paths.projection: _LINEAR}
-    own |= {f"{layer}.{each}": _LINEAR for each in program.linears} | {
-        f"{layer}.{each}": _NORM for each in program.norms
-    }
+    for each in program.linears:
+        own[f"{layer}.{each}"] = _LINEAR
+    for each in program.norms:
+        own[f"{layer}.{each}"] = _NORM
     found = {path: (part, True) for path, part in family.stock.items()}
     return {path: (part, False) for path, part in own.items() if path is not None} | found
 

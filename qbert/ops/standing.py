@@ -54,4 +54,4 @@ class Bytes:
     def _read(self) -> object:
         if _cpu is not None:
             return _cpu.digest_of_pieces(self._address, len(self._tensors))
-        return b"".join([memoryview(each.reshape(-1).view(torch.uint8).numpy()) for each in self._tensors])
+        return b"".join([each.reshape(-1).view(torch.uint8).numpy().data for each in self._tensors])
