@@ -19,7 +19,7 @@ def _same_places(dicts: list[dict[Any, Any]], names: list[Any], things: list[obj
     return all(map(is_, map(dict.get, dicts, names), things))
 
 
-def _same_types(objects: list[object], types: list[type]) -> bool:
+def _same_types(objects: Sequence[object], types: list[type]) -> bool:
     """Whether each object is of that very type."""
     return all(map(is_, map(type, objects), types))
 
