@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import is_tracing
 
 from qbert.encoder.batch import Batch, Inputs
 from qbert.encoder.calibration import Calibration
@@ -92,7 +93,7 @@ class FusedForward:
         return encoder
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.jit.is_tracing() or _is_exporting():
+        if is_tracing() or _is_exporting():
             raise QBertError(_refusal("torch.export or torch.jit.trace", "call qbert.unfuse_(model) first"))
         return self._untraced(args, kwargs)
 

@@ -110,7 +110,8 @@ def _parts_by_pattern(base: nn.Module, family: EncoderFamily) -> dict[str, tuple
 
 def in_training(base: nn.Module, family: EncoderFamily) -> str | None:
     """The path of a module that computes something else in training mode and is in it, None where there is none."""
-    return next((each.path for each in found_in(base, family) if each.inside and each.module.training), None)
+    found = (each for each in found_in(base, family) if each.inside and not isinstance(each.module, nn.ModuleList))
+    return next((each.path for each in found if each.module.training), None)
 
 
 # ---- why not --------------------------------------------------------------------------------------------------------
