@@ -108,8 +108,9 @@ class Record(BaseModel):
         """Plain data for a configuration file. What says nothing is left out, so that older versions read it too."""
         unused = {name for name in ("fuse", "calibration") if not getattr(self, name)}
         data = self.model_dump(mode="json", exclude=unused)
-        if self.calibration is not None and self.format_version == 1:
-            data["calibration"] = self.calibration.to_version_1()  # what its digest is of
+        if self.calibration is not None:  # as its version and its age spelled it: that is what its digest is of
+            old = self.format_version == 1
+            data["calibration"] = self.calibration.to_version_1() if old else self.calibration.to_dict()
         return data
 
     def canonical(self) -> str:

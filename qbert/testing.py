@@ -192,6 +192,31 @@ def _draw_attention(draw: _Draw) -> Attention:
     return Attention(qkv, scales, bounds, heads, head_dim**-0.5, None, None, None, draw.dtype)
 
 
+def with_pattern(
+    a: Attention, *, window: int | None = None, reach: int | None = None, floats: torch.dtype | None = None,
+    dynamic: bool = False, rotary: bool = False, seed: int = 0,
+) -> Attention:  # fmt: skip
+    """A random problem of attention with more of the operation's fields in use.
+
+    Args:
+        window: see `Attention`.
+        reach: of random biases; None for none.
+        floats: type of random floats in place of codes; with `dynamic` scales or the problem's static ones, of which
+            `rotary` turns queries and keys.
+    """
+    generator = torch.Generator().manual_seed(seed + 2)
+    longest = max([0, *a.cu_seqlens.diff().tolist()])
+    qkv, scales, turns = a.qkv, a.scales, None
+    if floats is not None:
+        qkv = (torch.randn(a.qkv.shape, generator=generator) * 2).to(floats)
+        scales = None if dynamic else scales
+    if rotary:
+        angles = torch.rand(longest + 2, a.head_dim // 2, generator=generator) * 6
+        turns = torch.cat((angles.cos(), angles.sin()), dim=1)
+    bias = None if reach is None else torch.randn(a.heads, 2 * reach + 1, generator=generator) * 2
+    return a._replace(qkv=qkv, scales=scales, window=window, bias=bias, rotary=turns)
+
+
 def _draw_add_norm(draw: _Draw) -> AddNorm:
     return AddNorm(draw.activations(), draw.normal(draw.t, draw.k), draw.norm(draw.k), draw.keeps)
 

@@ -22,7 +22,7 @@ import torch
 import transformers
 from small_encoders import (
     A8,
-    FOUR,
+    EVERY,
     VARIANTS,
     calibration_of,
     float_model,
@@ -262,7 +262,7 @@ def test_limits_that_are_none(field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", FOUR)
+@pytest.mark.parametrize("family", EVERY)
 def test_a_graph_gives_the_bits_of_an_eager_run(family: str, variant: str, recorders: list[_Recorder]) -> None:
     model = fused_model(f"{family}Model", variant)
     eager = [hidden_of(model, **batch) for batch in BATCHES]

@@ -498,11 +498,13 @@ def test_nothing_is_written_beyond_the_results(k: int, dtype: torch.dtype, isa: 
 @pytest.mark.parametrize("head_dim", [1, 15, 17, 64])
 def test_attention_writes_nothing_beyond_its_result(head_dim: int, dtype: torch.dtype, isa: str) -> None:
     problem = _attention([7, 20], 2, head_dim, dtype=dtype)
-    qkv, scales, bounds, heads, softmax_scale, _ = problem
+    qkv, scales, bounds, heads, softmax_scale, *_ = problem
+    assert scales is not None
     expected, out = run(problem), Guarded((27, 2 * head_dim), dtype)
     float_type = FLOAT_TYPES[dtype]
-    addresses = (qkv.data_ptr(), scales.data_ptr(), False, bounds.data_ptr())
-    assert _cpu.attention(*addresses, 2, 27, heads, head_dim, softmax_scale, out.address, float_type, 1.0, 1)
+    addresses = (qkv.data_ptr(), -1, scales.data_ptr(), False, bounds.data_ptr())
+    pattern = (-1, 0, 0, 0, 0)
+    assert _cpu.attention(*addresses, 2, 27, heads, head_dim, softmax_scale, *pattern, out.address, float_type, 1.0, 1)
     out.check(expected)
 
 

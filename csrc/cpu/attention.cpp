@@ -13,20 +13,26 @@ struct Sequence {
     int64_t start, length;
 };
 
-// Heads first ... last - 1 of all heads of all sequences, one sequence after the other.
+// Pieces first ... last - 1.
 struct Task {
-    int64_t first, last;
+    size_t first, last;
 };
 
 constexpr double kTaskCost = 1.25e6;  // about ten microseconds
+
+// Queries of a piece where a head is cut: a window's keys are packed once for so many, and their scores stay in the cache.
+constexpr int64_t kQueryBlock = 256;
 
 thread_local Scratch scratch_heads;  // of the calling thread, for all workers of its region
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Of one head: products and softmax of all pairs of tokens, and what is done once for a token.
-double cost_of(int64_t length, int64_t head_dim) {
-    return static_cast<double>(length) * static_cast<double>(length + 32) * static_cast<double>(head_dim + 32);
+bool is_windowed(const AttentionArgs& args, int64_t length) { return args.window >= 0 && args.window < length - 1; }
+
+// Products and softmax of all pairs of a query and a key that it may see, and what is done once for a token.
+double cost_of(const AttentionArgs& args, const AttentionPart& part) {
+    const int64_t keys = is_windowed(args, part.length) ? std::min(part.length, 2 * args.window + 32) : part.length;
+    return static_cast<double>(part.last - part.first) * static_cast<double>(keys + 32) * static_cast<double>(args.head_dim + 32);
 }
 
 // Those that have tokens, the longest first: what is left for the end is small.
@@ -41,26 +47,50 @@ std::vector<Sequence> sequences_of(const int32_t* cu_seqlens, int64_t sequences)
     return found;
 }
 
-// Cuts all heads into pieces of about the same cost, each worth a thread's while.
-std::vector<Task> tasks_of(const std::vector<Sequence>& sequences, const AttentionArgs& args, int threads) {
+// All heads of all sequences, one sequence after the other: whole ones, but blocks of queries where windows let a block do with
+// few keys, and where there are too few heads to keep all threads busy.
+std::vector<AttentionPart> pieces_of(const std::vector<Sequence>& sequences, const AttentionArgs& args, int threads) {
+    const bool few = threads > 1 && static_cast<int64_t>(sequences.size()) * args.heads < 4 * threads;
+    std::vector<AttentionPart> pieces;
+    pieces.reserve(sequences.size() * static_cast<size_t>(args.heads));
+    for (const Sequence& each : sequences) {
+        const int64_t block = few || is_windowed(args, each.length) ? kQueryBlock : each.length;
+        for (int64_t head = 0; head < args.heads; ++head) {
+            for (int64_t first = 0; first < each.length; first += block) {
+                pieces.push_back({each.start, each.length, head, first, std::min(first + block, each.length)});
+            }
+        }
+    }
+    return pieces;
+}
+
+// Cuts all pieces into tasks of about the same cost, each worth a thread's while.
+std::vector<Task> tasks_of(const std::vector<AttentionPart>& pieces, const AttentionArgs& args, int threads) {
+    if (threads <= 1) return {{0, pieces.size()}};
     double total = 0;
-    for (const Sequence& each : sequences) total += cost_of(each.length, args.head_dim) * static_cast<double>(args.heads);
+    for (const AttentionPart& each : pieces) total += cost_of(args, each);
     int64_t wanted = std::max<int64_t>(1, static_cast<int64_t>(total / kTaskCost));
     if (wanted > threads) wanted = ceil_div(wanted, threads) * threads;
     std::vector<Task> tasks;
-    int64_t at = 0, first = 0;
+    size_t first = 0;
     double done = 0;
-    for (const Sequence& each : sequences) {
-        for (int64_t head = 0; head < args.heads; ++head) {
-            done += cost_of(each.length, args.head_dim);
-            ++at;
-            if (done * static_cast<double>(wanted) < total * static_cast<double>(tasks.size() + 1) * 0.999) continue;
-            tasks.push_back({first, at});
-            first = at;
-        }
+    for (size_t at = 0; at < pieces.size(); ++at) {
+        done += cost_of(args, pieces[at]);
+        if (done * static_cast<double>(wanted) < total * static_cast<double>(tasks.size() + 1) * 0.999) continue;
+        tasks.push_back({first, at + 1});
+        first = at + 1;
     }
-    if (first < at) tasks.push_back({first, at});
+    if (first < pieces.size()) tasks.push_back({first, pieces.size()});
     return tasks;
+}
+
+// Blocks of one head that see all keys go together: its keys are packed once.
+void run(const Kernels& k, const AttentionArgs& args, const std::vector<AttentionPart>& pieces, const Task& task, void* scratch) {
+    for (size_t at = task.first; at < task.last; ++at) {
+        AttentionPart part = pieces[at];
+        while (!is_windowed(args, part.length) && part.last < part.length && at + 1 < task.last) part.last = pieces[++at].last;
+        k.attention_part(args, part, scratch);
+    }
 }
 
 }  // namespace
@@ -70,22 +100,30 @@ void attention(const AttentionArgs& args, const int32_t* cu_seqlens, int64_t seq
     const std::vector<Sequence> packed = sequences_of(cu_seqlens, sequences);
     if (packed.empty()) return;
     threads = std::max(threads, 1);
-    const std::vector<Task> tasks = threads > 1 ? tasks_of(packed, args, threads)
-                                                : std::vector<Task>{{0, static_cast<int64_t>(packed.size()) * args.heads}};
+    const std::vector<AttentionPart> pieces = pieces_of(packed, args, threads);
+    const std::vector<Task> tasks = tasks_of(pieces, args, threads);
     const Kernels& k = kernels();
-    const int64_t per_worker = ceil_div(k.attention_scratch_bytes(args, packed.front().length), 4096) * 4096;
+    const int64_t longest = packed.front().length, queries = is_windowed(args, longest) ? kQueryBlock : longest;
+    const int64_t shorter = std::min(longest, args.window + 1);  // the longest that sees all of itself, where others do not
+    const int64_t bytes = std::max(k.attention_scratch_bytes(args, longest, std::min(queries, longest)),
+                                   shorter > 0 ? k.attention_scratch_bytes(args, shorter, shorter) : 0);
+    const int64_t per_worker = ceil_div(bytes, 4096) * 4096;
     const int64_t workers = tasks.size() > 1 ? threads : 1;
     uint8_t* scratch = static_cast<uint8_t*>(scratch_heads.get(workers * per_worker));
     parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t task, int worker) {
-        for (int64_t i = tasks[static_cast<size_t>(task)].first; i < tasks[static_cast<size_t>(task)].last; ++i) {
-            const Sequence& each = packed[static_cast<size_t>(i / args.heads)];
-            k.attention_head(args, each.start, each.length, i % args.heads, scratch + worker * per_worker);
-        }
+        run(k, args, pieces, tasks[static_cast<size_t>(task)], scratch + worker * per_worker);
     });
 }
 
 bool bounds_cover(const int32_t* cu_seqlens, int64_t sequences, int64_t t) {
     return cu_seqlens[0] == 0 && cu_seqlens[sequences] == t && std::is_sorted(cu_seqlens, cu_seqlens + sequences + 1);
+}
+
+bool positions_cover(const int32_t* cu_seqlens, int64_t sequences, int64_t positions) {
+    for (int64_t i = 0; i < sequences; ++i) {
+        if (cu_seqlens[i + 1] - cu_seqlens[i] > positions) return false;
+    }
+    return true;
 }
 
 }  // namespace qbert

@@ -2,6 +2,8 @@
 // addresses are taken; numbers in tensors that say where to read (ids, bounds, outliers) are checked here.
 #include "cpu/bind.h"
 
+#include <algorithm>
+
 #include "cpu/attention.h"
 #include "cpu/outliers.h"
 #include "cpu/rows.h"
@@ -69,13 +71,20 @@ bool call_embed_norm_rows(const Weight& words, const Weight& positions, const We
     return true;
 }
 
-// out_type is a FloatType, or -1 for int8 with one static scale.
-bool call_attention(uintptr_t qkv, uintptr_t scales, bool scales_per_token, uintptr_t cu_seqlens, int64_t sequences, int64_t t,
-                    int64_t heads, int64_t head_dim, float softmax_scale, uintptr_t out, int out_type, float inverse_out_scale,
-                    int threads) {
+// qkv_type and out_type are a FloatType, or -1 for int8; window is below 0 for none.
+bool call_attention(uintptr_t qkv, int qkv_type, uintptr_t scales, bool scales_per_token, uintptr_t cu_seqlens, int64_t sequences,
+                    int64_t t, int64_t heads, int64_t head_dim, float softmax_scale, int64_t window, uintptr_t bias, int64_t reach,
+                    uintptr_t rotary, int64_t positions, uintptr_t out, int out_type, float inverse_out_scale, int threads) {
     if (!bounds_cover(at<const int32_t>(cu_seqlens), sequences, t)) return false;
+    if (rotary != 0 && !positions_cover(at<const int32_t>(cu_seqlens), sequences, positions)) return false;
     AttentionArgs args{};
-    args.qkv = at<const int8_t>(qkv);
+    args.qkv = at<const void>(qkv);
+    args.floats = qkv_type >= 0;
+    args.qkv_type = args.floats ? static_cast<FloatType>(qkv_type) : FloatType::f32;
+    args.window = std::min(window, int64_t{1} << 31);  // longer than any sequence, and far from where sums overflow
+    args.bias = at<const float>(bias);
+    args.reach = reach;
+    args.rotary = at<const float>(rotary);
     args.scales = at<const float>(scales);
     args.scales_per_token = scales_per_token;
     args.heads = heads;
@@ -100,7 +109,8 @@ void bind_rows(py::module_& m) {
     m.def("embed_norm_rows", &call_embed_norm_rows, Free(),
           "See EmbedNormArgs in csrc/cpu/kernels.h; false, with nothing done, if an id or an outlier lies outside.");
     m.def("attention", &call_attention, Free(),
-          "See AttentionArgs in csrc/cpu/kernels.h; false, with nothing done, if cu_seqlens does not ascend from 0 to t.");
+          "See AttentionArgs in csrc/cpu/kernels.h; false, with nothing done, if cu_seqlens does not ascend from 0 to t, or if "
+          "a sequence has more tokens than rotary has positions.");
     m.attr("MAX_ATTENTION_TERMS") = kMaxAttentionTerms;
 }
 

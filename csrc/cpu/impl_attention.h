@@ -1,9 +1,11 @@
 // Attention of one head of one sequence: scores and the product with the values are integer products, the softmax between them
 // is float32. See attention in qbert/ops/reference.py for the formula.
 //
-// Keys become panels whose lanes are keys, values panels whose lanes are channels, both once. Then 16 queries at a time (or as
-// many as one `dot` takes): all their scores, their softmax to 8-bit probabilities, the product of those with the values. Which
-// scores are added up together depends on the sequence alone, so neither the batch nor the instruction set shows in a bit.
+// Keys become panels whose lanes are keys, values panels whose lanes are channels, both once a part. Then 16 queries at a time (or
+// as many as one `dot` takes): all their scores, their softmax to 8-bit probabilities, the product of those with the values. Which
+// scores are added up together depends on the sequence alone, so neither the batch nor the instruction set shows in a bit. With a
+// window a part packs the keys that its queries see, from a multiple of 64 on, and 16 queries pass those that they see, from a
+// multiple of 16 on: a key is in the same lane wherever the keys begin, and one that is not seen adds 0.
 #pragma once
 
 #include "cpu/expand.h"
@@ -18,76 +20,174 @@ namespace QBERT_ISA {
 constexpr int kQueries = kStripTokens * kStripsPerDot;
 constexpr int64_t kBlockKeys = kBlockPanels * kPanelLanes;  // keys whose scores one `dot` computes
 constexpr float kProbabilityMax = 255.0f;
+constexpr double kLog2E = 1.4426950408889634;
 
-// Where things lie in the scratch memory of one head, in bytes.
+QBERT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+QBERT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+QBERT_INLINE int64_t multiple(int64_t x, int64_t of) { return (x + of - 1) / of * of; }
+
+// Whether some query of such a sequence does not see all of it.
+QBERT_INLINE bool is_windowed(const AttentionArgs& args, int64_t length) { return args.window >= 0 && args.window < length - 1; }
+
+// Where things lie in the scratch memory of a part, in bytes.
 struct HeadPlan {
     int64_t key_quads, key_stride, key_panels;        // panels of 16 keys along the channels, with the row of their sums
     int64_t value_quads, value_stride, value_panels;  // panels of 16 channels along the keys
     int64_t row_codes;                                // of one query: a byte for each key, and room for whole blocks
-    int64_t keys, values, queries, weights, codes, scores, key_factors, value_scales, bytes;
+    int64_t keys, values, queries, weights, codes, scores, key_factors, value_scales;
+    int64_t biases;                                   // of every distance between a query and a key of the part
+    int64_t rounded_stride, rounded, rounded_scales, space;  // of floats: codes of queries, keys, values; two rows of floats
+    int64_t bytes;
 };
 
-static HeadPlan plan_head(const AttentionArgs& args, int64_t length) {
-    const auto multiple = [](int64_t x, int64_t of) { return (x + of - 1) / of * of; };
+static HeadPlan plan_head(const AttentionArgs& args, int64_t queries, int64_t keys) {
     HeadPlan plan{};
     const auto take = [&](int64_t bytes) {
         const int64_t at = plan.bytes;
         plan.bytes += multiple(bytes, 64);
         return at;
     };
+    constexpr int64_t kFloat = sizeof(float);
     plan.key_quads = multiple((args.head_dim + 3) / 4, kQuadMultiple);
     plan.key_stride = (plan.key_quads + 1) * 64;
-    plan.key_panels = (length + kPanelLanes - 1) / kPanelLanes;
-    plan.value_quads = multiple((length + 3) / 4, kQuadMultiple);
+    plan.key_panels = (keys + kPanelLanes - 1) / kPanelLanes;
+    plan.value_quads = multiple((keys + 3) / 4, kQuadMultiple);
     plan.value_stride = plan.value_quads * 64;
     plan.value_panels = (args.head_dim + kPanelLanes - 1) / kPanelLanes;
-    plan.row_codes = multiple(length, kBlockKeys);
+    plan.row_codes = multiple(keys, kBlockKeys);
     plan.keys = take(plan.key_panels * plan.key_stride);
-    plan.values = take(plan.value_panels * plan.value_stride);
+    plan.values = take(plan.value_panels * plan.value_stride + kQuadMultiple * 64);  // a window's keys may end in their midst
     plan.queries = take(kStripsPerDot * strip_bytes_of(plan.key_quads));
     plan.weights = take(kStripsPerDot * strip_bytes_of(plan.value_quads));
     plan.codes = take(kQueries * plan.row_codes);
     plan.scores = take(kQueries * plan.row_codes * static_cast<int64_t>(sizeof(int32_t)));
-    plan.key_factors = take(plan.row_codes * static_cast<int64_t>(sizeof(float)));
-    plan.value_scales = take(plan.row_codes * static_cast<int64_t>(sizeof(float)));
+    plan.key_factors = take(plan.row_codes * kFloat);
+    plan.value_scales = take(plan.row_codes * kFloat);
+    plan.biases = take(args.bias == nullptr ? 0 : (queries + keys + kLanes) * kFloat);
+    plan.rounded_stride = multiple(args.head_dim, kLanes);
+    const int64_t rows = args.floats ? queries + 2 * keys : 0;
+    plan.rounded = take(rows * plan.rounded_stride);
+    plan.rounded_scales = take(rows * kFloat);
+    plan.space = take(args.floats ? 2 * plan.rounded_stride * kFloat : 0);
     return plan;
 }
 
-static int64_t attention_scratch_bytes(const AttentionArgs& args, int64_t length) { return plan_head(args, length).bytes; }
+static int64_t attention_scratch_bytes(const AttentionArgs& args, int64_t length, int64_t queries) {
+    const int64_t seen = is_windowed(args, length) ? queries + 2 * args.window + kBlockKeys : length;
+    return plan_head(args, queries, smaller(seen, length)).bytes;
+}
 
-// One head of one sequence: what it reads, and its scratch memory.
+// A part of a head: what it reads, and its scratch memory. Queries are counted from its first, and keys from its first.
 struct Head {
     const AttentionArgs& args;
+    const AttentionPart& part;
     HeadPlan plan;
-    int64_t start, length, width, stride;  // a token has `width` channels of results and `stride` of codes
-    int64_t channel;                       // the head's first
-    const int8_t *query, *key, *value;     // of the first token
-    int8_t *keys, *values;
-    uint8_t *queries, *weights, *codes;
+    int64_t first_key, keys, queries;  // first_key is counted from the sequence's start
+    bool windowed;
+    int64_t width, channel;            // a token has `width` channels of results; the head's first
+    int64_t stride;                    // of codes, from a token to the next
+    const int8_t *query, *key, *value;
+    int64_t scale_stride;              // from a token to the next; 0 where all have one
+    const float *query_scale, *key_scale, *value_scale;
+    int8_t *key_panels, *value_panels;
+    uint8_t *query_strips, *weights, *codes;
     int32_t* scores;
-    float *key_factors, *value_scales;
+    float *key_factors, *value_scales, *biases, *space;
 };
 
-static Head head_of(const AttentionArgs& args, int64_t start, int64_t length, int64_t head, void* scratch) {
-    const HeadPlan plan = plan_head(args, length);
-    const int64_t width = args.heads * args.head_dim, channel = head * args.head_dim;
-    const int8_t* query = args.qkv + start * 3 * width + channel;
+static void find_codes(Head& h) {
+    const int64_t token = h.part.start * 3 * h.width + h.channel;
+    const int8_t* codes = static_cast<const int8_t*>(h.args.qkv) + token;
+    h.stride = 3 * h.width;
+    h.query = codes + h.part.first * h.stride;
+    h.key = codes + h.first_key * h.stride + h.width;
+    h.value = h.key + h.width;
+    h.scale_stride = h.args.scales_per_token ? 3 : 0;
+    h.query_scale = h.args.scales + (h.part.start + h.part.first) * h.scale_stride;
+    h.key_scale = h.args.scales + (h.part.start + h.first_key) * h.scale_stride + 1;
+    h.value_scale = h.key_scale + 1;
+}
+
+static Head head_of(const AttentionArgs& args, const AttentionPart& part, void* scratch) {
+    const bool windowed = is_windowed(args, part.length);
+    const int64_t first = windowed ? larger(part.first - args.window, 0) / kBlockKeys * kBlockKeys : 0;
+    const int64_t last = windowed ? smaller(part.last + args.window, part.length) : part.length;
+    const int64_t queries = part.last - part.first;
+    const HeadPlan plan = plan_head(args, queries, last - first);
     uint8_t* memory = static_cast<uint8_t*>(scratch);
     const auto codes_at = [&](int64_t at) { return reinterpret_cast<int8_t*>(memory + at); };
     const auto floats_at = [&](int64_t at) { return reinterpret_cast<float*>(memory + at); };
-    return Head{args, plan, start, length, width, 3 * width, channel, query, query + width, query + 2 * width,
-                codes_at(plan.keys), codes_at(plan.values), memory + plan.queries, memory + plan.weights, memory + plan.codes,
-                reinterpret_cast<int32_t*>(memory + plan.scores), floats_at(plan.key_factors), floats_at(plan.value_scales)};
+    return Head{args, part, plan, first, last - first, queries, windowed, args.heads * args.head_dim, part.head * args.head_dim, 0,
+                nullptr, nullptr, nullptr, 0, nullptr, nullptr, nullptr, codes_at(plan.keys), codes_at(plan.values),
+                memory + plan.queries, memory + plan.weights, memory + plan.codes,
+                reinterpret_cast<int32_t*>(memory + plan.scores), floats_at(plan.key_factors), floats_at(plan.value_scales),
+                floats_at(plan.biases), floats_at(plan.space)};
 }
 
-QBERT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+// ---- floats ----
+
+// A row whose halves (a, b) are turned by the angles of a position: (a cos - b sin, b cos + a sin).
+static const float* rotate_row(const float* x, const float* cosine, int64_t k, float* to) {
+    const int64_t half = k / 2;
+    const float* sine = cosine + half;
+    for_vectors(half, [&](int64_t at, int64_t count, int) __attribute__((always_inline)) {
+        const f32x16 a = load_part(x + at, count), b = load_part(x + half + at, count);
+        const f32x16 c = load_part(cosine + at, count), s = load_part(sine + at, count);
+        store_part(to + at, count, a * c - b * s);
+        store_part(to + half + at, count, b * c + a * s);
+    });
+    return to;
+}
+
+static void round_row(const float* x, int64_t k, float inverse, int8_t* codes) {
+    for_vectors(k, [&](int64_t at, int64_t count, int) __attribute__((always_inline)) {
+        store_static_codes(codes + at, count, load_part(x + at, count) * inverse);
+    });
+}
+
+// Codes of `count` rows from position `first` on; `which`: queries, keys or values. Scales too where they are taken here.
+static void round_rows(const Head& h, int which, int64_t first, int64_t count, int8_t* codes, float* scales) {
+    const AttentionArgs& args = h.args;
+    const int64_t k = args.head_dim;
+    for (int64_t i = 0; i < count; ++i, codes += h.plan.rounded_stride) {
+        const int64_t token = h.part.start + first + i;
+        const float* x = float_row(args.qkv, args.qkv_type, (3 * token + which) * h.width + h.channel, k, h.space);
+        if (args.rotary != nullptr && which < 2) {
+            x = rotate_row(x, args.rotary + (first + i) * k, k, h.space + h.plan.rounded_stride);
+        }
+        if (args.scales != nullptr) {
+            round_row(x, k, 1.0f / args.scales[which], codes);
+            continue;
+        }
+        RowMax absmax;
+        for_vectors(k, [&](int64_t at, int64_t now, int) __attribute__((always_inline)) { absmax.add(load_part(x + at, now)); });
+        quantize_row(x, k, absmax.total(), codes, scales + i);
+    }
+}
+
+static void round_floats(Head& h, void* scratch) {
+    int8_t* codes = static_cast<int8_t*>(scratch) + h.plan.rounded;
+    float* scales = reinterpret_cast<float*>(static_cast<int8_t*>(scratch) + h.plan.rounded_scales);
+    int8_t *key = codes + h.queries * h.plan.rounded_stride, *value = key + h.keys * h.plan.rounded_stride;
+    float *key_scale = scales + h.queries, *value_scale = key_scale + h.keys;
+    round_rows(h, 0, h.part.first, h.queries, codes, scales);
+    round_rows(h, 1, h.first_key, h.keys, key, key_scale);
+    round_rows(h, 2, h.first_key, h.keys, value, value_scale);
+    const bool dynamic = h.args.scales == nullptr;
+    h.stride = h.plan.rounded_stride;
+    h.query = codes, h.key = key, h.value = value;
+    h.scale_stride = dynamic ? 1 : 0;
+    h.query_scale = dynamic ? scales : h.args.scales;
+    h.key_scale = dynamic ? key_scale : h.args.scales + 1;
+    h.value_scale = dynamic ? value_scale : h.args.scales + 2;
+}
 
 // ---- packing ----
 
 static void pack_keys(const Head& h) {
     for (int64_t panel = 0; panel < h.plan.key_panels; ++panel) {
-        const int64_t first = panel * kPanelLanes, rows = smaller(h.length - first, kPanelLanes);
-        int8_t* to = h.keys + panel * h.plan.key_stride;
+        const int64_t first = panel * kPanelLanes, rows = smaller(h.keys - first, kPanelLanes);
+        int8_t* to = h.key_panels + panel * h.plan.key_stride;
         pack_words(h.key + first * h.stride, rows, h.args.head_dim, h.stride, h.plan.key_quads, 0, to);
         sum_lanes_of_panel(to, h.plan.key_quads);
     }
@@ -97,16 +197,16 @@ static void pack_values(const Head& h) {
     for (int64_t panel = 0; panel < h.plan.value_panels; ++panel) {
         const int64_t lanes = smaller(h.args.head_dim - panel * kPanelLanes, kPanelLanes);
         const int8_t* from = h.value + panel * kPanelLanes;
-        int8_t* to = h.values + panel * h.plan.value_stride;
+        int8_t* to = h.value_panels + panel * h.plan.value_stride;
         int64_t row = 0;
-        for (; lanes == kPanelLanes && row + 4 <= h.length; row += 4) {
+        for (; lanes == kPanelLanes && row + 4 <= h.keys; row += 4) {
             const int8_t* four = from + row * h.stride;
             const byte16 low = load16(four), second = load16(four + h.stride), third = load16(four + 2 * h.stride);
             interleave_bytes(low, second, third, load16(four + 3 * h.stride), to + row * 16);
         }
         for (; row < 4 * h.plan.value_quads; row += 4) {
             byte16 four[4] = {};
-            for (int64_t j = 0; j < 4 && row + j < h.length; ++j) four[j] = load_some(from + (row + j) * h.stride, lanes);
+            for (int64_t j = 0; j < 4 && row + j < h.keys; ++j) four[j] = load_some(from + (row + j) * h.stride, lanes);
             interleave_bytes(four[0], four[1], four[2], four[3], to + row * 16);
         }
     }
@@ -117,7 +217,6 @@ static void pack_values(const Head& h) {
 // 255 * 2^r for |r| <= 1/2, exact for 0: our own minimax fit, relative error 9e-8.
 constexpr float kPower[6] = {255.0f, 176.752480f, 61.2567177f, 14.1543710f, 2.46623572f, 0.338250544f};
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: a small number added to it is rounded to an integer, in its lowest bits
-constexpr double kLog2E = 1.4426950408889634;
 
 // 255 * 2^v for v <= 0; below 2^-126 it is 0, and so it is for NaN, whose row is made NaN elsewhere.
 QBERT_INLINE f32x16 power(f32x16 v) {
@@ -280,73 +379,229 @@ static void softmax_per_token(const StripRows& strip, const float* s_query, cons
     store(strip.factors, largest / kProbabilityMax / sum_rows(total));
 }
 
+// ---- softmax over what a row sees ----
+
+// What a row sees: keys first ... last - 1, counted from the strip's first key, and the biases from that key on.
+struct Sight {
+    int64_t first, last;
+    const float* biases;
+};
+
+// Calls use(score, key) for vectors of 16 keys that cover what a row sees.
+template <class Score, class Use>
+QBERT_INLINE void for_seen(const StripRows& strip, int64_t i, const Sight& sight, Use use) {
+    Score* row = static_cast<Score*>(strip.scores) + i * kBlockKeys;
+    for (int64_t key = sight.first / kLanes * kLanes; key < sight.last; key += kLanes) {
+        use(row + key / kBlockKeys * kBlockStride + key % kBlockKeys, key);
+    }
+}
+
+// -1 in the lanes of keys from `key` on that a row sees.
+QBERT_INLINE i32x16 seen_lanes(const Sight& sight, int64_t key) {
+    const i32x16 place = load(kLaneNumbers) + static_cast<int32_t>(key - sight.first);
+    return (u32x16)place < static_cast<uint32_t>(sight.last - sight.first);
+}
+
+// Scores of row i to floats, those of keys that it does not see to minus infinity; a vector whose lanes' largest is the row's.
+// Without biases they are still to be multiplied with `factor`; with biases they are powers of e, which rounds the scores and
+// not what is left of them below the largest.
+template <bool kPerToken, bool kBias>
+QBERT_INLINE f32x16 scores_seen(const StripRows& strip, int64_t i, const Sight& sight, float factor, const float* key_factors) {
+    f32x16 largest = broadcast(-__builtin_inff());
+    for_seen<int32_t>(strip, i, sight, [&](int32_t* score, int64_t key) __attribute__((always_inline)) {
+        f32x16 x = to_float(load(score));
+        if (kPerToken) x *= load(key_factors + key);
+        if (kBias) x = madd(x, broadcast(factor), load(sight.biases + key));
+        x = select(seen_lanes(sight, key), x, broadcast(-__builtin_inff()));
+        largest = max(largest, x);
+        store(reinterpret_cast<float*>(score), x);
+    });
+    return largest;
+}
+
+// As softmax_static and softmax_per_token, for rows that see different keys, or have biases. `row_factors` are of scores times
+// log2(e), or without it where there are biases; key_factors, value_scales and biases begin with the strip's first key.
+template <bool kPerToken, bool kBias>
+QBERT_NOINLINE void softmax_seen(const StripRows& strip, const Sight* sight, const float* row_factors, const float* key_factors,
+                                 const float* value_scales, float s_value) {
+    f32x16 part[kLanes] = {}, total[kLanes] = {};
+    float tops[kLanes], inverses[kLanes];
+    for (int64_t i = 0; i < strip.rows; ++i) {
+        part[i] = scores_seen<kPerToken, kBias>(strip, i, sight[i], row_factors[i], key_factors);
+    }
+    store(tops, max_rows(part));
+    for (int64_t i = 0; i < strip.rows; ++i) {
+        const f32x16 top = broadcast(tops[i]), factor = broadcast(row_factors[i]);
+        uint8_t* codes = strip.codes + i * strip.row_codes;
+        memset(codes, 0, static_cast<size_t>(multiple(strip.length, kBlockKeys)));
+        f32x16 sum{}, largest{};
+        for_seen<float>(strip, i, sight[i], [&](float* score, int64_t key) __attribute__((always_inline)) {
+            const f32x16 e = power((load(score) - top) * (kBias ? broadcast(static_cast<float>(kLog2E)) : factor));
+            sum += e;
+            if (!kPerToken) return store_probabilities(codes + key, e);
+            const f32x16 weight = e * load(value_scales + key);
+            largest = max(largest, weight);
+            store(score, weight);
+        });
+        total[i] = sum;
+        part[i] = largest;
+    }
+    if (!kPerToken) return store(strip.factors, s_value / sum_rows(total));
+    const f32x16 largest = max_rows(part);
+    store(inverses, kProbabilityMax / largest);
+    for (int64_t i = 0; i < strip.rows; ++i) {
+        const f32x16 inverse = broadcast(inverses[i]);
+        uint8_t* codes = strip.codes + i * strip.row_codes;
+        for_seen<float>(strip, i, sight[i], [&](float* score, int64_t key) __attribute__((always_inline)) {
+            store_probabilities(codes + key, load(score) * inverse);
+        });
+    }
+    store(strip.factors, largest / kProbabilityMax / sum_rows(total));
+}
+
+// The biases of a part's head: at index d - (first key - last query) that of a key d after its query.
+static void spread_biases(const Head& h) {
+    const int64_t reach = h.args.reach, least = h.first_key - (h.part.last - 1);
+    const float* bias = h.args.bias + h.part.head * (2 * reach + 1) + reach;
+    for (int64_t i = 0; i < h.queries + h.keys + kLanes; ++i) {
+        const int64_t distance = larger(-reach, smaller(reach, least + i));
+        h.biases[i] = bias[distance];
+    }
+}
+
 // ---- scales ----
 
 QBERT_INLINE bool is_scale(float scale) { return scale > 0.0f && scale < __builtin_inff(); }
 
-// What the softmax needs of the scales, once for a head; a row's factor is NaN where a scale it depends on is none.
+// What the softmax needs of the scales, once for a part; a row's factor is NaN where a scale it depends on is none.
 struct HeadScales {
-    const float* token;  // (3,) of the first token, or of all
-    bool usable;         // those that all rows depend on
-    float factor;        // static: of the scores, times log2(e)
-
-    float query(const Head& h, int64_t i) const { return token[h.args.scales_per_token ? 3 * i : 0]; }
+    bool usable;   // those that all rows depend on, or some
+    float factor;  // static: of the scores, as score_factor
 };
 
+// On the product of two codes' scales.
+QBERT_INLINE double score_factor(const AttentionArgs& args) {
+    return static_cast<double>(args.softmax_scale) * (args.bias == nullptr ? kLog2E : 1.0);
+}
+
+QBERT_INLINE bool key_is_usable(const Head& h, int64_t i) {
+    const double factor = h.key_scale[i * h.scale_stride] * score_factor(h.args);
+    return is_scale(h.key_scale[i * h.scale_stride]) && is_scale(h.value_scale[i * h.scale_stride]) &&
+           static_cast<float>(factor) < __builtin_inff();
+}
+
 static HeadScales scales_of(const Head& h) {
-    HeadScales scales{h.args.scales + (h.args.scales_per_token ? 3 * h.start : 0), true, 0.0f};
-    const double to_log2 = static_cast<double>(h.args.softmax_scale) * kLog2E;
-    const float* s = scales.token;
-    if (!h.args.scales_per_token) {
-        scales.factor = static_cast<float>(static_cast<double>(s[0]) * s[1] * to_log2);
+    HeadScales scales{true, 0.0f};
+    const double to_score = score_factor(h.args);
+    if (h.scale_stride == 0) {
+        const float *s = h.args.scales;
+        scales.factor = static_cast<float>(static_cast<double>(s[0]) * s[1] * to_score);
         scales.usable = is_scale(s[0]) && is_scale(s[1]) && is_scale(s[2]) && scales.factor < __builtin_inff();
         return scales;
     }
-    for (int64_t i = 0; i < h.length; ++i, s += 3) {
-        h.key_factors[i] = static_cast<float>(s[1] * to_log2);
-        h.value_scales[i] = s[2];
-        scales.usable &= is_scale(s[1]) && is_scale(s[2]) && h.key_factors[i] < __builtin_inff();
+    const float *key = h.key_scale, *value = h.value_scale;
+    for (int64_t i = 0; i < h.keys; ++i, key += h.scale_stride, value += h.scale_stride) {
+        h.key_factors[i] = static_cast<float>(*key * to_score);
+        h.value_scales[i] = *value;
+        const bool usable = is_scale(*key) && is_scale(*value) && h.key_factors[i] < __builtin_inff();
+        if (!usable) h.key_factors[i] = h.value_scales[i] = 0.0f;  // rows that do not see it shall not notice
+        scales.usable &= usable;
     }
-    for (int64_t i = h.length; i < h.plan.row_codes; ++i) h.key_factors[i] = h.value_scales[i] = 0.0f;
+    for (int64_t i = h.keys; i < h.plan.row_codes; ++i) h.key_factors[i] = h.value_scales[i] = 0.0f;
     return scales;
 }
 
-// ---- one head ----
+// ---- one part ----
 
-// Sums of products of queries first ... first + rows - 1 with all keys.
-static void score(const Head& h, int64_t first, int64_t rows) {
+// Queries that go through it together, and the keys that one of them or more sees.
+struct Group {
+    int64_t first, rows, key, keys;
+
+    int64_t quads() const { return multiple((keys + 3) / 4, kQuadMultiple); }
+};
+
+static Group group_of(const Head& h, int64_t first) {
+    const int64_t rows = smaller(h.queries - first, kQueries);
+    if (!h.windowed) return {first, rows, 0, h.keys};
+    const int64_t query = h.part.first + first - h.first_key;  // counted as keys are
+    const int64_t key = larger(query - h.args.window, 0) / kLanes * kLanes;
+    return {first, rows, key, smaller(query + rows + h.args.window, h.keys) - key};
+}
+
+// Sums of products of a group's queries with its keys.
+static void score(const Head& h, const Group& group) {
     const HeadPlan& plan = h.plan;
-    for (int64_t i = 0; i < rows; i += kStripTokens) {
-        const int8_t* from = h.query + (first + i) * h.stride;
-        uint8_t* to = h.queries + i / kStripTokens * strip_bytes_of(plan.key_quads);
-        pack_codes(from, smaller(rows - i, kStripTokens), h.args.head_dim, h.stride, plan.key_quads, to);
+    for (int64_t i = 0; i < group.rows; i += kStripTokens) {
+        const int8_t* from = h.query + (group.first + i) * h.stride;
+        uint8_t* to = h.query_strips + i / kStripTokens * strip_bytes_of(plan.key_quads);
+        pack_codes(from, smaller(group.rows - i, kStripTokens), h.args.head_dim, h.stride, plan.key_quads, to);
     }
     int32_t* scores = h.scores;
-    for (int64_t panel = 0; panel < plan.key_panels; panel += kBlockPanels, scores += kBlockStride) {
-        const int8_t* keys = h.keys + panel * plan.key_stride;
-        const int64_t panels = smaller(plan.key_panels - panel, kBlockPanels);
-        dot<false>(h.queries, rows, keys, plan.key_stride, panels, plan.key_quads, plan.key_quads, scores);
+    const int64_t end = (group.key + group.keys + kPanelLanes - 1) / kPanelLanes;
+    for (int64_t panel = group.key / kPanelLanes; panel < end; panel += kBlockPanels, scores += kBlockStride) {
+        const int8_t* keys = h.key_panels + panel * plan.key_stride;
+        const int64_t panels = smaller(end - panel, kBlockPanels);
+        dot<false>(h.query_strips, group.rows, keys, plan.key_stride, panels, plan.key_quads, plan.key_quads, scores);
     }
 }
 
+// What each of a strip's rows sees, from the group's query `i` on.
+static void look(const Head& h, const Group& group, int64_t i, int64_t rows, Sight* sight) {
+    for (int64_t j = 0; j < rows; ++j) {
+        const int64_t query = h.part.first + group.first + i + j, at = query - h.first_key - group.key;
+        sight[j].first = h.windowed ? larger(at - h.args.window, 0) : 0;
+        sight[j].last = h.windowed ? smaller(at + h.args.window + 1, group.keys) : group.keys;
+        sight[j].biases = h.biases + group.key + h.part.last - 1 - query;
+    }
+}
+
+// The softmax of a strip whose rows see different keys, or have biases; false for rows that see a scale that is none.
+static void weigh_seen(const Head& h, const HeadScales& scales, const Group& group, int64_t i, const StripRows& strip,
+                       const float* s_query) {
+    Sight sight[kStripTokens];
+    look(h, group, i, strip.rows, sight);
+    float static_factors[kStripTokens];
+    for (int64_t j = 0; j < kStripTokens; ++j) static_factors[j] = scales.factor;
+    const float *key_factors = h.key_factors + group.key, *value_scales = h.value_scales + group.key;
+    const bool per_token = h.scale_stride != 0, biased = h.args.bias != nullptr;
+    const auto softmax = per_token ? (biased ? softmax_seen<true, true> : softmax_seen<true, false>)
+                                   : (biased ? softmax_seen<false, true> : softmax_seen<false, false>);
+    softmax(strip, sight, per_token ? s_query : static_factors, key_factors, value_scales, *h.value_scale);
+    for (int64_t j = 0; j < strip.rows && !scales.usable; ++j) {
+        bool usable = per_token;
+        for (int64_t key = sight[j].first; key < sight[j].last; ++key) usable = usable && key_is_usable(h, group.key + key);
+        if (!usable) strip.factors[j] = __builtin_nanf("");
+    }
+}
+
+static void weigh_all(const Head& h, const HeadScales& scales, const StripRows& strip, const float* s_query) {
+    if (h.scale_stride != 0) {
+        softmax_per_token(strip, s_query, h.key_factors, h.value_scales);
+    } else {
+        softmax_static(strip, scales.factor, *h.value_scale);
+    }
+    for (int64_t j = 0; j < strip.rows && !scales.usable; ++j) strip.factors[j] = __builtin_nanf("");
+}
+
 // Their probabilities, packed, and the factors on the sums of these times values.
-static void weigh(const Head& h, const HeadScales& scales, int64_t first, int64_t rows, float* factors) {
-    for (int64_t i = 0; i < rows; i += kStripTokens) {
-        const int64_t now = smaller(rows - i, kStripTokens);
+static void weigh(const Head& h, const HeadScales& scales, const Group& group, float* factors) {
+    const bool all = !h.windowed && h.args.bias == nullptr;
+    for (int64_t i = 0; i < group.rows; i += kStripTokens) {
+        const int64_t now = smaller(group.rows - i, kStripTokens);
         uint8_t* codes = h.codes + i * h.plan.row_codes;
-        const StripRows strip{now, h.length, h.scores + i * kBlockKeys, codes, h.plan.row_codes, factors + i};
+        const StripRows strip{now, group.keys, h.scores + i * kBlockKeys, codes, h.plan.row_codes, factors + i};
         float s_query[kStripTokens];
-        for (int64_t j = 0; j < now; ++j) s_query[j] = scales.query(h, first + i + j);
-        if (h.args.scales_per_token) {
-            softmax_per_token(strip, s_query, h.key_factors, h.value_scales);
+        for (int64_t j = 0; j < now; ++j) s_query[j] = h.query_scale[(group.first + i + j) * h.scale_stride];
+        if (all) {
+            weigh_all(h, scales, strip, s_query);
         } else {
-            softmax_static(strip, scales.factor, scales.token[2]);
+            weigh_seen(h, scales, group, i, strip, s_query);
         }
         for (int64_t j = 0; j < now; ++j) {
-            if (!scales.usable || !is_scale(s_query[j])) factors[i + j] = __builtin_nanf("");
+            if (!is_scale(s_query[j])) factors[i + j] = __builtin_nanf("");
         }
-        uint8_t* to = h.weights + i / kStripTokens * strip_bytes_of(h.plan.value_quads);
-        pack_bytes(codes, now, h.length, h.plan.row_codes, h.plan.value_quads, to);
+        uint8_t* to = h.weights + i / kStripTokens * strip_bytes_of(group.quads());
+        pack_bytes(codes, now, group.keys, h.plan.row_codes, group.quads(), to);
     }
 }
 
@@ -354,7 +609,7 @@ static void weigh(const Head& h, const HeadScales& scales, int64_t first, int64_
 static void store_rows(const Head& h, const int32_t* sums, const float* factors, int64_t first, int64_t rows, int64_t at) {
     const AttentionArgs& args = h.args;
     const int64_t channels = smaller(args.head_dim - at, kBlockChannels);
-    int64_t index = (h.start + first) * h.width + h.channel + at;
+    int64_t index = (h.part.start + h.part.first + first) * h.width + h.channel + at;
     for (int64_t i = 0; i < rows; ++i, index += h.width, sums += kBlockChannels) {
         const f32x16 factor = broadcast(factors[i]);
         for (int64_t c = 0; c < channels; c += kLanes) {
@@ -368,23 +623,29 @@ static void store_rows(const Head& h, const int32_t* sums, const float* factors,
     }
 }
 
-static void attention_head(const AttentionArgs& args, int64_t start, int64_t length, int64_t head, void* scratch) {
+static void attention_part(const AttentionArgs& args, const AttentionPart& part, void* scratch) {
     const DotSession session;
-    const Head h = head_of(args, start, length, head, scratch);
+    Head h = head_of(args, part, scratch);
+    if (args.floats) {
+        round_floats(h, scratch);
+    } else {
+        find_codes(h);
+    }
     const HeadScales scales = scales_of(h);
+    if (args.bias != nullptr) spread_biases(h);
     pack_keys(h);
     pack_values(h);
     alignas(64) float factors[kQueries];
     alignas(64) int32_t sums[kQueries * kBlockChannels];
-    for (int64_t first = 0; first < length; first += kQueries) {
-        const int64_t rows = smaller(length - first, kQueries);
-        score(h, first, rows);
-        weigh(h, scales, first, rows, factors);
+    for (int64_t first = 0; first < h.queries; first += kQueries) {
+        const Group group = group_of(h, first);
+        score(h, group);
+        weigh(h, scales, group, factors);
         for (int64_t panel = 0; panel < h.plan.value_panels; panel += kBlockPanels) {
-            const int8_t* values = h.values + panel * h.plan.value_stride;
+            const int8_t* values = h.value_panels + panel * h.plan.value_stride + group.key * 16;
             const int64_t panels = smaller(h.plan.value_panels - panel, kBlockPanels);
-            dot<true>(h.weights, rows, values, h.plan.value_stride, panels, h.plan.value_quads, 0, sums);
-            store_rows(h, sums, factors, first, rows, panel * kPanelLanes);
+            dot<true>(h.weights, group.rows, values, h.plan.value_stride, panels, group.quads(), 0, sums);
+            store_rows(h, sums, factors, first, group.rows, panel * kPanelLanes);
         }
     }
 }

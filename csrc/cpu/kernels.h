@@ -83,15 +83,26 @@ struct WeightOnlyArgs {
 };
 
 struct AttentionArgs {
-    const int8_t* qkv;          // (t, 3 * heads * head_dim)
-    const float* scales;        // (3,), or (t, 3)
-    bool scales_per_token;
+    const void* qkv;            // (t, 3 * heads * head_dim) int8 codes, or floats that are rounded to them first
+    bool floats;
+    FloatType qkv_type;         // of floats
+    const float* scales;        // (3,), or of codes (t, 3); null: floats, whose scales are taken here, one for each row of a head
+    bool scales_per_token;      // (t, 3)
     int64_t heads, head_dim;
     float softmax_scale;
+    int64_t window;             // a token sees keys at most so far away; below 0: all of its sequence
+    const float* bias;          // (heads, 2 * reach + 1) added to scores by distance, or null
+    int64_t reach;
+    const float* rotary;        // (positions, head_dim) cosines and sines, of floats; or null
     void* out;                  // (t, heads * head_dim)
     bool requantize;
     FloatType float_type;
     float inverse_out_scale;
+};
+
+// Queries first ... last - 1 of one head of one sequence of `length` tokens that starts at token `start`.
+struct AttentionPart {
+    int64_t start, length, head, first, last;
 };
 
 // Rows in, rows out: one task is a range of tokens.
@@ -164,9 +175,9 @@ struct Kernels {
     // Output channels panel_begin * kPanelLanes ... of at most kWeightOnlyTokens tokens token_begin ... token_end - 1.
     void (*weight_only_panels)(const WeightOnlyArgs& args, int64_t panel_begin, int64_t panel_end, int64_t token_begin,
                                int64_t token_end, void* scratch);
-    // One head of one sequence of `length` tokens that starts at token `start`.
-    int64_t (*attention_scratch_bytes)(const AttentionArgs& args, int64_t length);
-    void (*attention_head)(const AttentionArgs& args, int64_t start, int64_t length, int64_t head, void* scratch);
+    // Of parts of up to so many queries in sequences of up to so many tokens.
+    int64_t (*attention_scratch_bytes)(const AttentionArgs& args, int64_t length, int64_t queries);
+    void (*attention_part)(const AttentionArgs& args, const AttentionPart& part, void* scratch);
     // Tokens begin ... end - 1, with kScratchRows rows of scratch_row_floats(k) floats.
     void (*quantize_rows)(const QuantizeRowsArgs& args, int64_t begin, int64_t end, float* scratch);
     void (*add_norm_rows)(const AddNormArgs& args, int64_t begin, int64_t end, float* scratch);

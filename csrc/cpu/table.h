@@ -25,7 +25,7 @@ static constexpr Kernels table(Isa isa) {
         weight_only_scratch_bytes,
         weight_only_panels,
         attention_scratch_bytes,
-        attention_head,
+        attention_part,
         quantize_rows,
         add_norm_rows,
         look_up_rows,

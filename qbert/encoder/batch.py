@@ -130,7 +130,9 @@ class Batch:
         for name, given in zip(inputs._fields, inputs, strict=True):
             if given is not None and name != "attention_mask" and given.device != device:
                 raise QBertError(f"{name} is on {given.device}, the model on {device}")
-        packing = packing_of(*words.shape[:2], inputs.attention_mask, device, unbroken=family.distances is not None)
+        packing = packing_of(
+            words.shape[0], words.shape[1], inputs.attention_mask, device, unbroken=family.distances is not None
+        )
         positions = _positions(packing, inputs, family, table)
         # Without a table of token types (DistilBERT) transformers takes them and forgets them.
         given = inputs.token_type_ids if family.embeddings.token_types is not None else None

@@ -103,7 +103,7 @@ def build(watch: Watch, base: nn.Module, family: EncoderFamily, calibration: Cal
 
 def _layers(site: Site, calibration: Calibration | None) -> tuple[Layer, ...]:
     """The layers in the order of their calls. What is called again with the same scales, none, is built once."""
-    family, built = site.family, {}
+    family, built = site.family, dict[str, Layer]()
     calls = family.calls(site.base, family.layers)
     for path in dict.fromkeys((family.layers, *(path.rpartition(".")[0] for path in calls.values()))):
         site.watch.layers(site.base, path)
@@ -145,7 +145,7 @@ class LayerBuilder:
     def layer(self) -> Layer:
         """What was written."""
         done = freeing(self._steps, KEPT)
-        return Layer(self._name, done, self._heads.count, self._heads.size, self._ffn, self._scales is not None)
+        return Layer(self._name, done, self._heads.number, self._heads.size, self._ffn, self._scales is not None)
 
     def attention(
         self, *qkv: str, bias: BiasOf | None = None, rotary: RotaryOf | None = None, window: WindowOf | None = None

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import is_tracing
 
 from qbert.encoder.batch import Batch, Inputs
 from qbert.encoder.calibration import Calibration
-from qbert.encoder.eligibility import encoders, obstacle
+from qbert.encoder.eligibility import check_calibration, encoders, obstacle
 from qbert.encoder.gate import Gate
 from qbert.encoder.graphs import GraphCache
 from qbert.encoder.run import Encoder
@@ -92,7 +93,7 @@ class FusedForward:
         return encoder
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.jit.is_tracing() or _is_exporting():
+        if is_tracing() or _is_exporting():
             raise QBertError(_refusal("torch.export or torch.jit.trace", "call qbert.unfuse_(model) first"))
         return self._untraced(args, kwargs)
 
@@ -117,14 +118,15 @@ class FusedForward:
         encoder = self.encoder()
         layers = len(encoder.program.layers)
         asked = bool(hidden_states) if self.family.collects else hidden_states
-        count: int = self.base.config.num_hidden_layers + 1  # type: ignore[union-attr,operator]
-        wanted = set(range(layers + 1)) if asked is True else _selected(asked, count)
+        config: Any = self.base.config
+        wanted = set(range(layers + 1)) if asked is True else _selected(asked, config.num_hidden_layers + 1)
         with torch.no_grad():
             batch = Batch.of(inputs, self.family, encoder.program.positions, encoder.device)
             states = _states(encoder, self.graphs, batch, wanted)
             if batch.packing.headless is not None:
                 self._fill_first_column(states, inputs, batch.packing.headless)
         last = states[-1]
+        assert last is not None
         fields: dict[str, Any] = {"last_hidden_state": last}
         if self.family.pool is not None:
             fields["pooler_output"] = self.family.pool(self.base, last)
@@ -152,10 +154,15 @@ class FusedForward:
         twin.__dict__.update({name: value for name, value in base.__dict__.items() if name != FORWARD})
         twin.__dict__["_modules"] = base._modules | dict.fromkeys(self.family.poolers)
         given = {name: _rows_of(each, rows) for name, each in inputs._asdict().items() if each is not None}
-        found = type(base).forward(twin, **given, output_hidden_states=True, return_dict=True)
-        for state, exact in zip(states, found.hidden_states, strict=True):
+        wanted = any(state is not None for state in states[:-1])
+        found = type(base).forward(twin, **given, output_hidden_states=wanted, return_dict=True)
+        base.__dict__.update(
+            {name: value for name, value in twin.__dict__.items() if name != "_modules"}
+        )  # what it noted
+        exact = found.hidden_states if wanted else [*[None] * (len(states) - 1), found.last_hidden_state]
+        for state, column in zip(states, exact, strict=True):
             if state is not None:
-                state[rows.to(state.device), 0] = exact[:, 0].to(state.dtype)
+                state[rows.to(state.device), 0] = column[:, 0].to(state.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_encoder", "_untraced", "gate")
@@ -173,6 +180,8 @@ class FusedForward:
         if why is not None:
             name = type(self.base).__name__
             raise QBertError(f"{name} is fused, but now {why}; undo that or call qbert.unfuse_(model)")
+        if self.calibration is not None:  # there may be other layers by now; other weights are the user's own
+            check_calibration(self.base, self.calibration, same_model=False)
         part = in_training(self.base, self.family)
         if part is not None:
             raise QBertError(_refusal(f"training mode of {part}", "call model.eval() first"))

@@ -195,7 +195,7 @@ class Heads(NamedTuple):
         window, bias, rotary: see `Attention`.
     """
 
-    count: int
+    number: int
     size: int
     scale: float
     window: int | None = None
@@ -227,20 +227,20 @@ def attention(heads: Heads, qkv: Projected, out: Out, writes: str, target: Targe
     pattern = Pattern(
         qkv.dtype != torch.int8, heads.window is not None, heads.bias is not None, heads.rotary is not None
     )
-    problem = Problem(None, None, heads.count, heads.size, dtype, pattern=pattern)
+    problem = Problem(None, None, heads.number, heads.size, dtype, pattern=pattern)
     call = runner("attention", problem, target)
-    (slot, scales, given), (count, _, factor, window, bias, rotary) = qkv, heads
+    (slot, scales, given), (number, _, factor, window, bias, rotary) = qkv, heads
     reads = (slot, scales, CU_SEQLENS) if isinstance(scales, str) else (slot, CU_SEQLENS)
 
     def run(slots: Slots) -> None:
         of_tokens = slots[scales] if isinstance(scales, str) else scales
         slots[writes] = call(
-            Attention(slots[slot], of_tokens, slots[CU_SEQLENS], count, factor, window, bias, rotary, out)
+            Attention(slots[slot], of_tokens, slots[CU_SEQLENS], number, factor, window, bias, rotary, out)
         )
 
     return Step(
         "attention", "attention", "attention", explain("attention", problem, target).name, reads, (writes,), run,
-        (heads.count, heads.size), float_bytes=dtype.itemsize, read_bytes=given.itemsize, window=window,
+        (heads.number, heads.size), float_bytes=dtype.itemsize, read_bytes=given.itemsize, window=window,
     )  # fmt: skip
 
 

@@ -7,12 +7,13 @@ fusing or after.
 
 from __future__ import annotations
 
+import dis
 import functools
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -101,14 +102,16 @@ def _parts_by_pattern(base: nn.Module, family: EncoderFamily) -> dict[str, tuple
         own[family.distances] = _TABLE
     norms = program.norms if program.next_norm is None else [*program.norms, program.next_norm]
     for layer in {_INDEX.sub(".*", path) for path in family.calls(base, family.layers).values()}:
-        own |= {f"{layer}.{each}": _LINEAR for each in program.linears} | {f"{layer}.{each}": _NORM for each in norms}
+        own.update((f"{layer}.{each}", _LINEAR) for each in program.linears)
+        own.update((f"{layer}.{each}", _NORM) for each in norms)
     found = {path: (part, True) for path, part in family.stock.items()}
     return {path: (part, False) for path, part in own.items() if path is not None} | found
 
 
 def in_training(base: nn.Module, family: EncoderFamily) -> str | None:
-    """The path of a module that is in training mode, None where all are in evaluation mode."""
-    return next((each.path for each in found_in(base, family) if each.module.training), None)
+    """The path of a module that computes something else in training mode and is in it, None where there is none."""
+    found = (each for each in found_in(base, family) if each.inside and not isinstance(each.module, nn.ModuleList))
+    return next((each.path for each in found if each.module.training), None)
 
 
 # ---- why not --------------------------------------------------------------------------------------------------------
@@ -136,8 +139,8 @@ def _part_obstacle(base: Any, family: EncoderFamily, found: Found) -> str | None
         shown = " or ".join(each.rpartition(".")[2] for each in allowed)
         return f"{path} is a {kind.__module__}.{kind.__qualname__}, not transformers' {shown}"
     for name, value in part.fixed.items():
-        if not _same(getattr(module, name, None), value):
-            return f"{path}.{name} is {getattr(module, name, None)!r}, not {value!r}"
+        if hasattr(module, name) and not _same(getattr(module, name), value):  # other releases have other attributes
+            return f"{path}.{name} is {getattr(module, name)!r}, not {value!r}"
     if CONFIG in module.__dict__ and module.__dict__[CONFIG] is not base.config:
         return f"{path} has a configuration of its own"
     reasons = (_buffer_obstacle(path, module, name, holds) for name, holds in part.buffers.items())
@@ -242,12 +245,19 @@ def globals_of(kinds: set[type]) -> Iterator[tuple[dict[str, Any], str]]:
         inner = _innermost(function)
         if not isinstance(inner, FunctionType):
             continue
-        for name in inner.__code__.co_names:
+        for name in _looked_up(inner.__code__):
             names = inner.__globals__
             called = callable(names.get(name)) and not isinstance(names[name], type)
             if called and (id(names), name) not in seen:
                 seen.add((id(names), name))
                 yield names, name
+
+
+@functools.cache
+def _looked_up(code: CodeType) -> tuple[str, ...]:
+    """Names of a function's globals: `co_names` has those of attributes, too, which may stand for something else there."""
+    names = (each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL")
+    return tuple(dict.fromkeys(names))
 
 
 def attention_functions() -> Iterator[dict[Any, Any]]:

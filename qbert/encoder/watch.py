@@ -182,7 +182,9 @@ def _comparable(tensor: Tensor) -> bool:
 
 def _attributes(found: Found) -> list[str]:
     """Names in a module's dictionary that change what it computes, or whether it is called."""
-    names = {FORWARD, "training", CONFIG, *found.part.reads, *found.part.fixed}
+    names = {FORWARD, CONFIG, *found.part.reads, *found.part.fixed}
+    if found.inside:  # in training linears, norms and tables compute the same
+        names.add("training")
     if found.part.activation is not None:
         names |= {name for name in found.module.__dict__ if not name.startswith("_")}
     return sorted(names)

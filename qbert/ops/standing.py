@@ -19,7 +19,7 @@ def _same_places(dicts: list[dict[Any, Any]], names: list[Any], things: list[obj
     return all(map(is_, map(dict.get, dicts, names), things))
 
 
-def _same_types(objects: list[object], types: list[type]) -> bool:
+def _same_types(objects: Sequence[object], types: list[type]) -> bool:
     """Whether each object is of that very type."""
     return all(map(is_, map(type, objects), types))
 
@@ -54,4 +54,4 @@ class Bytes:
     def _read(self) -> object:
         if _cpu is not None:
             return _cpu.digest_of_pieces(self._address, len(self._tensors))
-        return b"".join([memoryview(each.reshape(-1).view(torch.uint8).numpy()) for each in self._tensors])
+        return b"".join([each.reshape(-1).view(torch.uint8).numpy().data for each in self._tensors])

@@ -27,6 +27,18 @@ CONFIGS: dict[str, dict[str, int]] = {
     "Electra": {**BERT_LIKE, "embedding_size": HIDDEN // 2},
     "MPNet": BERT_LIKE,
 }
+# Whose layers' parameters and products are counted in tests of their own: shared, or gated.
+OTHERS: dict[str, dict[str, int]] = {
+    "Albert": {**BERT_LIKE, "embedding_size": HIDDEN // 2},
+    "ModernBert": {
+        **BERT_LIKE,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    },
+}
 HEADS_OF_ALL = (
     "Model", "ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification",
     "ForQuestionAnswering",
@@ -34,13 +46,14 @@ HEADS_OF_ALL = (
 CLASSES = [
     *(f"{family}{head}" for family in CONFIGS for head in HEADS_OF_ALL),
     "BertForPreTraining", "BertForNextSentencePrediction", "BertLMHeadModel", "RobertaForCausalLM",
-    "ElectraForPreTraining", "ElectraForCausalLM",
+    "ElectraForPreTraining", "ElectraForCausalLM", "AlbertModel", "ModernBertModel",
 ]  # fmt: skip
 
 
 def tiny(name: str, device: str = "meta") -> Any:
-    family = next(each for each in CONFIGS if name.startswith(each))
-    config = getattr(transformers, f"{family}Config")(**CONFIGS[family])
+    configs = CONFIGS | OTHERS
+    family = next(each for each in configs if name.startswith(each))
+    config = getattr(transformers, f"{family}Config")(**configs[family])
     with torch.device(device):
         return getattr(transformers, name)(config).eval()
 
@@ -78,6 +91,20 @@ def test_layer_parameters_by_hand(family: str) -> None:
         Component.ATTENTION_SCORES: 32 * HEADS if family == "MPNet" else 0,
     }
     assert {component: result.component(component).parameters for component in expected} == expected
+
+
+def test_parameters_of_shared_and_gated_layers_by_hand() -> None:
+    square = HIDDEN * HIDDEN + HIDDEN
+    albert = analyze(tiny("AlbertModel"), batch=1, seq=8, target="h100", measure=False)
+    modern = analyze(tiny("ModernBertModel"), batch=1, seq=8, target="h100", measure=False)
+    assert albert.component(Component.QKV_LINEARS).parameters == 3 * square
+    assert albert.component(Component.FFN).parameters == 2 * HIDDEN * FFN + FFN + HIDDEN
+    assert albert.component(Component.NORMS).parameters == 2 * 2 * HIDDEN
+    assert modern.component(Component.QKV_LINEARS).parameters == LAYERS * 3 * HIDDEN * HIDDEN
+    assert modern.component(Component.FFN).parameters == LAYERS * 3 * HIDDEN * FFN
+    assert (
+        modern.component(Component.NORMS).parameters == LAYERS * 2 * HIDDEN
+    )  # the first has one less, the end one more
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from small_encoders import FOUR, calibrated, float_model, padded_batch
+from small_encoders import EVERY, FOUR, calibrated, float_model, padded_batch
 from torch import nn
 
 import qbert
@@ -51,7 +51,7 @@ def measured() -> AnalyzeResult:
 
 
 @pytest.mark.parametrize("head", ["Model", "ForSequenceClassification"])
-@pytest.mark.parametrize("family", FOUR)
+@pytest.mark.parametrize("family", [*FOUR, "MPNet", "Albert"])
 def test_products_are_those_of_the_float_and_of_the_unfused_model(family: str, head: str) -> None:
     name = family + head
     before = products(analyzed(float_model(name)))
@@ -114,7 +114,7 @@ def test_weights_and_parameters_are_the_unfused_models() -> None:
 
 def test_every_step_has_a_component() -> None:
     for static in (True, False):
-        for family in FOUR:
+        for family in EVERY:
             for _, step in fused(f"{family}Model", static).forward.encoder().program.steps():
                 assert component_of_step(step.name, step.part) is not Component.OTHER, step
     assert component_of_step("something new", "something new") is Component.OTHER

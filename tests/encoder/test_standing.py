@@ -15,7 +15,9 @@ def test_places_types_and_lengths(compiled: bool) -> None:
     if compiled and standing._cpu is None:
         pytest.skip("the extension is not built")
     of: Any = standing._cpu if compiled else standing
-    places, types, lengths = (getattr(of, f"{'' if compiled else '_'}same_{what}") for what in ("places", "types", "lengths"))
+    places, types, lengths = (
+        getattr(of, f"{'' if compiled else '_'}same_{what}") for what in ("places", "types", "lengths")
+    )
     value, other = [1], {"a": 1.5, "b": None}
     place: dict[str, Any] = {"x": value, **other}
     names = ["x", "a", "b", "gone"]
@@ -34,7 +36,10 @@ def test_every_byte_counts(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> N
         pytest.skip("the extension is not built")
     if not compiled:
         monkeypatch.setattr(standing, "_cpu", None)
-    tensors = [torch.randn(size) for size in (1, 7, 8, 33)] + [torch.zeros(3, dtype=torch.int8), torch.ones(2).bfloat16()]
+    tensors = [torch.randn(size) for size in (1, 7, 8, 33)] + [
+        torch.zeros(3, dtype=torch.int8),
+        torch.ones(2).bfloat16(),
+    ]
     held = standing.Bytes(tensors)
     assert held.same()
     for tensor in tensors:

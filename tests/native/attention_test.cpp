@@ -31,6 +31,7 @@ struct Problem {
         args.heads = random.between(1, 3);
         args.head_dim = random.one_of<int64_t>({1, 8, 20, 32, 64, 64, 80});
         args.softmax_scale = 1 / std::sqrt(static_cast<float>(args.head_dim));
+        args.window = -1;
         args.scales_per_token = random.once_in(2);
         args.requantize = random.once_in(3);
         args.float_type = args.requantize ? FloatType::f32 : random.one_of({FloatType::f32, FloatType::bf16, FloatType::f16});
@@ -131,8 +132,8 @@ std::vector<uint8_t> run_kernel(const Kernels& kernels, const Problem& problem) 
     for (size_t s = 0; s + 1 < problem.starts.size(); ++s) {
         const int64_t start = problem.starts[s], length = problem.starts[s + 1] - start;
         for (int64_t head = 0; head < args.heads; ++head) {
-            const Buffer<uint8_t> scratch(kernels.attention_scratch_bytes(args, length));
-            kernels.attention_head(args, start, length, head, scratch.data());
+            const Buffer<uint8_t> scratch(kernels.attention_scratch_bytes(args, length, length));
+            kernels.attention_part(args, {start, length, head, 0, length}, scratch.data());
         }
     }
     return {out.data(), out.data() + size};

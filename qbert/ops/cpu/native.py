@@ -235,18 +235,26 @@ def embed_norm(a: EmbedNorm) -> tuple[Tensor, Tensor, Tensor]:
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
+_CODES, _WHOLE = -1, -1  # in place of a float type, and of a window
+
+
 def attention(a: Attention) -> Tensor:
-    assert a.scales is not None
-    qkv, scales, cu_seqlens = dense(a.qkv), dense(a.scales), dense(a.cu_seqlens)
+    qkv, cu_seqlens = dense(a.qkv), dense(a.cu_seqlens)
+    scales, bias, rotary = (None if each is None else dense(each) for each in (a.scales, a.bias, a.rotary))
     t, head_dim = qkv.shape[0], a.head_dim
     _check_terms(cu_seqlens, t, head_dim)
     context = qkv.new_empty(t, a.heads * head_dim, dtype=checks.out_type(a.out))
     covers = _cpu.attention(
-        qkv.data_ptr(), scales.data_ptr(), scales.dim() == 2, cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1, t, a.heads,
-        head_dim, a.softmax_scale, context.data_ptr(), out_type(a.out), inverse_scale(a.out), torch.get_num_threads(),
+        qkv.data_ptr(), FLOAT_TYPES.get(qkv.dtype, _CODES), pointer(scales), scales is not None and scales.dim() == 2,
+        cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1, t, a.heads, head_dim, a.softmax_scale,
+        _WHOLE if a.window is None else a.window, pointer(bias), 0 if bias is None else bias.shape[1] // 2, pointer(rotary),
+        0 if rotary is None else rotary.shape[0], context.data_ptr(), out_type(a.out), inverse_scale(a.out),
+        torch.get_num_threads(),
     )  # fmt: skip
     if not covers:
-        checks.bounds_cover(cu_seqlens.tolist(), t)
+        bounds = cu_seqlens.tolist()
+        checks.bounds_cover(bounds, t)
+        checks.positions_cover(rotary, bounds)
     return context
 
 
@@ -294,11 +302,6 @@ def _table_obstacle(problem: Problem) -> str | None:
     return None if readable else f"it does not read {problem.scheme.name} tables in that layout"
 
 
-def _attention_obstacle(problem: Problem) -> str | None:
-    missing = [name for name, asked in problem.pattern._asdict().items() if asked]
-    return f"attention with {' and '.join(missing)}; it takes int8 codes and whole sequences" if missing else None
-
-
 def _row_obstacle(problem: Problem) -> str | None:
     return None if problem.k else "rows without columns"
 
@@ -307,7 +310,7 @@ _CALLS: dict[str, tuple[Callable[[Any], Any], Callable[[Problem], str | None]]] 
     "linear": (linear, _linear_obstacle),
     "quantize_rows": (quantize_rows, lambda problem: None),
     "embedding": (embedding, lambda problem: _row_obstacle(problem) or _table_obstacle(problem)),
-    "attention": (attention, _attention_obstacle),
+    "attention": (attention, lambda problem: None),
     "add_norm": (add_norm, _row_obstacle),
     "embed_norm": (embed_norm, lambda problem: _row_obstacle(problem) or _table_obstacle(problem)),
 }
