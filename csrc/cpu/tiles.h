@@ -25,30 +25,30 @@ struct EmulatedTile {
 };
 static thread_local EmulatedTile emulated_tile[8];
 
-static inline void tiles_configure() {
+static void tiles_configure() {
     static const TileConfig config;  // only its shape: eight tiles of 16 rows of 64 bytes
     memset(emulated_tile, 0, sizeof emulated_tile * (config.palette == 1));
 }
-static inline void tiles_release() {}
+static void tiles_release() {}
 template <int kTile>
-static inline void tile_zero() {
+static void tile_zero() {
     memset(&emulated_tile[kTile], 0, sizeof(EmulatedTile));
 }
 template <int kTile>
-static inline void tile_load(const void* from, int64_t stride) {
+static void tile_load(const void* from, int64_t stride) {
     for (int row = 0; row < 16; ++row) memcpy(emulated_tile[kTile].word[row], static_cast<const char*>(from) + row * stride, 64);
 }
 template <int kTile>
-static inline void tile_load_once(const void* from, int64_t stride) {
+static void tile_load_once(const void* from, int64_t stride) {
     tile_load<kTile>(from, stride);
 }
 template <int kTile>
-static inline void tile_store(void* to, int64_t stride) {
+static void tile_store(void* to, int64_t stride) {
     for (int row = 0; row < 16; ++row) memcpy(static_cast<char*>(to) + row * stride, emulated_tile[kTile].word[row], 64);
 }
 // sum[m][n] += sum over r and i of a[m][4 r + i] * b[r][4 n + i]; b is signed, a is not if kUnsigned.
 template <int kSum, int kA, int kB, bool kUnsigned>
-static inline void tile_dot() {
+static void tile_dot() {
     for (int m = 0; m < 16; ++m) {
         for (int n = 0; n < 16; ++n) {
             uint32_t sum = static_cast<uint32_t>(emulated_tile[kSum].word[m][n]);

@@ -356,7 +356,7 @@ TEST(rows_drivers_give_the_same_bits_with_any_number_of_threads) {
         const LookUpArgs look_up_args{table.weight, ids.data(), codes->out.bytes.data(), FloatType::f32};
         look_up_rows(look_up_args, t, threads);
         const AddNormArgs add_args{k, x.bytes.data(), x.type, residual.bytes.data(), residual.type, gamma.data(), beta.data(), 1e-5f,
-                                   norm->out.bytes.data(), norm->codes.data(), norm->scale.data()};
+                                   Keeps::norm, norm->out.bytes.data(), norm->codes.data(), norm->scale.data()};
         add_norm_rows(add_args, t, threads);
         EmbedNormArgs embed_args{};
         embed_args.words = table.weight;
