@@ -208,12 +208,12 @@ def with_pattern(
     longest = max([0, *a.cu_seqlens.diff().tolist()])
     qkv, scales, turns = a.qkv, a.scales, None
     if floats is not None:
-        qkv = (torch.randn(a.qkv.shape, generator=generator) * 2).to(floats)
+        qkv = torch.randn(a.qkv.shape, generator=generator).to(floats)
         scales = None if dynamic else scales
     if rotary:
         angles = torch.rand(longest + 2, a.head_dim // 2, generator=generator) * 6
         turns = torch.cat((angles.cos(), angles.sin()), dim=1)
-    bias = None if reach is None else torch.randn(a.heads, 2 * reach + 1, generator=generator) * 2
+    bias = None if reach is None else torch.randn(a.heads, 2 * reach + 1, generator=generator)
     return a._replace(qkv=qkv, scales=scales, window=window, bias=bias, rotary=turns)
 
 
