@@ -109,7 +109,7 @@ def _leaving_rest(attention: Callable[[Attention], Tensor]) -> Callable[[Attenti
 
     def covered(a: Attention) -> Tensor:
         count = int(a.cu_seqlens[-1])
-        scales = a.scales if a.scales.dim() == 1 else a.scales[:count]
+        scales = a.scales if a.scales is None or a.scales.dim() == 1 else a.scales[:count]
         out = attention(a._replace(qkv=a.qkv[:count], scales=scales))
         bad = torch.nan if out.is_floating_point() else -128
         return torch.cat([out, out.new_full((a.qkv.shape[0] - count, out.shape[1]), bad)])
