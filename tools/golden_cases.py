@@ -306,8 +306,9 @@ def batch(kind: str = "right", rows: int = 4, width: int = 11) -> Batch:
 
 @torch.no_grad()
 def last_hidden(model: Any, *batches: Batch) -> list[Tensor]:
-    """Of each batch."""
-    return [model(**each)[0] for each in batches]
+    """Of each batch, zeros where padding is: what a pooler finds in column 0 there is torch's, not qbert's."""
+    states = ((model(**each)[0], each.get("attention_mask")) for each in batches)
+    return [state if mask is None else state.masked_fill((mask == 0)[..., None], 0.0) for state, mask in states]
 
 
 PADDED = tuple(batch(kind) for kind in ("right", "left", "holes"))
