@@ -337,11 +337,11 @@ def test_torchs_own_transformer_blocks_stay_float() -> None:
     """They hand the weights to fused functions; a quantized module in there would not be asked."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    model = nn.ModuleDict({"blocks": nn.TransformerEncoder(layer, 2), "head": nn.Linear(16, 16)}).eval()
+    model = nn.ModuleDict({"blocks": nn.TransformerEncoder(layer, 2), "last": nn.Linear(16, 16)}).eval()
     x = torch.randn(2, 5, 16)
     exact = model["blocks"](x)
     quantize_(model)
-    assert isinstance(model["head"], QLinear)
+    assert isinstance(model["last"], QLinear)
     assert torch.equal(model["blocks"](x), exact)
     reasons = float_reasons(model)
     assert reasons["blocks.layers.0.linear1"] == "torch's TransformerEncoderLayer reads the weight directly"

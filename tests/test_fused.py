@@ -617,7 +617,6 @@ def _with(model: Any, change: Any) -> Any:
         (lambda: float_model(hidden_act="tanh"), "w8a8", "its activation is none that is fused: unknown activation 'tanh'"),
         (lambda: float_model("DistilBertModel", activation="mish"), "w8a8", "unknown activation 'mish'; allowed: "),
         (lambda: float_model(position_embedding_type="relative_key"), "w8a8", "its position embeddings are 'relative_key'"),
-        (lambda: float_model(num_attention_heads=8), "w8a8", "its heads are of size 8"),
         (float_model, "w8a16", "query has scheme w8a16, which has no integer activations"),
         (float_model, Recipe(exclude=["layer.1.output"]), "encoder.layer.1.output.dense is float"),
         (float_model, Recipe(overrides={"key": "w4a8"}), "query, key and value of encoder.layer.0 have different schemes"),
@@ -649,7 +648,7 @@ def _with(model: Any, change: Any) -> Any:
         (lambda: nn.Sequential(nn.Linear(8, 8)), "w8a8", "Sequential is of no family that can be fused"),
     ],
     ids=[
-        "decoder", "tanh", "mish", "relative", "heads", "scheme", "excluded", "mixed", "projection", "hook", "norm",
+        "decoder", "tanh", "mish", "relative", "scheme", "excluded", "mixed", "projection", "hook", "norm",
         "max_norm", "built", "no_layers", "splinter", "no_encoder",
     ],
 )  # fmt: skip

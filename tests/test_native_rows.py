@@ -483,7 +483,7 @@ def test_nothing_is_written_beyond_the_results(k: int, dtype: torch.dtype, isa: 
     out, codes, scale = Guarded((t, k), dtype), Guarded((t, k), torch.int8), Guarded((t,), torch.float32)
     _cpu.add_norm_rows(
         y.data_ptr(), float_type, residual.data_ptr(), float_type, gamma.data_ptr(), beta.data_ptr(), eps,
-        out.address, codes.address, scale.address, t, k, 1,
+        Keeps.NORM, out.address, codes.address, scale.address, t, k, 1,
     )  # fmt: skip
     for guarded, want in zip((out, codes, scale), run(problem), strict=True):
         guarded.check(want)
@@ -515,7 +515,7 @@ def test_a_residual_may_be_written_over() -> None:
     expected = run(problem)
     codes, scale = torch.empty(40, 100, dtype=torch.int8), torch.empty(40)
     _cpu.add_norm_rows(
-        y.data_ptr(), 0, residual.data_ptr(), 0, gamma.data_ptr(), beta.data_ptr(), eps, residual.data_ptr(),
+        y.data_ptr(), 0, residual.data_ptr(), 0, gamma.data_ptr(), beta.data_ptr(), eps, Keeps.NORM, residual.data_ptr(),
         codes.data_ptr(), scale.data_ptr(), 40, 100, 1,
     )  # fmt: skip
     _assert_same_bits((residual, codes, scale), expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -90,9 +91,23 @@ def _gelu(y: Float64) -> Float64:
     return np.vectorize(lambda value: value * 0.5 * math.erfc(-value / math.sqrt(2)), otypes=[np.float64])(y)
 
 
+def _logistic(y: Float64) -> Float64:
+    return np.vectorize(lambda value: 1 / (1 + math.exp(-value)) if value > 0 else math.exp(value) / (1 + math.exp(value)),
+                        otypes=[np.float64])(y)  # fmt: skip
+
+
+# Their definitions in float64; GELU by tanh is x times a logistic function (Hendrycks and Gimpel, 2016).
+_ACTIVATED: dict[Activation, Callable[[Float64], Float64]] = {
+    Activation.NONE: lambda y: y,
+    Activation.GELU: _gelu,
+    Activation.GELU_TANH: lambda y: y * _logistic(2 * math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)),
+    Activation.RELU: lambda y: np.maximum(y, 0),
+    Activation.SILU: lambda y: y * _logistic(y),
+}
+
+
 def _finish(y: Float64, bias: Tensor | None, activation: Activation) -> Float64:
-    y = y if bias is None else y + _wide(bias)
-    return _gelu(y) if activation is Activation.GELU else y
+    return _ACTIVATED[activation](y if bias is None else y + _wide(bias))
 
 
 @functools.cache
