@@ -1192,7 +1192,7 @@ FUSION_RULES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "overflow_unknown": (_overflow("spare", [1]), "overflow of a slot 'spare' without a scale"),
     "overflow_elsewhere": (_overflow("context", [1]), f"{LAYER} has overflow in 'context', which comes out of no"),
     "overflow_null": (_layer(overflow=None), f"calibration.layers.{LAYER}.overflow"),
-    "activation_other": (_set(hidden_act="mish"), "its activation is none that is fused: unknown activation 'mish'"),
+    "activation_other": (
         _set(hidden_act="mish"),
         "quantization_config.fuse: must be false: its activation is none that is fused: unknown activation 'mish'",
     ),

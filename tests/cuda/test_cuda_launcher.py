@@ -216,7 +216,9 @@ class Emulation:
         x = _matrix(a["x"], a["t"], a["k"], a["x_pitch"], dtype)
         y = torch.nn.functional.linear(x.double(), self._dense(a), None)
         bias, activation = _end(a)
-        _matrix(a["out"], a["t"], a["n"], a["out_pitch"], dtype)[:] = reference.finish(y, bias, activation, dtype)
+        _matrix(a["out"], a["t"], a["n"], a["out_pitch"], dtype)[:] = reference.to_out(
+            reference.activated(y if bias is None else y + bias.to(y.dtype), activation, gated=False), dtype
+        )
 
     def expand_weight(self, **a):
         self.calls.append(a)

@@ -153,5 +153,5 @@ def check_refusals() -> None:
     a.check()
     assert str(obstacle_of(a)).startswith("groups of 96")
     assert is_left_to_others(a)
-    with pytest.raises(QBertError, match="unknown activation 'relu'"):
+    with pytest.raises(QBertError, match="unknown activation 'tanh'"):
         bind_with(problem("w4a8", 2, 4, 192), "none", "tanh")

