@@ -32,7 +32,7 @@ from qbert.modules import QuantizedModule
 MODELS = tuple(f"{name}Model" for name in CONFIGS)
 # Of the hidden states of all tokens; what static scales cut off after an edit is no ignored edit.
 LEAST_COSINE = {
-    "dynamic": 0.99,
+    "dynamic": 0.97,
     "static": 0.9,
     "stale": 0.5,
 }  # static scales that are older than the weights say little
