@@ -25,12 +25,11 @@ QBERT_INLINE f32x16 gelu(f32x16 x) {
 constexpr float kExp2[7] = {1.0f, 0.693147182f, 0.240226462f, 0.0555032901f, 0.00961847696f, 0.00133998692f, 0.000153494388f};
 constexpr float kLog2EHigh = 1.44269502f, kLog2ELow = 1.92596303e-8f;
 constexpr float kTanhLinear = 2.3022082f, kTanhCubic = 0.102943240f;  // 2 sqrt(2 / pi) log2(e), and 0.044715 of it
-constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: a small number added to it is rounded to an integer, in its lowest bits
 constexpr float kLeastPower = -125.0f;    // smaller powers of two count as 0
 
-// 2^(n + r) where n is what `shifted` - kRounding is, and not above 0.
+// 2^(n + r) where n is what `shifted` - kRounder is, and not above 0.
 QBERT_INLINE f32x16 power_of_two(f32x16 shifted, f32x16 n, f32x16 r) {
-    const u32x16 exponent = (u32x16)shifted << 23;  // what is left of kRounding's own bits is 0
+    const u32x16 exponent = (u32x16)shifted << 23;  // what is left of kRounder's own bits is 0
     const f32x16 power = (f32x16)((u32x16)polynomial(kExp2, r) + exponent);
     return select(n < broadcast(kLeastPower), f32x16{}, power);
 }
@@ -43,7 +42,7 @@ QBERT_INLINE f32x16 times_logistic(f32x16 x, f32x16 power) {
 // x / (1 + e^-x), to 2.4e-7 of itself: log2(e) in two parts, for the error of |x| log2(e) is that of the power.
 QBERT_INLINE f32x16 silu(f32x16 x) {
     const f32x16 magnitude = (f32x16)((u32x16)x & 0x7fffffff);
-    const f32x16 shifted = magnitude * -kLog2EHigh + kRounding, n = shifted - kRounding;
+    const f32x16 shifted = magnitude * -kLog2EHigh + kRounder, n = shifted - kRounder;
     const f32x16 r = madd(magnitude, broadcast(-kLog2EHigh), -n);
     return times_logistic(x, power_of_two(shifted, n, madd(magnitude, broadcast(-kLog2ELow), r)));
 }
@@ -52,7 +51,7 @@ QBERT_INLINE f32x16 silu(f32x16 x) {
 QBERT_INLINE f32x16 gelu_tanh(f32x16 x) {
     const f32x16 magnitude = (f32x16)((u32x16)x & 0x7fffffff);
     const f32x16 z = magnitude * madd(x * x, broadcast(-kTanhCubic), broadcast(-kTanhLinear));
-    const f32x16 shifted = z + kRounding, n = shifted - kRounding;
+    const f32x16 shifted = z + kRounder, n = shifted - kRounder;
     return times_logistic(x, power_of_two(shifted, n, z - n));
 }
 

@@ -27,8 +27,6 @@ thread_local Scratch scratch_heads;  // of the calling thread, for all workers o
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-bool is_windowed(const AttentionArgs& args, int64_t length) { return args.window >= 0 && args.window < length - 1; }
-
 // Products and softmax of all pairs of a query and a key that it may see, and what is done once for a token.
 double cost_of(const AttentionArgs& args, const AttentionPart& part) {
     const int64_t keys = is_windowed(args, part.length) ? std::min(part.length, 2 * args.window + 32) : part.length;

@@ -26,9 +26,6 @@ QBERT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 QBERT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 QBERT_INLINE int64_t multiple(int64_t x, int64_t of) { return (x + of - 1) / of * of; }
 
-// Whether some query of such a sequence does not see all of it.
-QBERT_INLINE bool is_windowed(const AttentionArgs& args, int64_t length) { return args.window >= 0 && args.window < length - 1; }
-
 // Where things lie in the scratch memory of a part, in bytes.
 struct HeadPlan {
     int64_t key_quads, key_stride, key_panels;        // panels of 16 keys along the channels, with the row of their sums
@@ -216,7 +213,6 @@ static void pack_values(const Head& h) {
 
 // 255 * 2^r for |r| <= 1/2, exact for 0: our own minimax fit, relative error 9e-8.
 constexpr float kPower[6] = {255.0f, 176.752480f, 61.2567177f, 14.1543710f, 2.46623572f, 0.338250544f};
-constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: a small number added to it is rounded to an integer, in its lowest bits
 
 // 255 * 2^v for v <= 0; below 2^-126 it is 0, and so it is for NaN, whose row is made NaN elsewhere.
 QBERT_INLINE f32x16 power(f32x16 v) {

@@ -100,6 +100,9 @@ struct AttentionArgs {
     float inverse_out_scale;
 };
 
+// Whether some query of a sequence of so many tokens does not see all of it.
+static inline bool is_windowed(const AttentionArgs& args, int64_t length) { return args.window >= 0 && args.window < length - 1; }
+
 // Queries first ... last - 1 of one head of one sequence of `length` tokens that starts at token `start`.
 struct AttentionPart {
     int64_t start, length, head, first, last;

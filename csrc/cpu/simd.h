@@ -369,22 +369,22 @@ QBERT_INLINE void transpose(f32x16* row) {
     for (int i = 0; i < 16; ++i) row[i] = load(to[i]);
 }
 
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: a small number added to it is rounded to an integer, in its lowest bits
+
 // Nearest integer, ties to even, of values below 2^22 in magnitude: the sum has no bits left for a fraction.
 QBERT_INLINE f32x16 round_even(f32x16 v) {
-    constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
-    return (v + kMagic) - kMagic;
+    return (v + kRounder) - kRounder;
 }
 
 // As round_even, to int32 lanes; NaN gives an unspecified lane.
 QBERT_INLINE i32x16 round_to_int(f32x16 v) {
-    constexpr float kMagic = 12582912.0f;
-    return (i32x16)((u32x16)(v + kMagic) - 0x4b400000);  // the bits of kMagic
+    return (i32x16)((u32x16)(v + kRounder) - 0x4b400000);  // the bits of kRounder
 }
 
 // The first `count` lanes rounded to int8 codes -127 ... 127; NaN becomes 0: the residual stream, not this, carries it.
 QBERT_INLINE void store_static_codes(int8_t* to, int64_t count, f32x16 v) {
     const f32x16 inside = max(min(select(v == v, v, f32x16{}), broadcast(127.0f)), broadcast(-127.0f));
-    const i32x16 code = (i32x16)(inside + 12582912.0f);  // as round_to_int, whose last step changes other bytes only
+    const i32x16 code = (i32x16)(inside + kRounder);  // as round_to_int, whose last step changes other bytes only
     if (count >= kLanes) return store_codes(to, code);
     int8_t lane[kLanes];
     store_codes(lane, code);

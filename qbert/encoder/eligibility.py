@@ -251,4 +251,5 @@ def _head_obstacle(base: nn.Module, name: str, family: EncoderFamily) -> str | N
     problem = Problem(None, None, width // size, size, torch.float32, pattern=Pattern(*given))
     if select("attention", problem, target_of(device)).name != REFERENCE:
         return None
-    return f"its heads are of size {size}, for which there is no attention kernel on {device}"
+    asked = "".join(f", {name}" for name, there in problem.pattern._asdict().items() if there)
+    return f"there is no attention kernel on {device} for heads of size {size}{asked}"
