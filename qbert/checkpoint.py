@@ -27,7 +27,8 @@ from qbert.folders import new_folder
 from qbert.modules import GUARD, ModuleSpec, collect_specs
 from qbert.ops import FLOAT_DTYPES
 from qbert.recipe import Recipe
-from qbert.weight.tensor import TensorSpec, plain_specs
+from qbert.weight.specs import TensorSpec
+from qbert.weight.tensor import plain_specs
 from qbert.weight.validate import check_finite, check_plain_tensors, check_spec
 
 # Of records with a calibration: it names slots, where version 1 had five fields. Without one nothing differs, and older

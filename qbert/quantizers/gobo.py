@@ -23,7 +23,7 @@ from qbert.errors import QBertError
 from qbert.formats import INT8, Scheme
 from qbert.weight.codec import MIN_ABSMAX
 from qbert.weight.layout import pack_codes
-from qbert.weight.tensor import column_dtype
+from qbert.weight.specs import column_dtype
 
 LOG_DENSITY_THRESHOLD = -4.0  # the paper's: natural logarithm of the fitted Gaussian's density
 # The threshold depends on the scale of the weights: at a standard deviation of 21.8 it calls every weight an outlier. Weights
@@ -55,8 +55,8 @@ def quantize_gobo(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     """(n, k) float32 to the PLAIN tensors of a dictionary scheme; outliers come back bit for bit."""
     device, values = weight.device, weight.cpu().contiguous()
     learned = learn_dictionary(values.numpy(), scheme.weight_bits)
-    centroids = _without_duplicates(torch.from_numpy(learned.centroids).to(torch.float32))
-    codes = _nearest(values, centroids)
+    centroids = without_duplicates(torch.from_numpy(learned.centroids).to(torch.float32))
+    codes = nearest_centroids(values, centroids)
     tensors = {"codebook": centroids}
     decoded = centroids
     if scheme.activation is not None:
@@ -160,13 +160,13 @@ def _l1(ordered: Float64, prefix: Float64, cells: NDArray[np.int64], centroids: 
     return float(np.sum(below + above))
 
 
-def _without_duplicates(centroids: Tensor) -> Tensor:
+def without_duplicates(centroids: Tensor) -> Tensor:
     """Centroids that are equal become one, and 0 takes the free entries: any outlier is a float32 away from it."""
     distinct = centroids.unique()
     return torch.cat((distinct, centroids.new_zeros(centroids.numel() - distinct.numel()))).sort().values
 
 
-def _nearest(values: Tensor, centroids: Tensor) -> Tensor:
+def nearest_centroids(values: Tensor, centroids: Tensor) -> Tensor:
     """Index (n, k) int64 of the nearest centroid, a tie to the lower one."""
     exact = centroids.to(torch.float64)
     middles = (exact[1:] + exact[:-1]) / 2
