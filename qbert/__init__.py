@@ -2,6 +2,7 @@
 
     qbert.quantize_(model, "w8a8")          in place, any torch model with nn.Linear or nn.Embedding
     qbert.quantize_(model, fuse=True)       and BERT, RoBERTa, ELECTRA, DistilBERT as fused encoders without padding
+    qbert.quantize_(model, qbert.emulate(weights="mxfp4"))      any format, computed in float, to study it
     qbert.calibrate(model, texts)           static scales for the fused encoder: quantize_(..., fuse=True, calibration=...)
     qbert.compile(model)                    CUDA graphs for fused encoders on a GPU
     qbert.explain(model)                    what runs for every module, and why
@@ -15,9 +16,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qbert import integrations
+from qbert import formats, integrations
 from qbert.calibrate import calibrate
 from qbert.convert import dequantize_, fuse_, quantize_, unfuse_
+from qbert.emulation import emulate
 from qbert.encoder import Calibration, compile
 from qbert.errors import CheckpointError, MissingDependency, QBertError
 from qbert.explain import explain
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Calibration", "CheckpointError", "MissingDependency", "QBertConfig", "QBertError", "Recipe", "calibrate", "compile",
-    "cpu_target", "dequantize_", "explain", "fuse_", "load", "quantize_", "save", "unfuse_",
+    "cpu_target", "dequantize_", "emulate", "explain", "formats", "fuse_", "load", "quantize_", "save", "unfuse_",
 ]  # fmt: skip
 
 # These need transformers' model code, which takes seconds to import; they are looked up when first used.

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qbert.emulation import Emulation
 from qbert.encoder import Calibration, check_calibration, encoders, fused_forward, obstacle
 from qbert.errors import CheckpointError, QBertError
 from qbert.families import KEEP_FLOAT
@@ -35,6 +36,7 @@ from qbert.weight.validate import check_finite, check_plain_tensors, check_spec
 # versions of qbert read it.
 FORMAT_VERSION: Final = 2
 _WITHOUT_CALIBRATION: Final = 1
+_EMULATED: Final = 3  # block formats, which older versions do not know
 METHOD: Final = "qbert"
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 _MAX_JSON_BYTES = 16 * 2**20  # a configuration is a few hundred kilobytes at most; more is an attack or a mistake
@@ -47,6 +49,7 @@ class Record(BaseModel):
         linear, embedding, exclude, overrides, keep_float: the recipe (see `qbert.Recipe`); the overrides are pairs, because
             their order decides and transformers sorts the keys of the objects that it writes.
         modules: qualified name -> what stands there.
+        emulation: block formats, as `qbert.Emulation` spells them, where the recipe is one.
         fuse: the encoder runs fused.
         calibration: its static scales; None where scales are taken token by token.
         source: the model that was quantized, as the user named it, for reports.
@@ -56,13 +59,14 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     quant_method: Literal["qbert"]
-    format_version: Literal[1, 2]
+    format_version: Literal[1, 2, 3]
     linear: str | None
     embedding: str | None
     exclude: list[str] = []
     overrides: list[Annotated[tuple[str, str | None], Field(strict=False)]] = []
     keep_float: list[str] = list(KEEP_FLOAT)
     modules: dict[str, ModuleSpec] = Field(min_length=1)
+    emulation: dict[str, Any] | None = None
     fuse: bool = False
     calibration: Calibration | None = None
     source: str | None = None
@@ -71,6 +75,15 @@ class Record(BaseModel):
     @model_validator(mode="after")
     def _recipe_is_valid(self) -> Record:
         _ = self.recipe  # a QBertError is a ValueError, which pydantic reports as its own
+        return self
+
+    @model_validator(mode="after")
+    def _only_emulations_are_of_their_version(self) -> Record:
+        if (self.format_version == _EMULATED) != (self.emulation is not None):
+            there = "no emulation" if self.emulation is None else "one"
+            raise ValueError(
+                f"format_version {_EMULATED} is of emulated models; this is {self.format_version} with {there}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -83,7 +96,7 @@ class Record(BaseModel):
     def of(cls, model: nn.Module, recipe: Recipe, source: str | None = None) -> Record:
         """The record of a quantized model."""
         fields = {**recipe.to_dict(), "overrides": list(recipe.overrides.items()), **_fusion(model)}
-        version, modules = format_version(fields["calibration"]), collect_specs(model)
+        version, modules = format_version(fields["calibration"], fields.get("emulation")), collect_specs(model)
         return cls(quant_method=METHOD, format_version=version, **fields, modules=modules, source=source)
 
     @classmethod
@@ -103,11 +116,12 @@ class Record(BaseModel):
     @property
     def recipe(self) -> Recipe:
         """The recipe as an object."""
-        return Recipe(self.linear, self.embedding, tuple(self.exclude), dict(self.overrides), tuple(self.keep_float))
+        recipe = Recipe(self.linear, self.embedding, tuple(self.exclude), dict(self.overrides), tuple(self.keep_float))
+        return recipe if self.emulation is None else Emulation.from_dict(recipe, self.emulation)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a configuration file. What says nothing is left out, so that older versions read it too."""
-        unused = {name for name in ("fuse", "calibration") if not getattr(self, name)}
+        unused = {name for name in ("fuse", "calibration", "emulation") if not getattr(self, name)}
         data = self.model_dump(mode="json", exclude=unused)
         if self.calibration is not None:  # as its version and its age spelled it: that is what its digest is of
             old = self.format_version == 1
@@ -120,8 +134,10 @@ class Record(BaseModel):
         return json.dumps({name: data[name] for name in data.keys() - {"source", "digest"}}, sort_keys=True)
 
 
-def format_version(calibration: Calibration | None) -> Literal[1, 2]:
-    """Of a record with that calibration."""
+def format_version(calibration: Calibration | None, emulation: Mapping[str, Any] | None = None) -> Literal[1, 2, 3]:
+    """Of a record with that calibration and emulation."""
+    if emulation is not None:
+        return _EMULATED
     return _WITHOUT_CALIBRATION if calibration is None else FORMAT_VERSION
 
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from qbert.convert import float_reasons
 from qbert.encoder import FusedForward, GraphReport, encoders, fused_forward, obstacle
-from qbert.modules import QTiedLinear, QuantizedModule
+from qbert.modules import EmulatedModule, QTiedLinear, QuantizedModule
+from qbert.modules.sites import describe_sites
 from qbert.ops.cuda import missing_extension
 from qbert.target import target_of
 
@@ -109,12 +110,13 @@ def explain(model: nn.Module) -> Explanation:
         elif isinstance(module, nn.Linear | nn.Embedding):
             rows.append(_float_row(name, module, reasons.get(name, "not quantized")))
     quantized = [module for module in model.modules() if isinstance(module, QuantizedModule)]
-    return Explanation(rows, _encoder_rows(model) if quantized else [], _notes(quantized))
+    return Explanation(rows, _encoder_rows(model) if quantized else [], [*_notes(quantized), *describe_sites(model)])
 
 
 def _notes(quantized: list[QuantizedModule]) -> list[str]:
     """What is to be said once for all rows: that this GPU's compiled kernels are not here."""
-    targets = {target_of(module.get_buffer("qdata").device) for module in quantized}
+    native = [module for module in quantized if not isinstance(module, EmulatedModule)]
+    targets = {target_of(module.get_buffer("qdata").device) for module in native}
     missing = sorted({reason for target in targets if (reason := missing_extension(target)) is not None})
     return [f"Triton kernels alone: {reason}" for reason in missing]
 

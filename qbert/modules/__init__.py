@@ -2,7 +2,12 @@
 
 from qbert.modules.base import GUARD, QuantizedModule
 from qbert.modules.embedding import QEmbedding
+from qbert.modules.emulated import EmulatedEmbedding, EmulatedLinear, EmulatedModule, EmulatedTiedLinear
 from qbert.modules.linear import QLinear, QTiedLinear
+from qbert.modules.sites import AttentionFormats
 from qbert.modules.spec import ModuleSpec, collect_specs
 
-__all__ = ["GUARD", "ModuleSpec", "QEmbedding", "QLinear", "QTiedLinear", "QuantizedModule", "collect_specs"]
+__all__ = [
+    "GUARD", "AttentionFormats", "EmulatedEmbedding", "EmulatedLinear", "EmulatedModule", "EmulatedTiedLinear", "ModuleSpec",
+    "QEmbedding", "QLinear", "QTiedLinear", "QuantizedModule", "collect_specs",
+]  # fmt: skip
