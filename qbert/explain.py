@@ -78,7 +78,7 @@ class Explanation:
     @property
     def quantized(self) -> list[Row]:
         """The rows of quantized modules."""
-        return [row for row in self.rows if not row.scheme.startswith(("float", "bfloat"))]
+        return [row for row in self.rows if "/" in row.scheme or not row.scheme.startswith(("float", "bfloat"))]
 
     @property
     def bits_per_weight(self) -> float:

@@ -19,6 +19,7 @@ from qbert.formats.elements import FORMATS, Format, Kind, Specials, get_element
 WHOLE = 0  # of a block's side: all there are
 _SIDES = {"tensor": (WHOLE, WHOLE), "row": (1, WHOLE), "token": (1, WHOLE)}
 MAX_SIDE = 2**20
+_FLOAT32_MIN, _FLOAT32_MAX = 2.0**-126, 2.0**127
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class BlockFormat:
     def bits_per_value(self, n: int, k: int) -> float:
         """Stored bits of an (n, k) matrix over its values, with scales and zero points; outliers come on top."""
         blocks = math.prod(self.grid(n, k))
-        outer = {None: 0, "row": 32 * n, "tensor": 32}[self.scale_format.outer]
+        outer = {None: 0, "row": 32 * self.grid(n, k)[0], "tensor": 32}[self.scale_format.outer]
         zero = 0 if self.symmetric else self.element.bits * blocks
         learned = 32 * self.element.codes if self.is_learned else 0
         return self.element.bits + (self.scale_format.bits * blocks + outer + zero + learned) / (n * k)
@@ -314,6 +315,13 @@ def _problem_of(fmt: BlockFormat) -> str | None:
         return f"zero points with {fmt.rounding} and {fmt.clipping}; allowed: nearest_even and absmax"
     if not fmt.symmetric and fmt.scale not in ("float32", "bfloat16", "float16"):
         return f"zero points with scale {fmt.scale}; allowed: float32, bfloat16, float16"
+    if not fmt.symmetric and fmt.top is not None:
+        return "top with zero points; allowed without them"
+    values = [abs(value) for value in fmt.element.finite_values if value]
+    if not values or fmt.largest <= 0:
+        return f"element {fmt.element.name} has no value but 0"
+    if max(values) >= _FLOAT32_MAX or min(values) < _FLOAT32_MIN:
+        return f"element values from {min(values):.3g} to {max(values):.3g}; allowed: normal float32 numbers, 2**-126 to 2**127"
     if fmt.top is not None and not (type(fmt.top) in (int, float) and 0 < fmt.top <= fmt.element.max):
         return f"top {fmt.top!r}; allowed: more than 0, at most {fmt.element.max}"
     return None

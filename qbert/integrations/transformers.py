@@ -44,11 +44,11 @@ class QBertConfig(QuantizationConfigMixin):
 
     Args:
         linear, embedding, exclude, overrides, keep_float: see `qbert.Recipe`.
-        emulation: block formats, as in a record; `QBertConfig.of_recipe(qbert.emulate(...))` writes it.
         fuse, calibration: see `qbert.quantize_`; a calibration may be plain data.
         modules: what stands in a checkpoint; written on save, never given by hand.
         source: the model that was quantized, for reports.
         digest: of a checkpoint's contents; written on save.
+        emulation: block formats, as in a record; `QBertConfig.of_recipe(qbert.emulate(...))` writes it.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class QBertConfig(QuantizationConfigMixin):
         exclude: Sequence[str] = (),
         overrides: Mapping[str, str | None] | Sequence[tuple[str, str | None]] = (),
         keep_float: Sequence[str] = KEEP_FLOAT,
-        emulation: Mapping[str, Any] | None = None,
         fuse: bool = False,
         calibration: Calibration | Mapping[str, Any] | None = None,
         modules: Mapping[str, Any] | None = None,
         source: str | None = None,
         digest: str | None = None,
+        emulation: Mapping[str, Any] | None = None,
         **rest: Any,
     ) -> None:
         self.quant_method = METHOD

@@ -18,7 +18,7 @@ from qbert.formats import BlockFormat, EmulatedScheme, Kind, native_scheme
 from qbert.modules.base import QuantizedModule
 from qbert.modules.embedding import QEmbedding
 from qbert.modules.linear import QLinear, QTiedLinear, as_linear_input
-from qbert.numerics import quantize_blocks, round_activations, values_of
+from qbert.numerics import dequantize, quantize_blocks, round_activations, values_of
 from qbert.numerics.blocks import activation_codes
 from qbert.numerics.scales import as_float
 from qbert.ops.table import KernelChoice
@@ -86,7 +86,8 @@ class EmulatedModule(QuantizedModule):
         if self.master is None:
             return self.quantized.prepared(decode)
         weight = self.master.to(torch.float32)
-        return weight + (decode(self.quantized) - weight).detach()
+        fmt, current = self.formats.weights, weight.detach()
+        return weight + (dequantize(quantize_blocks(current, fmt), fmt) - current)
 
     def train_from(self, weight: Tensor) -> None:
         """Makes the codes follow a float parameter that starts as `weight` (n, k).

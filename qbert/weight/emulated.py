@@ -21,7 +21,7 @@ def block_specs(fmt: BlockFormat, shape: tuple[int, int], outliers: int = 0) -> 
         name -> type and shape:
         qdata           the bit stream of the codes, uint8 (n, ceil(k * bits / 8))
         scale           (rows, blocks): float32, bfloat16, float16; codes of E8M0 or E4M3 as uint8; for integers the bit stream
-        outer_scale     (n,) float32 of rows, or (1,) of the matrix, over scales that are E4M3 or integers
+        outer_scale     (rows,) float32, or (1,) of the matrix, over scales that are E4M3 or integers
         zero            the bit stream of the zero points, uint8 (rows, ceil(blocks * bits / 8))
         codebook        (2**bits,) float32 ascending, of dictionaries
         outlier_rowptr  (n + 1,) int32, outlier_col (outliers,) int16 or int32, outlier_value (outliers,) float32:
@@ -35,7 +35,7 @@ def block_specs(fmt: BlockFormat, shape: tuple[int, int], outliers: int = 0) -> 
         width = packed_width(blocks, scale.bits) if scale.is_integer else blocks
         specs["scale"] = TensorSpec(_FLOATS.get(scale.name, torch.uint8), (rows, width))
     if scale.outer is not None:
-        specs["outer_scale"] = TensorSpec(torch.float32, (n if scale.outer == "row" else 1,))
+        specs["outer_scale"] = TensorSpec(torch.float32, (rows if scale.outer == "row" else 1,))
     if not fmt.symmetric:
         specs["zero"] = TensorSpec(torch.uint8, (rows, packed_width(blocks, bits)))
     if fmt.is_learned:

@@ -116,6 +116,13 @@ def test_what_has_a_kernel_is_what_the_kernel_computes(scheme, weights):
     assert f"scheme {scheme} compute the same" in emulated.kernel.reason
 
 
+def test_a_format_may_be_called_anything():
+    """Also what a float type is called."""
+    model = nn.Sequential(nn.Linear(64, 8))
+    qbert.quantize_(model, qbert.emulate(block_format("float5", formats.minifloat("f5", 2, 2), "e8m0", 32)))
+    assert qbert.explain(model).bits_per_weight == 5.25
+
+
 def test_a_block_that_does_not_divide_is_said():
     _, emulated = linear_pair("w8a16", emulated_scheme(get_format("mxfp4")), k=70)
     assert "the last block of a row has 6 of 32 columns" in emulated.kernel.reason
