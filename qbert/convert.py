@@ -25,11 +25,11 @@ from qbert.modules import (
     QTiedLinear,
     QuantizedModule,
 )  # fmt: skip
+from qbert.modules.attention import round_attention
 from qbert.modules.sites import (
     describe_sites,
     remove_sites,
     round_activation_functions,
-    round_attention,
     round_inputs,
     round_norms,
 )

@@ -18,7 +18,8 @@ from qbert.emulation import Emulation
 from qbert.explain import explain
 from qbert.formats import BlockFormat
 from qbert.metrics import sqnr_db
-from qbert.modules import EmulatedModule
+from qbert.modules import AttentionFormats, EmulatedModule
+from qbert.modules.attention import attention_modules, attention_of, observed_attention
 from qbert.numerics import round_activations
 from qbert.study.result import Decibels, Sensitivity
 from qbert.weight.codec import decode
@@ -34,16 +35,19 @@ class Sample:
         inputs: of the model, a padded batch.
         hidden: (tokens, hidden) float32 of the last layer, without padding.
         taken: linear -> (tokens, k) float32 that it takes, without padding.
+        operands: "module.query" and so on -> (rows, k) float32 of attention's products, k being what they sum over.
     """
 
     inputs: Mapping[str, Tensor]
     hidden: Tensor
     taken: Mapping[str, Tensor]
+    operands: Mapping[str, Tensor]
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Mapping[str, Tensor]) -> Sample:
         """Runs the float model on a padded batch."""
         taken: dict[str, Tensor] = {}
+        operands: dict[str, Tensor] = {}
         there = inputs["attention_mask"].bool()
 
         def keep(name: str) -> Any:
@@ -53,6 +57,10 @@ class Sample:
 
             return hook
 
+        def see(module: str, operand: str, x: Tensor) -> None:  # (batch, heads, rows, k); rows of values are channels
+            rows = x if operand == "value" else x.transpose(1, 2)[there]
+            operands[f"{module}.{operand}"] = rows.detach().to(torch.float32).reshape(-1, x.shape[-1])
+
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         handles = [module.register_forward_pre_hook(keep(name)) for name, module in linears.items()]
         try:
@@ -60,7 +68,10 @@ class Sample:
         finally:
             for handle in handles:
                 handle.remove()
-        return cls(inputs, hidden, taken)
+        if attention_modules(model):
+            with observed_attention(model, see):
+                _hidden(model, inputs)
+        return cls(inputs, hidden, taken, operands)
 
     @property
     def tokens(self) -> int:
@@ -103,22 +114,35 @@ def activation_errors(sample: Sample, fmt: BlockFormat, rounded: set[str]) -> di
     return {name: finite(sqnr_db(x, round_activations(x, fmt))) for name, x in sample.taken.items() if name in rounded}
 
 
-def sensitivity(model: nn.Module, emulated: nn.Module, sample: Sample) -> list[Sensitivity]:
-    """The error of the last hidden states with one emulated linear or table in the float model at a time."""
+def attention_errors(sample: Sample, fmt: BlockFormat) -> dict[str, Decibels]:
+    """SQNR of each operand of attention's products, rounded alone."""
+    return {name: finite(sqnr_db(x, round_activations(x, fmt))) for name, x in sample.operands.items()}
+
+
+def sensitivity(
+    model: nn.Module, emulated: nn.Module, sample: Sample, attention: AttentionFormats
+) -> list[Sensitivity]:
+    """The error of the last hidden states with one emulated linear, table or attention in the float model at a time."""
     found = []
     for name, module in emulated.named_modules():
         if isinstance(module, EmulatedModule):
             with _in_place(model, name, module):
-                error = finite(sqnr_db(sample.hidden, _hidden(model, sample.inputs)))
-            match = _LAYER.fullmatch(name)
-            layer, part = (match["layer"], match["part"]) if match else ("", name)
-            found.append(Sensitivity(module=name, layer=layer, part=part, sqnr_db=error))
+                found.append(_part(name, hidden_error(model, sample)))
+    for name in attention_modules(model) if attention.chosen() else ():
+        with attention_of(model, name, attention):
+            found.append(_part(name, hidden_error(model, sample)))
     return found
 
 
-def hidden_error(emulated: nn.Module, sample: Sample) -> Decibels:
-    """Of the last hidden states with everything rounded."""
-    return finite(sqnr_db(sample.hidden, _hidden(emulated, sample.inputs)))
+def _part(name: str, error: Decibels) -> Sensitivity:
+    match = _LAYER.fullmatch(name)
+    layer, part = (match["layer"], match["part"]) if match else ("", name)
+    return Sensitivity(module=name, layer=layer, part=part, sqnr_db=error)
+
+
+def hidden_error(model: nn.Module, sample: Sample) -> Decibels:
+    """SQNR of a model's last hidden states."""
+    return finite(sqnr_db(sample.hidden, _hidden(model, sample.inputs)))
 
 
 def finite(decibels: float) -> Decibels:

@@ -122,13 +122,18 @@ def _details(point: PointResult) -> str:
         f"<p>Not at {html.escape(site)}: {html.escape(why)}.</p>" for site, why in point.left_out.items()
     )
     shown = html.escape(json.dumps(point.format))
-    sites = html.escape(", ".join(point.sites))
-    body = f"<p>At {sites}; <code>{shown}</code></p>{left_out}"
+    where = html.escape(", ".join(point.sites))
+    body = f"<p>At {where}; <code>{shown}</code></p>{left_out}"
     if point.sensitivity:
         body += f"<p>Each part alone in {name}, SQNR in dB of the last hidden states:</p>{_map(point)}"
-    if point.activation_sqnr_db:
-        rows = [[key, _db(value)] for key, value in _worst(point.activation_sqnr_db)]
-        body += f"<p>Inputs of linears, the worst:</p>{_html_table(['linear', 'SQNR dB'], rows)}"
+    sites = {
+        "Weights": point.weight_sqnr_db,
+        "Inputs of linears": point.activation_sqnr_db,
+        "Attention": point.attention_sqnr_db,
+    }
+    for what, errors in sites.items():
+        rows = [[key, _db(value)] for key, value in _worst(errors)]
+        body += f"<p>{what}, the worst:</p>{_html_table(['site', 'SQNR dB'], rows)}" if rows else ""
     return f"<details><summary><b>{name}</b></summary>{body}</details>"
 
 

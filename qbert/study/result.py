@@ -40,6 +40,9 @@ class PointResult(_Record):
     activation_sqnr_db: dict[str, Decibels] = Field(
         description="of what each linear takes, on the sample, rounded alone"
     )
+    attention_sqnr_db: dict[str, Decibels] = Field(
+        description="of each operand of attention, on the sample, rounded alone"
+    )
     sensitivity: list[Sensitivity]
     hidden_sqnr_db: Decibels = Field(description="of the last hidden states of the sample, everything rounded")
     cosine_mean: float = Field(description="of text embeddings to float32's, over all texts of all tasks")

@@ -24,6 +24,7 @@ from qbert.formats import BlockFormat
 from qbert.study.measure import (
     Sample,
     activation_errors,
+    attention_errors,
     emulated_copy,
     hidden_error,
     sensitivity,
@@ -108,16 +109,13 @@ def measure_point(
     start = time.perf_counter()
     emulated = emulated_copy(model, point.emulation)
     size, float_bytes = stored(emulated), stored(model).model_bytes
+    rounded = {name for name in sample.taken if "activations" in point.sites and point.emulation.rounds_input_of(name)}
     errors: dict[str, Any] = {
         "weight_sqnr_db": weight_errors(model, emulated),
-        "activation_sqnr_db": {},
-        "sensitivity": [],
+        "activation_sqnr_db": activation_errors(sample, point.fmt, rounded),
+        "attention_sqnr_db": attention_errors(sample, point.fmt) if "attention" in point.sites else {},
+        "sensitivity": sensitivity(model, emulated, sample, point.emulation.attention) if by_part else [],
     }
-    if "activations" in point.sites:
-        rounded = {name for name in sample.taken if point.emulation.rounds_input_of(name)}
-        errors["activation_sqnr_db"] = activation_errors(sample, point.fmt, rounded)
-    if by_part:
-        errors["sensitivity"] = sensitivity(model, emulated, sample)
     results = [score(emulated, tokenizer, baseline) for baseline in baselines]
     compared = [(result.n, result.comparison) for result in results if result.comparison is not None]
     return PointResult(

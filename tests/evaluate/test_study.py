@@ -143,6 +143,13 @@ def test_all_sites_and_a_format_of_ones_own(tiny_folder, task, tmp_path):
     point = done.points[0]
     assert point.bits_per_weight == 5.5
     assert "embeddings.word_embeddings" in point.weight_sqnr_db
+    attention = "encoder.layer.1.attention.self"
+    assert {name for name in point.attention_sqnr_db if name.startswith(attention)} == {
+        f"{attention}.{operand}" for operand in ("query", "key", "probabilities", "value")
+    }
+    assert all(10 < value < 40 for value in point.attention_sqnr_db.values())
+    parts = {each.module: each.sqnr_db for each in point.sensitivity}
+    assert parts[attention] > point.hidden_sqnr_db
     assert torch.isfinite(torch.tensor(point.hidden_sqnr_db))
     assert json.loads(done.model_dump_json())["points"][0]["format"]["element"]["mantissa_bits"] == 2
 

@@ -15,8 +15,8 @@ from qbert.checkpoint import Record
 from qbert.formats import BlockFormat, block_format, emulated_scheme, get_format
 from qbert.metrics import sqnr_db
 from qbert.modules import AttentionFormats, EmulatedLinear, EmulatedModule, QLinear
+from qbert.modules.attention import attend
 from qbert.modules.emulated import integer_sums
-from qbert.modules.sites import attend
 from qbert.numerics import round_activations
 from qbert.ops import call
 from qbert.ops.operations import QuantizeRows
