@@ -403,7 +403,7 @@ def _fuzz_forged(recipe: str, examples: int) -> None:
 
 @pytest.mark.parametrize("recipe", [*RECIPES, VERSION_1])
 def test_a_forged_checkpoint_is_refused_or_runs(recipe: str) -> None:
-    _fuzz_forged(recipe, examples=40)
+    _fuzz_forged(recipe, examples=20 if recipe == "emulated" else 40)
 
 
 @pytest.mark.slow

