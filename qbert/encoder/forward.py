@@ -23,6 +23,7 @@ from qbert.encoder.calibration import Calibration
 from qbert.encoder.eligibility import check_calibration, encoders, obstacle
 from qbert.encoder.gate import Gate
 from qbert.encoder.graphs import GraphCache
+from qbert.encoder.reader import takes_first
 from qbert.encoder.run import Encoder
 from qbert.encoder.stock import FORWARD, in_training
 from qbert.errors import QBertError
@@ -98,6 +99,7 @@ class FusedForward:
         return self._untraced(args, kwargs)
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        first = takes_first(self.base, self.family, FusedForward.__call__.__code__)
         given = self._by_name(args, kwargs)
         config: Any = self.base.config
         return_dict = given.pop("return_dict", getattr(config, "return_dict", True))
@@ -110,11 +112,13 @@ class FusedForward:
         self._refuse(given)
         call = self.gate.enter()
         try:
-            return self._run(inputs, hidden_states, return_dict)
+            return self._run(inputs, hidden_states, return_dict, first)
         finally:
             self.gate.leave(call)
 
-    def _run(self, inputs: Inputs, hidden_states: bool | int | Sequence[int] | None, return_dict: bool | None) -> Any:
+    def _run(
+        self, inputs: Inputs, hidden_states: bool | int | Sequence[int] | None, return_dict: bool | None, first: bool
+    ) -> Any:
         encoder = self.encoder()
         layers = len(encoder.program.layers)
         asked = bool(hidden_states) if self.family.collects else hidden_states
@@ -122,7 +126,8 @@ class FusedForward:
         wanted = set(range(layers + 1)) if asked is True else _selected(asked, config.num_hidden_layers + 1)
         with torch.no_grad():
             batch = Batch.of(inputs, self.family, encoder.program.positions, encoder.device)
-            states = _states(encoder, self.graphs, batch, wanted)
+            alone = first and not hidden_states and self.graphs is None and batch.packing.begun and batch.size > 0
+            states = _first_tokens(encoder, batch) if alone else _states(encoder, self.graphs, batch, wanted)
             if batch.packing.headless is not None:
                 self._fill_first_column(states, inputs, batch.packing.headless)
         last = states[-1]
@@ -211,6 +216,12 @@ class FusedForward:
 def _rows_of(given: Tensor, rows: Tensor) -> Tensor:
     """Those rows of an input; all of one that is the same for every row."""
     return given if given.shape[0] == 1 else given[rows.to(given.device)]
+
+
+def _first_tokens(encoder: Encoder, batch: Batch) -> list[Tensor | None]:
+    """The same of the first tokens alone (batch, 1, h): all that is read of the last, and nothing of the others."""
+    last = encoder.first_tokens(batch).to(encoder.dtype)
+    return [*[None] * len(encoder.program.layers), last[:, None]]
 
 
 def _states(encoder: Encoder, graphs: GraphCache | None, batch: Batch, wanted: set[int]) -> list[Tensor | None]:

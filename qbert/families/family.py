@@ -196,6 +196,26 @@ def no_obstacle(encoder: Any) -> str | None:
 
 
 @dataclass(frozen=True)
+class Reader:
+    """A model around an encoder whose own forward takes the first token of each sequence, and no other, of what it gives.
+
+    Attributes:
+        classes: of the model, a star standing as in `Part`.
+        takes: the attribute of the model that is called with all hidden states, and its class, which takes the first; None
+            where the model itself does, or the encoder's pooler.
+        settings: of the model's configuration: name -> the value with which that is so.
+    """
+
+    classes: tuple[str, ...]
+    takes: tuple[str, str] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+POOLED = Reader(("*ForSequenceClassification", "*ForMultipleChoice", "*ForNextSentencePrediction"))
+CLASSIFIED = Reader(("*ForSequenceClassification",), takes=("classifier", "*ClassificationHead"))
+
+
+@dataclass(frozen=True)
 class EncoderFamily:
     """One architecture of encoder.
 
@@ -207,6 +227,7 @@ class EncoderFamily:
         embeddings, layers, layer: attribute paths; `layers` is the list of layers, or of groups of them.
         pool: the pooled output of an encoder and its last hidden states; None where a family has none.
         poolers: first components of the paths of the modules that `pool` calls.
+        readers: models around the encoder that take nothing but first tokens.
         positions: how it counts positions.
         skips_padding: positions start after the table's padding_idx.
         distances: path of the module that says what the distance between two tokens does to their attention. Distances are
@@ -233,6 +254,7 @@ class EncoderFamily:
     stock: Mapping[str, Part]
     pool: Callable[[Any, Tensor], Tensor | None] | None = pooled_by_module
     poolers: tuple[str, ...] = ("pooler",)
+    readers: tuple[Reader, ...] = (POOLED,)
     positions: Positions = positions_by_column
     skips_padding: bool = False
     distances: str | None = None

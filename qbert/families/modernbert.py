@@ -16,6 +16,7 @@ from qbert.families.family import (
     EncoderFamily,
     LayerBuilder,
     LayerPaths,
+    Reader,
     part,
 )
 
@@ -93,6 +94,7 @@ FAMILY = EncoderFamily(
     },
     pool=None,
     poolers=(),
+    readers=(Reader(("*ForSequenceClassification", "*ForMultipleChoice"), settings={"classifier_pooling": "cls"}),),
     distances=ROTARY,
     program=program,
     final_norm="final_norm",

@@ -12,11 +12,13 @@ from torch import Tensor
 from qbert.families import bert
 from qbert.families.family import (
     ACTIVATION,
+    CLASSIFIED,
     COUNTING,
     DROPOUT,
     LIST,
     LayerBuilder,
     LayerPaths,
+    Reader,
     part,
     positions_after_padding,
 )
@@ -90,6 +92,7 @@ FAMILY = replace(
         "encoder.layer.*.output": part("*Output"),
         "encoder.layer.*.output.dropout": DROPOUT,
     },
+    readers=(CLASSIFIED, Reader(("*ForMultipleChoice",))),
     positions=positions_after_padding,
     skips_padding=True,
     distances=TABLE,
