@@ -135,24 +135,33 @@ def test_every_problem_has_a_tile(head_dim, average, per_token):
 # ---- compiled for sm_90 ---------------------------------------------------------------------------------------------
 
 
-def compiled(tile, head_dim, out, per_token):
+PLAIN = attention.PLAIN
+WINDOW, BIAS = PLAIN._replace(window="i32"), PLAIN._replace(bias="*fp32", reach="i32")
+
+
+def registers_of(tile, head_dim, out, per_token, distances):
+    return attention.max_registers(head_dim, per_token, tile.warps, out == "i8", distances)
+
+
+def compiled(tile, head_dim, out, per_token, distances=PLAIN, per_head=False):
     from qbert.kernels.attention import attention_int8_kernel
 
-    meta = AttentionMeta(head_dim, attention.block_d(head_dim), tile.block_t, per_token)
+    meta = AttentionMeta(head_dim, attention.block_d(head_dim), tile.block_t, per_token, per_head, PTX=True)
     arguments = {
         "tokens": ("*i8", "*fp32"), "cu_seqlens_ptr": "*i32", "out_ptr": f"*{out}", "t": "i32", "sequences": "i32",
-        "heads": Heads("i32", "fp32", "fp32"), "META": sm90.Constant(meta),
+        "heads": Heads("i32", "fp32", "fp32"), "distances": distances, "META": sm90.Constant(meta),
     }  # fmt: skip
     return sm90.build(
-        attention_int8_kernel, arguments, warps=tile.warps, stages=tile.stages, unaligned=("t", "sequences", "number"),
-        enable_fp_fusion=False, maxnreg=attention.max_registers(head_dim, per_token, tile.warps, out == "i8"),
+        attention_int8_kernel, arguments, warps=tile.warps, stages=tile.stages,
+        unaligned=("t", "sequences", "number", "window", "reach", "positions"), enable_fp_fusion=False,
+        maxnreg=registers_of(tile, head_dim, out, per_token, distances),
     )  # fmt: skip
 
 
-def check(tile, head_dim, out, per_token):
-    registers = attention.max_registers(head_dim, per_token, tile.warps, out == "i8")
+def check(tile, head_dim, out, per_token, distances=PLAIN, per_head=False):
+    registers = registers_of(tile, head_dim, out, per_token, distances)
     blocks = 1 if registers is None else sm90.REGISTER_FILE // (registers * tile.warps * 32)
-    built = compiled(tile, head_dim, out, per_token)
+    built = compiled(tile, head_dim, out, per_token, distances, per_head)
     assert not sm90.problems(built, wgmma=True, blocks_per_sm=blocks)
     assert built.count("HGMMA") > 0, "codes times values"
     assert built.count("HMMA") == 0
