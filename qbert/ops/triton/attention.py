@@ -78,7 +78,7 @@ def attention(a: Attention) -> Tensor:
     if sequences == 0:
         raise QBertError(f"cu_seqlens must ascend from 0 to {t}, got a single bound: no sequence")
     target = target_for(a.qkv)
-    codes, scales = _codes_and_scales(a)
+    codes, scales = codes_and_scales(a)
     distances, per_token = _distances(a), scales.dim() > 1
     tile = attention_tile(a.head_dim, -(-t // sequences), is_narrow(per_token, distances), target)
     registers = max_registers(a.head_dim, per_token, tile.warps, out.dtype == torch.int8, distances)
@@ -92,7 +92,7 @@ def attention(a: Attention) -> Tensor:
     return out
 
 
-def _codes_and_scales(a: Attention) -> tuple[Tensor, Tensor]:
+def codes_and_scales(a: Attention) -> tuple[Tensor, Tensor]:
     """Int8 queries, keys and values, and their scales: (3,), (t, 3), or (heads, t, 3) where floats got them here."""
     from qbert.kernels.round_heads import round_heads_kernel
 
