@@ -123,4 +123,6 @@ def _distances(a: Attention) -> Distances:
 
 def obstacle(problem: Problem) -> str | None:
     """Why not this problem on a GPU that the kernels run on; None where they compute it."""
+    if problem.pattern.first:
+        return "queries of first tokens alone; it takes one of every token"
     return f"heads of {problem.k}; it takes up to {MAX_HEAD_DIM}" if problem.k > MAX_HEAD_DIM else None
