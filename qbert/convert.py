@@ -33,6 +33,7 @@ _HOOKS = (
 )  # fmt: skip
 _REASONS = "_qbert_reasons"
 _observers: list[Callable[[nn.Module, Recipe | None], None]] = []
+_planners: list[Callable[[nn.Module], Mapping[nn.Module, str]]] = []
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,8 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlanEntry]:
     if type(model) in _ROLES:
         raise QBertError(f"the model is itself an {type(model).__name__}, which cannot be replaced in place; wrap it")
     direct = _directly_read(model)
+    for planner in _planners:
+        direct |= planner(model)
     entries = []
     obstacles: dict[str, str] = {}
     for name, module in _candidates(model):
@@ -239,6 +242,11 @@ def when_changed(observer: Callable[[nn.Module, Recipe | None], None]) -> None:
     knowing the framework.
     """
     _observers.append(observer)
+
+
+def when_planned(planner: Callable[[nn.Module], Mapping[nn.Module, str]]) -> None:
+    """Registers a function that says which modules of a model a framework needs float, and why; it may refuse the model."""
+    _planners.append(planner)
 
 
 def float_reasons(model: nn.Module) -> dict[str, str]:

@@ -157,7 +157,11 @@ class QBertHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # all but the quantized weights: adapters, heads, norms, biases
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True  # transformers' Trainer, evaluate() included, asks for this where a model has no adapter
 
     @property
     def is_compileable(self) -> bool:
