@@ -124,6 +124,8 @@ class FusedForward:
         with torch.no_grad():
             batch = Batch.of(inputs, self.family, encoder.program.positions, encoder.device)
             states = _states(encoder, self.graphs, batch, wanted)
+            if self.calibration is not None:
+                _spoil_sequences(batch, states)
             if batch.packing.headless is not None:
                 self._fill_first_column(states, inputs, batch.packing.headless)
         states = _without_backward(self.base, inputs.inputs_embeds, states)
@@ -254,6 +256,22 @@ def _states(encoder: Encoder, graphs: GraphCache | None, batch: Batch, wanted: s
             return [*[None] * len(program.layers), last]
     streams = encoder.run(batch, wanted)
     return [None if stream is None else batch.unpack(stream, encoder.dtype) for stream in streams]
+
+
+def _spoil_sequences(batch: Batch, states: list[Tensor | None]) -> None:
+    """Codes with a static scale have no NaN, so to the others of its sequence a token that is NaN looks like one that is not: what
+    they are after the first layer is written over with NaN.
+
+    On a GPU only where rows were given: a host that asks for the answer would wait, and ids have finite rows there.
+    """
+    for state in states[1:]:
+        if state is None or not (batch.by_row or state.device.type == "cpu"):
+            continue
+        spoiled = state[:, :, 0].isnan().any(1)  # a norm makes all channels of such a token NaN
+        if state.device.type == "cpu" and not bool(spoiled.any()):
+            continue
+        there = batch.unpack(torch.ones(batch.size, 1, device=state.device), torch.bool)
+        state.masked_fill_(spoiled[:, None, None] & there, torch.nan)
 
 
 def _replayed(encoder: Encoder, graphs: GraphCache, batch: Batch, wanted: set[int]) -> Tensor | None:
