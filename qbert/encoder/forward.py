@@ -259,8 +259,8 @@ def _states(encoder: Encoder, graphs: GraphCache | None, batch: Batch, wanted: s
 
 
 def _spoil_sequences(batch: Batch, states: list[Tensor | None]) -> None:
-    """Codes with a static scale have no NaN, so to the others of its sequence a token that is NaN looks like one that is not: what
-    they are after the first layer is written over with NaN.
+    """Codes with a static scale have no NaN, so to the others of its sequence a token that is NaN looks like one that is not:
+    what they are after the first layer is written over with NaN.
 
     On a GPU only where rows were given: a host that asks for the answer would wait, and ids have finite rows there.
     """
