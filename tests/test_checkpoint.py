@@ -847,7 +847,7 @@ MODEL_RULES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "architecture_dotted": (_set(architectures=["os.system"]), "architectures: must name one model class"),
     "architecture_dunder": (_set(architectures=["__name__"]), "architectures: must name one model class"),
     "architecture_other": (_set(architectures=["BertForSequenceClassification"]), "checkpoint"),
-    "architecture_other_family": (_set(architectures=["GPT2Model"]), "config.json: must build a GPT2Model"),
+    "architecture_other_family": (_set(architectures=["GPT2Model"]), "must be of the configuration's model_type, BertConfig"),
 }  # fmt: skip
 
 

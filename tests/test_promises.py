@@ -410,7 +410,7 @@ def test_fused_a_bad_token_stays_in_its_sequence(fused: PreTrainedModel, bad: fl
     others = [0, 1, 3]
     assert clean.isfinite().all()
     assert torch.equal(spoiled[others], clean[others])
-    assert spoiled[2, 5].isnan().all()
+    assert spoiled[2].isnan().all()
 
 
 def test_fused_sentence_embeddings_stay_close(

@@ -230,7 +230,7 @@ class LayerBuilder:
     def _take_first(self, others: Sequence[str] = ()) -> None:
         """From here on the stream, and what else was computed of it, is first tokens."""
         slots = (*steps.HIDDEN_STATE, *others)
-        self._add(steps.first_tokens(slots, self._site.hidden_size, self._residual))
+        self._add(steps.first_tokens(slots, self._site.hidden_size, self._residual, self._scales is not None))
         self._of_first = True
 
     def _add(self, *written: Step) -> None:

@@ -31,6 +31,7 @@ from qbert.families import EncoderFamily, family_of
 
 # Handed down by heads and tokenizers, and of no meaning to an encoder.
 _IGNORED = ("num_items_in_batch",)
+_UNTRAINED = "call model.eval() first, or qbert.unfuse_(model) to train it or what is below it"
 _preparing = threading.Lock()
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # older torch cannot say so
 log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class FusedForward:
         if given.pop("output_attentions", getattr(config, "output_attentions", False)):
             raise QBertError(_refusal("output_attentions=True", "the attention weights are never in memory"))
         if self.base.training:
-            raise QBertError(_refusal("training mode", "call model.eval() first"))
+            raise QBertError(_refusal("training mode", _UNTRAINED))
         inputs = Inputs(*(given.pop(name, None) for name in Inputs._fields))
         self._refuse(given)
         call = self.gate.enter()
@@ -128,8 +129,11 @@ class FusedForward:
             batch = Batch.of(inputs, self.family, encoder.program.positions, encoder.device)
             alone = first and not hidden_states and self.graphs is None and batch.packing.begun and batch.size > 0
             states = _first_tokens(encoder, batch) if alone else _states(encoder, self.graphs, batch, wanted)
+            if self.calibration is not None and not alone:
+                _spoil_sequences(batch, states)
             if batch.packing.headless is not None:
                 self._fill_first_column(states, inputs, batch.packing.headless)
+        states = _without_backward(self.base, inputs.inputs_embeds, states)
         last = states[-1]
         assert last is not None
         fields: dict[str, Any] = {"last_hidden_state": last}
@@ -189,7 +193,7 @@ class FusedForward:
             check_calibration(self.base, self.calibration, same_model=False)
         part = in_training(self.base, self.family)
         if part is not None:
-            raise QBertError(_refusal(f"training mode of {part}", "call model.eval() first"))
+            raise QBertError(_refusal(f"training mode of {part}", _UNTRAINED))
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be moved or loaded into later
             encoder = Encoder(self.base, self.family, self.calibration)
         if encoder.device.type == "cuda":  # other threads' streams will read what this one's is still writing
@@ -211,6 +215,33 @@ class FusedForward:
         for name, value in rest.items():
             if value is not None and value is not False and name not in _IGNORED:
                 raise QBertError(_refusal(name, "call qbert.unfuse_(model) first if you need it"))
+
+
+class _NoBackward(torch.autograd.Function):
+    """The identity, for values that a fused encoder computed of tensors that require gradients: there is no way back."""
+
+    @staticmethod
+    def forward(ctx: Any, asked: Tensor, value: Tensor) -> Tensor:
+        return value.detach()  # no view of it: callers may write to what they get
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise QBertError(
+            "a fused encoder has no backward: call qbert.unfuse_(model) to train through it, or "
+            "encoder.requires_grad_(False) to train only what is above it"
+        )
+
+
+def _without_backward(base: nn.Module, given: Tensor | None, states: list[Tensor | None]) -> list[Tensor | None]:
+    """The states, which require gradients where those of an unfused encoder would: an optimizer that got none would not say
+    so, a backward that reaches them does."""
+    if not torch.is_grad_enabled():
+        return states
+    sources = (given,) if given is not None and given.requires_grad else base.parameters()
+    asked = next((each for each in sources if each is not None and each.requires_grad), None)
+    if asked is None:
+        return states
+    return [None if state is None else _NoBackward.apply(asked, state) for state in states]
 
 
 def _rows_of(given: Tensor, rows: Tensor) -> Tensor:
@@ -236,6 +267,22 @@ def _states(encoder: Encoder, graphs: GraphCache | None, batch: Batch, wanted: s
             return [*[None] * len(program.layers), last]
     streams = encoder.run(batch, wanted)
     return [None if stream is None else batch.unpack(stream, encoder.dtype) for stream in streams]
+
+
+def _spoil_sequences(batch: Batch, states: list[Tensor | None]) -> None:
+    """Codes with a static scale have no NaN, so to the others of its sequence a token that is NaN looks like one that is not:
+    what they are after the first layer is written over with NaN.
+
+    On a GPU only where rows were given: a host that asks for the answer would wait, and ids have finite rows there.
+    """
+    for state in states[1:]:
+        if state is None or not (batch.by_row or state.device.type == "cpu"):
+            continue
+        spoiled = state[:, :, 0].isnan().any(1)  # a norm makes all channels of such a token NaN
+        if state.device.type == "cpu" and not bool(spoiled.any()):
+            continue
+        there = batch.unpack(torch.ones(batch.size, 1, device=state.device), torch.bool)
+        state.masked_fill_(spoiled[:, None, None] & there, torch.nan)
 
 
 def _replayed(encoder: Encoder, graphs: GraphCache, batch: Batch, wanted: set[int]) -> Tensor | None:

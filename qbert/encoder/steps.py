@@ -235,19 +235,31 @@ def attends_first(heads: Heads, dtype: torch.dtype, out: Out, target: Target) ->
     return select("attention", problem, target).name != REFERENCE
 
 
-def first_tokens(slots: Sequence[str], k: int, dtype: torch.dtype) -> Step:
-    """The rows of each sequence's first token in place of all rows. No sequence may be empty."""
+def first_tokens(slots: Sequence[str], k: int, dtype: torch.dtype, static: bool) -> Step:
+    """The rows of each sequence's first token in place of all rows. No sequence may be empty.
+
+    Args:
+        static: codes have no NaN. So a sequence that has one in "hidden" gets it in its first row, which would not see it otherwise.
+    """
 
     def run(values: Slots) -> None:
-        first = values[CU_SEQLENS][:-1]
+        first, spoiled = values[CU_SEQLENS][:-1], _spoiled(values[HIDDEN], values[CU_SEQLENS]) if static else None
         for slot in slots:
             values[slot] = values[slot].index_select(0, first)
+        if spoiled is not None:
+            values[HIDDEN].masked_fill_(spoiled[:, None], torch.nan)
         values[ONES] = values[ONES][: len(first)]
 
     reads = (*slots, ONES, CU_SEQLENS)
     return Step(
         "first tokens", "attention", "first_tokens", "torch", reads, (*slots, ONES), run, (0, k), float_bytes=dtype.itemsize
     )  # fmt: skip
+
+
+def _spoiled(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Which sequences of the stream (t, h) have a token that is NaN: after a norm all its channels are."""
+    before = torch.nn.functional.pad(hidden[:, 0].isnan().cumsum(0), (1, 0))
+    return before[cu_seqlens].diff() > 0
 
 
 def attention(heads: Heads, qkv: Projected, out: Out, writes: str, target: Target) -> Step:

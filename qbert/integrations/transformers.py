@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,13 +29,15 @@ from qbert.checkpoint import METHOD, Record
 from qbert.encoder import Calibration
 from qbert.errors import CheckpointError, QBertError
 from qbert.families import KEEP_FLOAT
-from qbert.modules import ModuleSpec, QTiedLinear, QuantizedModule
+from qbert.modules import ModuleSpec, QEmbedding, QTiedLinear, QuantizedModule, collect_specs
 from qbert.recipe import Recipe
 
 # Configuration entries with these words in their names, if they are integers, say how often something is built.
 _COUNTED = {"layer": 1024, "label": 2**20}
 # What a quantized transformers model has of its own in place of its class's, and where it keeps the former ties.
-_TIES, _RESIZE, _FORMER_TIES = "_tied_weights_keys", "resize_token_embeddings", "_qbert_former_ties"
+_REMOTE = "auto_map"
+_TIES, _FORMER_TIES = "_tied_weights_keys", "_qbert_former_ties"
+_RESIZE, _SET_TABLE = "resize_token_embeddings", "set_input_embeddings"
 
 
 @register_quantization_config(METHOD)
@@ -118,7 +121,7 @@ class QBertHfQuantizer(HfQuantizer):
         if record is None:
             raise CheckpointError("quantization_config.modules", "must say what each quantized module is", "nothing")
         files = kwargs.get("checkpoint_files") or []
-        skeleton = build_skeleton(model.config, record, checkpoint.tensor_names(files))
+        skeleton = build_skeleton(_stored_config(files, model.config), record, checkpoint.tensor_names(files))
         with torch.device("cpu"):  # transformers builds models under the meta device; the check reads real values
             checkpoint.check_files(files, record, checkpoint.expected_tensors(skeleton, skeleton.all_tied_weights_keys))
         convert.install_(model, _rename(record.modules, skeleton, model), record.recipe)
@@ -143,11 +146,14 @@ class QBertHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         state_dict = model.state_dict()
+        if getattr(model, "_hf_peft_config_loaded", False):  # adapters alone are written, without a configuration
+            return state_dict, {}
         # The record's names are this version's; a checkpoint that was loaded under older names is not saved under them.
         model._weight_conversions = []
         record = Record.of(model, self.quantization_config.recipe, _source(self.quantization_config))
         absent = set(model.all_tied_weights_keys) | set(model._keys_to_ignore_on_save or ())
         stored = {name: tensor for name, tensor in state_dict.items() if name not in absent}
+        model.config.__dict__.pop(_REMOTE, None)  # left by files with code of their own; this class is transformers'
         _require_loadable(model, record, stored)
         model.config.quantization_config = QBertConfig.of_record(checkpoint.signed(record, stored))
         return state_dict, {}
@@ -157,7 +163,11 @@ class QBertHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # all but the quantized weights: adapters, heads, norms, biases
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True  # transformers' Trainer, evaluate() included, asks for this where a model has no adapter
 
     @property
     def is_compileable(self) -> bool:
@@ -192,8 +202,7 @@ def check(folder: str | Path) -> tuple[Record, PretrainedConfig]:
     record = Record.parse(data["quantization_config"])
     files = checkpoint.weight_files(folder)
     _check_counts(data, len(record.modules))
-    with _refused(checkpoint.CONFIG_FILE, "must describe a model that transformers knows"):
-        config = transformers.AutoConfig.for_model(**{k: v for k, v in data.items() if k != "quantization_config"})
+    config = _parsed_config(data)
     skeleton = build_skeleton(config, record, checkpoint.tensor_names(files))
     checkpoint.check_files(files, record, checkpoint.expected_tensors(skeleton, skeleton.all_tied_weights_keys))
     return record, config
@@ -207,6 +216,7 @@ def save(model: PreTrainedModel, folder: str | Path, *, source: str | None = Non
     """
     if not isinstance(model, PreTrainedModel):
         raise QBertError(f"{type(model).__name__} is not a transformers model; allowed: one, or the one inside it")
+    _keep_in_step(model)
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, QBertHfQuantizer):
         raise QBertError(f"{type(model).__name__} is not quantized by qbert; call qbert.quantize_ first")
@@ -242,6 +252,20 @@ def _require_loadable(model: PreTrainedModel, record: Record, stored: Mapping[st
                 f"this {kind.__name__} could not be loaded again: {name} is {tuple(stored[name].shape)}, and its configuration "
                 f"makes that {spec.shape}"
             )
+
+
+def _stored_config(files: Sequence[str | Path], config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration that was saved with a checkpoint's files, which are held to it: `config` may be what a user asks for
+    instead, with other labels for example."""
+    folder = Path(files[0]).parent if files else None
+    if folder is None or not checkpoint.is_checkpoint(folder):
+        return config
+    return _parsed_config(checkpoint.read_config(folder))
+
+
+def _parsed_config(data: Mapping[str, Any]) -> PretrainedConfig:
+    with _refused(checkpoint.CONFIG_FILE, "must describe a model that transformers knows"):
+        return transformers.AutoConfig.for_model(**{k: v for k, v in data.items() if k != "quantization_config"})
 
 
 def build_skeleton(config: PretrainedConfig, record: Record, names: Collection[str]) -> PreTrainedModel:
@@ -288,7 +312,24 @@ def _architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
         raise CheckpointError(
             f"{checkpoint.CONFIG_FILE}: architectures", "must name one model class of transformers", names
         )
-    return found
+    model_class: type[PreTrainedModel] = found
+    if model_class.config_class is not None and not isinstance(config, model_class.config_class):
+        kind, wanted = type(config).__name__, model_class.config_class.__name__
+        raise CheckpointError(
+            f"{checkpoint.CONFIG_FILE}: architectures",
+            f"must be of the configuration's model_type, {kind}",
+            f"{name} of {wanted}",
+        )
+    remote = getattr(config, _REMOTE, None)
+    own = [str(each) for each in (remote.values() if isinstance(remote, Mapping) else ())]
+    own = [each for each in own if each.rpartition(".")[2] == name]
+    if own:
+        raise CheckpointError(
+            f"{checkpoint.CONFIG_FILE}: {_REMOTE}",
+            f"must not name code of its own for {name}: only transformers' is run",
+            own[0],
+        )
+    return model_class
 
 
 def _check_counts(config: Mapping[str, Any], quantized_modules: int) -> None:
@@ -347,6 +388,7 @@ def _forget_quantized_ties(model: PreTrainedModel) -> None:
         if former is not None:
             setattr(inner, _TIES, _ties_left(former, expanded, weights))
         inner.__dict__[_RESIZE] = functools.partial(_resize_token_embeddings, inner)
+        inner.__dict__[_SET_TABLE] = functools.partial(_set_input_embeddings, inner)
 
 
 def _ties_left(former: Mapping[str, str], expanded: Mapping[str, str], weights: Collection[str]) -> dict[str, str]:
@@ -371,7 +413,7 @@ def _remember_ties(model: PreTrainedModel) -> None:
     found = [inner for inner in _transformers_models(model) if _FORMER_TIES in inner.__dict__]
     for inner in found:
         former = inner.__dict__.pop(_FORMER_TIES)
-        for name in (_TIES, _RESIZE):
+        for name in (_TIES, _RESIZE, _SET_TABLE):
             inner.__dict__.pop(name, None)
         if getattr(inner, _TIES) != former:  # it was the model's own before
             setattr(inner, _TIES, former)
@@ -409,6 +451,22 @@ def _resize_token_embeddings(
     return resized
 
 
+def _set_input_embeddings(model: PreTrainedModel, value: nn.Module) -> None:
+    """transformers' own; a head that is tied to a quantized table would go on computing with that.
+
+    Raises:
+        QBertError: there is such a head.
+    """
+    table = model.get_input_embeddings()
+    tied = [name for name, each in model.named_modules() if isinstance(each, QTiedLinear) and each.owner is table]
+    if tied and value is not table:
+        raise QBertError(
+            f"set_input_embeddings: the table of this {type(model).__name__} is quantized, and {tied[0]} computes with it; "
+            f"call qbert.dequantize_(model) first, set it, and quantize again"
+        )
+    type(model).set_input_embeddings(model, value)
+
+
 def _quantized(module: object) -> bool:
     return isinstance(module, QuantizedModule | QTiedLinear)
 
@@ -444,8 +502,66 @@ def _follow(model: nn.Module, recipe: Recipe | None) -> None:
                 _attach(inner, Record.of(inner, recipe, inner.config.name_or_path or None))
             continue
         _remember_ties(inner)
-        if isinstance(getattr(inner, "hf_quantizer", None), QBertHfQuantizer):
-            inner.hf_quantizer.remove_quantization_config(inner)
+        for each in _transformers_models(inner):  # one inside may have been quantized by itself
+            if isinstance(getattr(each, "hf_quantizer", None), QBertHfQuantizer):
+                each.hf_quantizer.remove_quantization_config(each)
 
 
+def _keep_in_step(model: PreTrainedModel) -> None:
+    """Gives a model the record of what is quantized in it now: a part may have been quantized or dequantized by itself."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    ours, specs = isinstance(quantizer, QBertHfQuantizer), collect_specs(model)
+    if specs and quantizer is None:
+        _attach(model, Record.of(model, _recipe_of(model, specs), model.config.name_or_path or None))
+    elif ours and not specs:
+        quantizer.remove_quantization_config(model)
+
+
+def _recipe_of(model: PreTrainedModel, specs: Mapping[str, ModuleSpec]) -> Recipe:
+    """The recipe of the one part of a model that was quantized; where it has several or none, one that says what is there."""
+    found = [
+        each.hf_quantizer for each in _transformers_models(model) if getattr(each, "hf_quantizer", None) is not None
+    ]
+    if len(found) == 1:
+        recipe: Recipe = found[0].quantization_config.recipe
+        return recipe
+    return Recipe(linear=None, overrides={name: spec.scheme for name, spec in specs.items() if spec.tied_to is None})
+
+
+def _refuse_others(model: nn.Module) -> Mapping[nn.Module, str]:
+    """
+    Raises:
+        QBertError: transformers loaded a part of it quantized by another method.
+    """
+    for inner in _transformers_models(model):
+        quantizer = getattr(inner, "hf_quantizer", None)
+        if quantizer is not None and not isinstance(quantizer, QBertHfQuantizer):
+            method = getattr(
+                quantizer.quantization_config.quant_method, "value", quantizer.quantization_config.quant_method
+            )
+            raise QBertError(f"{type(inner).__name__} is quantized already, by {method}; allowed: a float model")
+    return {}
+
+
+def _extend_transformers() -> None:
+    """What every transformers model does in other words where something in it is quantized, whichever part that was."""
+    save, count = PreTrainedModel.save_pretrained, PreTrainedModel.num_parameters
+
+    @functools.wraps(save)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        _keep_in_step(self)
+        return save(self, *args, **kwargs)
+
+    @functools.wraps(count)
+    def num_parameters(self: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        left_out = QEmbedding if exclude_embeddings else ()
+        codes = [] if only_trainable else [each for each in self.modules() if isinstance(each, QuantizedModule)]
+        weights = sum(math.prod(each.shape) for each in codes if not isinstance(each, left_out))
+        return int(count(self, only_trainable, exclude_embeddings)) + weights
+
+    PreTrainedModel.save_pretrained, PreTrainedModel.num_parameters = save_pretrained, num_parameters
+
+
+_extend_transformers()
+convert.when_planned(_refuse_others)
 convert.when_changed(_follow)

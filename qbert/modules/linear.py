@@ -11,14 +11,14 @@ from qbert import ops
 from qbert.errors import QBertError
 from qbert.formats import Role, tied_linear_scheme
 from qbert.modules.base import DecodedWeight, QuantizedModule, kernel_of, weight_of
-from qbert.ops.operations import Linear, QuantizeRows
+from qbert.modules.gradient import product
 from qbert.ops.table import KernelChoice
 from qbert.weight import Weight
 
 
 class QLinear(QuantizedModule):
     """`nn.Linear` with a quantized weight: y = x @ W.T + bias for x (..., k) float32, bfloat16 or float16. The result is of the
-    same type; in autocast, of its type.
+    same type; in autocast, of its type. Gradients pass to x and bias; the weight is not trained.
 
     Args:
         weight: (n, k), of a linear scheme.
@@ -125,10 +125,7 @@ def _linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     if x.dtype not in ops.FLOAT_DTYPES or x.shape[-1:] != (k,):
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in ops.FLOAT_DTYPES)
         raise QBertError(f"input is {x.dtype} of shape {tuple(x.shape)}; allowed: {allowed} of shape (..., {k})")
-    flat = x.reshape(-1, k)
-    tokens, scales = (flat, None) if weight.scheme.activation is None else ops.call(QuantizeRows(flat))
-    y: Tensor = ops.call(Linear(tokens, scales, weight, bias, ops.Activation.NONE, False, x.dtype))
-    return y.view(*x.shape[:-1], n)
+    return product(x.reshape(-1, k), weight, bias).view(*x.shape[:-1], n)
 
 
 def _autocast(x: Tensor) -> Tensor:

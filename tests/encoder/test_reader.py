@@ -108,6 +108,19 @@ def test_portions_batches_and_threads_do_not_show(alone: list[int], monkeypatch:
     assert alone == [9, 9, *[1] * 9]
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["Bert", "ModernBert"])
+def test_a_bad_token_spoils_its_sequence(name: str, variant: str, alone: list[int]) -> None:
+    model, mask = _reader(f"{name}ForSequenceClassification", variant=variant), padded_batch(4, 8)["attention_mask"]
+    embeds = torch.randn(4, 8, 64, generator=torch.Generator().manual_seed(0))
+    clean = model(inputs_embeds=embeds, attention_mask=mask).logits
+    embeds[1, 2, 3] = torch.nan
+    spoiled = model(inputs_embeds=embeds, attention_mask=mask).logits
+    assert spoiled[1].isnan().all()
+    assert torch.equal(spoiled[[0, 2, 3]], clean[[0, 2, 3]])
+    assert alone == [4, 4]
+
+
 def test_the_program_says_what_it_saves() -> None:
     model = encoder_of(_reader("BertForSequenceClassification"))
     model(**padded_batch())
