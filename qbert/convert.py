@@ -233,12 +233,18 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlanEntry]:
 
 
 def when_changed(observer: Callable[[nn.Module, Recipe | None], None]) -> None:
-    """Registers a function to call after `quantize_` (with the recipe) and `dequantize_` (with None).
+    """Registers a function to call after `quantize_` (with the recipe), `dequantize_` and a change of shapes (with None).
 
     This is how an integration keeps a framework's own records (a config, a quantizer object) in step without `convert`
     knowing the framework.
     """
     _observers.append(observer)
+
+
+def note_reshaped(model: nn.Module) -> None:
+    """Tells the frameworks that layers, heads, neurons or words of a float model are gone (see `qbert.shapes`)."""
+    for observer in _observers:
+        observer(model, None)
 
 
 def float_reasons(model: nn.Module) -> dict[str, str]:

@@ -108,7 +108,11 @@ def load_float(source: str) -> nn.Module:
     import transformers
 
     path = resolve_model(source)
-    if Path(path).is_dir() and checkpoint.is_checkpoint(path):
+    if (
+        Path(path).is_dir()
+        and checkpoint.is_checkpoint(path)
+        and checkpoint.read_config(path)["quantization_config"].get("modules")
+    ):
         raise QBertError(f"{source!r} is quantized already; allowed: a float model")
     missing: list[str] = []
     with quiet_transformers():
