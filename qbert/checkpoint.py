@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -64,8 +64,8 @@ class Record(BaseModel):
     exclude: list[str] = []
     overrides: list[Annotated[tuple[str, str | None], Field(strict=False)]] = []
     keep_float: list[str] = list(KEEP_FLOAT)
-    modules: dict[str, ModuleSpec]
     shapes: ShapePlan | None = None
+    modules: dict[str, ModuleSpec]
     fuse: bool = False
     calibration: Calibration | None = None
     source: str | None = None
@@ -76,10 +76,15 @@ class Record(BaseModel):
         _ = self.recipe  # a QBertError is a ValueError, which pydantic reports as its own
         return self
 
+    @field_validator("modules", mode="after")
+    @classmethod
+    def _says_something(cls, modules: dict[str, ModuleSpec], info: ValidationInfo) -> dict[str, ModuleSpec]:
+        if not modules and info.data.get("shapes") is None:
+            raise ValueError("must name a quantized module where there are no shapes")
+        return modules
+
     @model_validator(mode="after")
-    def _says_something(self) -> Record:
-        if not self.modules and self.shapes is None:
-            raise ValueError("modules must name a quantized one where there are no shapes")
+    def _shapes_are_of_version_3(self) -> Record:
         if self.shapes is not None and self.format_version < FORMAT_VERSION:
             raise ValueError(f"shapes are of format_version {FORMAT_VERSION}, and this one is {self.format_version}")
         return self

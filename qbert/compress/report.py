@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -30,11 +32,9 @@ class Size(BaseModel):
         encoder, macs = shaped(model), 0
         paths = encoder.family.layer
         for layer in encoder.layers:
-            linears = [layer.get_submodule(path) for path in paths.linears]
+            linears: list[Any] = [layer.get_submodule(path) for path in paths.linears]
             macs += sum(each.out_features * each.in_features for each in linears)
-            macs += (
-                2 * SEQUENCE * layer.get_submodule(paths.attention_output).in_features
-            )  # scores, and what they weigh
+            macs += 2 * SEQUENCE * linears[len(paths.qkv)].in_features  # scores, and what they weigh
         return cls(parameters=sum(each.numel() for each in model.parameters()), macs=macs)
 
 

@@ -54,6 +54,16 @@ class Texts:
         """At most so many."""
         return Texts(self.tokenizer, self.rows[:count])
 
+    def within(self, tokens: int) -> Texts:
+        """The first texts, until they have so many tokens."""
+        total, rows = 0, []
+        for row in self.rows:
+            if total >= tokens:
+                break
+            total += len(row["input_ids"])
+            rows.append(row)
+        return Texts(self.tokenizer, rows)
+
     @property
     def tokens(self) -> int:
         """Without padding."""
