@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbert import integrations
 from qbert.calibrate import calibrate
-from qbert.compress import drop_layers_, prune_, trim_vocabulary_
+from qbert.compress import Compression, compress, drop_layers_, prune_, trim_vocabulary_
 from qbert.convert import dequantize_, fuse_, quantize_, unfuse_
 from qbert.encoder import Calibration, compile
 from qbert.errors import CheckpointError, MissingDependency, QBertError
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Calibration", "CheckpointError", "MissingDependency", "QBertConfig", "QBertError", "Recipe", "calibrate", "compile",
-    "cpu_target", "dequantize_", "drop_layers_", "explain", "fuse_", "load", "prune_", "quantize_", "save",
-    "trim_vocabulary_", "unfuse_",
+    "Calibration", "CheckpointError", "Compression", "MissingDependency", "QBertConfig", "QBertError", "Recipe", "calibrate",
+    "compile", "compress", "cpu_target", "dequantize_", "drop_layers_", "explain", "fuse_", "load", "prune_", "quantize_",
+    "save", "trim_vocabulary_", "unfuse_",
 ]  # fmt: skip
 
 # These need transformers' model code, which takes seconds to import; they are looked up when first used.

@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 _COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": models.quantize,
+    "compress": models.compress,
     "inspect": models.inspect,
     "verify": models.verify,
     "eval": quality.evaluate_command,
