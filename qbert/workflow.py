@@ -236,7 +236,6 @@ def compress_checkpoint(
         tasks: whose test texts score each step against the original; none of their texts is seen unless `texts` names them.
     """
     from qbert.compress import compress
-    from qbert.integrations.transformers import save
 
     given = calibration_texts(texts, COMPRESSION_TEXTS)
     model, tokenizer = load_float(source), load_tokenizer(resolve_model(source))
@@ -244,7 +243,7 @@ def compress_checkpoint(
     scored = lambda small, its: [score(small, its, baseline).model_dump(mode="json") for baseline in baselines]
     small = compress(model, recipe, texts=given, tokenizer=tokenizer, after_step=scored, progress=progress)
     with checkpoint.replacing(folder) as fresh, quiet_transformers():
-        save(small.model, fresh)
+        small.model.save_pretrained(fresh)  # of a plain float one transformers' own files say all of it
         _copy_companions(resolve_model(source), fresh)
         small.tokenizer.save_pretrained(fresh)
     return CompressReport(

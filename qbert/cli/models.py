@@ -144,6 +144,14 @@ def inspect(
     )
 
 
+def explain(model: Model) -> None:
+    """What runs for every linear and embedding of MODEL here, and why; of a compressed one also what is left."""
+    from qbert.explain import explain as explained
+    from qbert.workflow import load_any
+
+    terminal.out.print(str(explained(load_any(model))), soft_wrap=True, highlight=False, markup=False)
+
+
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoint folder")],
     against: Annotated[str | None, typer.Option("--against", metavar="MODEL", help="the float original")] = None,
