@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_compress --model minilm --task trec --task lee
 
-Every row compresses a fresh copy of the model by one recipe, on texts of none of the tasks, and is scored against the float original:
+Every row compresses a fresh copy of the model by a recipe, on texts of none of the tasks, and is scored against the original:
 the paired change in points, its 95% interval, and the milliseconds of the model quantized, calibrated and fused.
 """
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import qbert
 from qbert import QBertError
-from qbert.compress import drop_layers_
+from qbert.compress import drop_layers_, layers
 from qbert.shapes import plan_of
 
 
@@ -42,7 +42,7 @@ def test_the_layers_that_are_missed_least_go() -> None:
 
 
 def test_greedy_where_there_are_many_subsets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qbert.compress.layers._EXHAUSTIVE", 1)
+    monkeypatch.setattr(layers, "_EXHAUSTIVE", 1)
     model = float_model(num_hidden_layers=4)
     useless_layer(model, 1)
     useless_layer(model, 2)
@@ -143,7 +143,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch: pytest.Monk
     def broken(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qbert.compress.layers._moments", broken)
+    monkeypatch.setattr(layers, "_moments", broken)
     with pytest.raises(KeyboardInterrupt):
         drop_layers_(model, TEXTS, keep=[0, 2], tokenizer=tokenizer())
     assert same_state(model, before)

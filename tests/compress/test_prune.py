@@ -13,7 +13,7 @@ from small_encoders import float_model, hidden_of, padded_batch
 
 import qbert
 from qbert import QBertError, prune_
-from qbert.compress import latency
+from qbert.compress import latency, prune
 from qbert.compress.latency import Curve, Load, Table, ffn_levels, head_levels
 from qbert.compress.sensitivity import ATTENTION, FFN, look
 from qbert.compress.texts import Texts, output_of
@@ -113,7 +113,7 @@ def test_a_share_of_multiply_adds_is_kept() -> None:
 
 def test_milliseconds_are_measured_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     table = Table(Curve.of({2: -2.0, 4: 0.0}), Curve.of({64: -6.0, 256: 0.0}), layer=10.0, rest=2.0)
-    monkeypatch.setattr("qbert.compress.prune.measure_table", lambda *_: table)
+    monkeypatch.setattr(prune, "measure_table", lambda *_: table)
     monkeypatch.setattr(latency, "_ROUNDS", 1)
     _, report = pruned(speedup=1.5, batch=1, seq=16)
     assert report.predicted_ms is not None
@@ -214,7 +214,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch: pytest.Monk
         if len(calls) == 3:
             raise MemoryError
 
-    monkeypatch.setattr("qbert.compress.prune._set", broken)
+    monkeypatch.setattr(prune, "_set", broken)
     with pytest.raises(MemoryError):
         prune_(model, TEXTS, tokenizer=tokenizer(), heads=2, ffn=128)
     assert same_state(model, before)

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 import qbert
 from qbert import QBertError
-from qbert.compress import trim_vocabulary_
+from qbert.compress import trim_vocabulary_, vocabulary
 from qbert.compress.pieces import Pieces, chosen
 from qbert.shapes import plan_of
 
@@ -137,7 +137,7 @@ def test_an_error_on_the_way_leaves_both_as_they_were(monkeypatch: pytest.Monkey
     def broken(*_: object) -> None:
         raise RuntimeError("no")
 
-    monkeypatch.setattr("qbert.compress.vocabulary._renumber", broken)
+    monkeypatch.setattr(vocabulary, "_renumber", broken)
     with pytest.raises(RuntimeError):
         trim_vocabulary_(model, tok, TEXTS, size=SIZE)
     assert same_state(model, before)
