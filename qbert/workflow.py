@@ -24,6 +24,7 @@ from qbert.explain import Explanation, explain
 from qbert.metrics import sqnr_db
 from qbert.modules import QuantizedModule
 from qbert.recipe import Recipe
+from qbert.shapes import recorded_plan
 from qbert.target import extensions
 from qbert.weight.codec import decode
 from qbert.zoo import resolve_model
@@ -74,11 +75,12 @@ class CompressReport(_Report):
 class InspectReport(_Report):
     """What stands in a checkpoint, one row for each linear and embedding, and one for each encoder; sizes in bytes.
 
-    `extensions` are qbert's own, of this installation, see `target.extensions`.
+    `shapes` says what is left of a compressed model; `extensions` are qbert's own, of this installation, see `target.extensions`.
     """
 
     folder: str
     source: str | None
+    shapes: str | None
     modules: list[dict[str, Any]]
     encoders: list[dict[str, Any]]
     extensions: dict[str, str]
@@ -291,8 +293,10 @@ def inspect_checkpoint(folder: str | Path) -> InspectReport:
     quantized_bytes = sum(row.stored_bytes for row in explanation.quantized)
     float_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     float32_bytes, file_bytes = _float32_bytes(model), _file_bytes(folder)
+    shapes = recorded_plan(model)
     return InspectReport(
         folder=str(folder),
+        shapes=None if shapes is None else str(shapes),
         source=checkpoint.Record.parse(checkpoint.read_config(folder)["quantization_config"]).source,
         modules=explanation.to_dicts(),
         encoders=[asdict(row) for row in explanation.encoders],

@@ -143,6 +143,7 @@ def test_compress_writes_a_smaller_model_and_explain_shows_its_shapes(with_words
     printed = run("explain", tmp_path / "out").stdout
     assert "compressed: 1 of 1 layers, heads 2 of 2, FFN 64 of 64, vocabulary 4,000 of 30,522" in printed
     assert "fused: static" in printed
+    assert "compressed: 1 of 1 layers" in run("inspect", tmp_path / "out").stdout
     recipe = tmp_path / "small.toml"
     recipe.write_text("layers = 1\n")
     done = run("compress", with_words, "--recipe", recipe, *common)

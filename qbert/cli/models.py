@@ -134,6 +134,8 @@ def inspect(
     for kernel, reason in dict.fromkeys((row["kernel"], row["reason"]) for row in report.modules):
         terminal.out.print(f"{kernel}: {reason}", soft_wrap=True, highlight=False)
     terminal.print_encoders(report.encoders)
+    if report.shapes is not None:
+        terminal.out.print(f"compressed: {report.shapes}", soft_wrap=True, highlight=False)
     for extension, state in report.extensions.items():
         terminal.out.print(f"{extension}: {state}", soft_wrap=True, highlight=False, markup=False)
     terminal.out.print(

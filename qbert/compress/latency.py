@@ -20,6 +20,7 @@ from qbert.calibrate import calibrate
 from qbert.convert import fuse_, quantize_
 from qbert.encoder import encoders, obstacle
 from qbert.errors import QBertError
+from qbert.families.positions import longest
 from qbert.recipe import Recipe
 from qbert.shapes import LayerShape, Shaped, keep_heads_, keep_neurons_, plan_of, shaped
 from qbert.timing import medians
@@ -75,11 +76,13 @@ class Curve:
         return cls(sizes, tuple(ms))
 
     def at(self, size: int) -> float:
-        """Of a size between the smallest and the largest."""
+        """Of a size up to the largest; a smaller one than the smallest fills as many blocks."""
+        if size <= self.sizes[0]:
+            return self.ms[0]
         place = bisect.bisect_left(self.sizes, size)
         if place < len(self.sizes) and self.sizes[place] == size:
             return self.ms[place]
-        if not 0 < place < len(self.sizes):
+        if place == len(self.sizes):
             raise QBertError(f"no time for {size}; measured: {self.sizes[0]} ... {self.sizes[-1]}")
         low, high = self.sizes[place - 1 : place + 1]
         share = (size - low) / (high - low)
@@ -128,8 +131,9 @@ def measure_table(model: nn.Module, load: Load, seed: int = 0) -> Table:
         QBertError: a longer sequence than the model takes, or a small model that does not run fused with that scheme.
     """
     encoder = shaped(model)
-    layer = max(plan_of(model).layers, key=lambda each: (each.ffn, len(each.heads)))
-    heads, ffn = len(layer.heads), layer.ffn
+    _require_fits(encoder.base, load)
+    layers = plan_of(model).layers
+    heads, ffn = max(len(each.heads) for each in layers), max(each.ffn for each in layers)
     head_points = _some(head_levels(heads, encoder.head_dim(encoder.layers[0])), _HEAD_POINTS)
     ffn_points = _some(ffn_levels(ffn), _FFN_POINTS)
     shapes = dict.fromkeys([*((count, ffn) for count in head_points), *((heads, width) for width in ffn_points)])
@@ -145,6 +149,12 @@ def measure_table(model: nn.Module, load: Load, seed: int = 0) -> Table:
     by_heads = {count: (ms[f"{count} {ffn}"] - whole) / _LAYERS for count in head_points}
     by_ffn = {width: (ms[f"{heads} {width}"] - whole) / _LAYERS for width in ffn_points}
     return Table(Curve.of(by_heads), Curve.of(by_ffn), each, max(ms["one layer"] - each, 0.0))
+
+
+def _require_fits(base: Any, load: Load) -> None:
+    most = longest(base.config)
+    if most is not None and load.seq > most:
+        raise QBertError(f"seq is {load.seq}; allowed: 1 ... {most}, the positions of this model")
 
 
 def _some(levels: list[int], count: int) -> list[int]:
@@ -195,8 +205,10 @@ def ready(model: Any, load: Load, batches: Sequence[Mapping[str, Any]] | None) -
     """
     if load.scheme is None:
         return
-    given = [random_batch(model, *_CALIBRATED_BY, 0)] if batches is None else batches
-    base = next(base for _, base, _ in encoders(model))
+    base: Any = next(base for _, base, _ in encoders(model))
+    rows, width = _CALIBRATED_BY
+    few = min(width, longest(base.config) or width)
+    given = [random_batch(model, rows, few, 0)] if batches is None else batches
     calibration = calibrate(base, given)
     quantize_(model, load.scheme)
     why = obstacle(base)
@@ -208,8 +220,6 @@ def ready(model: Any, load: Load, batches: Sequence[Mapping[str, Any]] | None) -
 def random_batch(model: Any, batch: int, seq: int, seed: int) -> dict[str, torch.Tensor]:
     """Ids of no special token, without padding."""
     base: Any = next(base for _, base, _ in encoders(model))
-    most = int(getattr(base.config, "max_position_embeddings", seq) or seq)
-    seq = min(seq, max(1, most - 2))
     generator = torch.Generator().manual_seed(seed)
     low, high = min(5, base.config.vocab_size - 1), int(base.config.vocab_size)
     ids = torch.randint(low, high, (batch, seq), generator=generator).to(next(base.parameters()).device)
@@ -221,6 +231,7 @@ def measured_ms(models: Mapping[str, nn.Module], load: Load, batches: Sequence[M
     calls: dict[str, Callable[[], object]] = {}
     for name, model in models.items():
         base = copy.deepcopy(next(base for _, base, _ in encoders(model))).eval()
+        _require_fits(base, load)
         ready(base, load, batches)
         inputs = random_batch(base, load.batch, load.seq, 0)
         calls[name] = lambda base=base, inputs=inputs: base(**inputs)  # type: ignore[misc]

@@ -155,16 +155,18 @@ def agreement(model: nn.Module, before: Tensor, after: Tensor) -> Tensor:
 def undone_on_error(model: nn.Module) -> Iterator[None]:
     """Whatever is raised inside, the model is as it was before."""
     encoder = shaped(model)
-    modules = list(encoder.base.named_modules())
-    held = [(module, {name: _copied(value) for name, value in module.__dict__.items()}) for _, module in modules]
+    held = [(each, dict(each.__dict__), _inner(each)) for each in encoder.base.modules()]
     config, values = encoder.base.config, dict(encoder.base.config.__dict__)
     tensors = [(each, each.detach().clone()) for each in encoder.base.parameters() if each.numel() <= _SMALL]
     try:
         yield
     except BaseException:
-        for module, state in held:
+        for module, state, inner in held:
             module.__dict__.clear()
             module.__dict__.update(state)
+            for name, value in inner.items():  # the same dictionaries, since handles of hooks know them
+                state[name].clear()
+                state[name].update(value)
         config.__dict__.clear()
         config.__dict__.update(values)
         with torch.no_grad():
@@ -176,5 +178,6 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 _SMALL = 2**16  # elements: gains and biases are written to, matrices are replaced
 
 
-def _copied(value: Any) -> Any:
-    return value.copy() if isinstance(value, dict) else value
+def _inner(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    """What a module's dictionaries hold: its parameters, modules, hooks."""
+    return {name: dict(value) for name, value in module.__dict__.items() if isinstance(value, dict)}

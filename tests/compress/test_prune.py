@@ -188,6 +188,7 @@ def test_it_composes_with_itself_and_with_layers() -> None:
         ({"ffn": 64, "labels": [0]}, "1 labels for 120 texts"),
         ({"speedup": 2.0, "scheme": "w9"}, "w9"),
         ({"speedup": 2.0, "batch": 0}, "batch is 0"),
+        ({"speedup": 2.0}, "seq is 128; allowed: 1 ... 40"),
     ],
 )
 def test_bad_input_leaves_the_model_as_it_was(wanted: dict[str, Any], said: str) -> None:

@@ -31,7 +31,7 @@ def encoded(model: Any, tok: Any, text: str) -> tuple[list[str], Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [*(("BertModel", kind) for kind in KINDS), ("RobertaModel", "Unigram"), ("MPNetModel", "WordPiece")],
+    [*(("BertModel", kind) for kind in KINDS), ("MPNetModel", "WordPiece")],
 )
 def test_a_text_whose_pieces_survive_has_the_same_bits(name: str, kind: str) -> None:
     model, tok = float_model(name, pad_token_id=1), tokenizer(kind=kind)
@@ -39,7 +39,7 @@ def test_a_text_whose_pieces_survive_has_the_same_bits(name: str, kind: str) -> 
     report = trim_vocabulary_(model, tok, TEXTS, size=SIZE)
     kept, same = set(tok.get_vocab()), 0
     assert len(tok) == SIZE == model.config.vocab_size == model.get_input_embeddings().weight.shape[0]
-    for text in (*TEXTS, *make_texts(60, seed=3)):
+    for text in (*TEXTS, *make_texts(30, seed=3)):
         pieces, expected = encoded(old_model, old_tok, text)
         if set(pieces) <= kept:
             now, found = encoded(model, tok, text)
@@ -47,7 +47,7 @@ def test_a_text_whose_pieces_survive_has_the_same_bits(name: str, kind: str) -> 
             assert torch.equal(found, expected)
             same += 1
         assert tok.unk_token not in tok.tokenize(text)  # nothing new is unknown
-    assert 0 < same < len(TEXTS) + 60
+    assert 0 < same < len(TEXTS) + 30
     assert 0 < report.untouched <= 1
     assert report.unknown == 0
     assert "have the same bits" in str(report)
