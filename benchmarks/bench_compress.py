@@ -19,7 +19,7 @@ from torch import nn
 from qbert.calibrate import default_texts
 from qbert.compress import Compression, CompressionReport, compress
 from qbert.errors import QBertError
-from qbert.evaluate import Baseline, load_fp32, load_tokenizer, prepare_baseline, score
+from qbert.evaluate import Baseline, EvalResult, load_fp32, load_tokenizer, prepare_baseline, score
 from qbert.zoo import resolve_model
 
 # Name -> fields of `qbert.Compression` beside the scheme.
@@ -39,35 +39,36 @@ PLANS: dict[str, dict[str, Any]] = {
 
 
 class Row(BaseModel):
-    """One plan: its report, whose last step has the scores of the finished model."""
+    """One plan: its report, and the scores of the finished model on the tasks."""
 
     model_config = ConfigDict(extra="forbid")
 
     plan: str
     report: CompressionReport
+    scores: list[EvalResult]
 
 
 def run_plan(
     model: nn.Module, tokenizer: Any, plan: str, scheme: str, baselines: list[Baseline], texts: list[str]
 ) -> Row:
-    """Compresses a copy of the model and scores it after each step."""
+    """Compresses a copy of the model and scores it."""
     recipe = Compression.of(**PLANS[plan], quantize=scheme)
-    scored = lambda small, its: [score(small, its, each).model_dump(mode="json") for each in baselines]
-    small = compress(model, recipe, texts=texts, tokenizer=tokenizer, after_step=scored)
-    return Row(plan=plan, report=small.report)
+    small = compress(model, recipe, texts=texts, tokenizer=tokenizer)
+    scores = [score(small.model, small.tokenizer, each) for each in baselines]
+    return Row(plan=plan, report=small.report, scores=scores)
 
 
 def line(row: Row) -> str:
     """A row of the table: plan, milliseconds, speed-up over the quantized original, and the tasks."""
     first, last = row.report.steps[0], row.report.steps[-1]
     macs, parameters = last.size.macs / first.size.macs, last.size.parameters / first.size.parameters
-    faster = "" if not (first.ms and last.ms) else f"{first.ms / last.ms:.2f}x ({last.ms:.0f} ms)"
+    faster = "" if last.speedup is None else f"{last.speedup:.2f}x ({last.ms:.0f} ms)"
     seconds = sum(step.seconds for step in row.report.steps)
     cells = [row.plan, f"x{macs:.2f}", f"x{parameters:.2f}", faster, f"{last.agreement.mean:.3f}"]
-    for found in last.scores:
-        compared = found["comparison"]
-        low, high = compared["drop_interval"]
-        cells.append(f"{-compared['drop']:+.1f} [{-high:+.1f}, {-low:+.1f}]")
+    for found in row.scores:
+        assert found.comparison is not None
+        low, high = found.comparison.drop_interval
+        cells.append(f"{-found.comparison.drop:+.1f} [{-high:+.1f}, {-low:+.1f}]")
     return f"| {' | '.join([*cells, f'{seconds:.0f}'])} |"
 
 

@@ -75,7 +75,7 @@ class CompressReport(_Report):
 class InspectReport(_Report):
     """What stands in a checkpoint, one row for each linear and embedding, and one for each encoder; sizes in bytes.
 
-    `shapes` says what is left of a compressed model; `extensions` are qbert's own, of this installation, see `target.extensions`.
+    `shapes` says what is left of a compressed model; `extensions` are qbert's own, of this installation (`target.extensions`).
     """
 
     folder: str

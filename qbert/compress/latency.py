@@ -226,15 +226,15 @@ def random_batch(model: Any, batch: int, seq: int, seed: int) -> dict[str, torch
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def measured_ms(models: Mapping[str, nn.Module], load: Load, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Milliseconds of whole models as they will run, in turns; the models are left as they are."""
+def measured_ms(models: Mapping[str, tuple[nn.Module, Load]], batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Milliseconds of whole models as they will run, each with its load, in turns; the models are left as they are."""
     calls: dict[str, Callable[[], object]] = {}
-    for name, model in models.items():
+    for name, (model, load) in models.items():
         base = copy.deepcopy(next(base for _, base, _ in encoders(model))).eval()
         _require_fits(base, load)
         ready(base, load, batches)
         inputs = random_batch(base, load.batch, load.seq, 0)
         calls[name] = lambda base=base, inputs=inputs: base(**inputs)  # type: ignore[misc]
-    device = next(next(iter(models.values())).parameters()).device
+    device = next(next(iter(models.values()))[0].parameters()).device
     with torch.inference_mode():
         return {name: 1e3 * seconds for name, seconds in medians(calls, device, _ROUNDS).items()}

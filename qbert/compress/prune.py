@@ -443,7 +443,7 @@ class _Milliseconds:
 
     def after(self, model: nn.Module) -> dict[str, Any]:
         """Fields of a report."""
-        ms = measured_ms({"before": self.original, "after": model}, self.load, self.batches)
+        ms = measured_ms({"before": (self.original, self.load), "after": (model, self.load)}, self.batches)
         return {
             "predicted_ms": (self.predicted, self.table.total(plan_of(model).layers)),
             "measured_ms": (ms["before"], ms["after"]),

@@ -125,6 +125,7 @@ class Step(BaseModel):
         size: after it.
         agreement: with the original, on texts that no step has seen.
         ms: of a forward as the finished model runs (quantized if the recipe says so); None where nothing was measured.
+        speedup: how many times as long the original takes that way, measured in turns with it.
         seconds: the step took.
         notes: what the method says of itself.
         scores: what `after_step` returned.
@@ -137,6 +138,7 @@ class Step(BaseModel):
     size: Size
     agreement: Agreement
     ms: float | None
+    speedup: float | None
     seconds: float
     notes: list[str] = Field(default_factory=list)
     scores: Any = None
@@ -147,7 +149,7 @@ class CompressionReport(BaseModel):
 
     Attributes:
         recipe: what was asked for.
-        float_ms: milliseconds of the original as it is; None where nothing was measured.
+        float_ms: milliseconds of the original as it is and of the finished model, in turns; None where nothing was measured.
         load: of which forward.
     """
 
@@ -155,26 +157,26 @@ class CompressionReport(BaseModel):
 
     recipe: Compression
     steps: list[Step]
-    float_ms: float | None
+    float_ms: tuple[float, float] | None
     load: str
 
     def __str__(self) -> str:
-        header = ("step", "parameters", "multiply-adds", "ms", "agreement", "s", "what is left")
+        header = ("step", "parameters", "multiply-adds", "ms", "faster", "agreement", "s", "what is left")
         rows = [header, *(self._row(step) for step in self.steps)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        if self.float_ms is not None and self.steps[-1].ms:
-            faster = f"x{self.float_ms / self.steps[-1].ms:.2f} over the float original ({self.float_ms:.1f} ms; {self.load})"
-            lines.append(faster)
+        if self.float_ms is not None:
+            before, after = self.float_ms
+            lines.append(f"x{before / after:.2f} over the float original ({before:.1f} -> {after:.1f} ms; {self.load})")
         return "\n".join(lines)
 
     def _row(self, step: Step) -> tuple[str, ...]:
         low, high = step.agreement.interval
-        ms = "" if step.ms is None else f"{step.ms:.2f}"
+        ms, faster = (f"{step.ms:.2f}", f"x{step.speedup:.2f}") if step.ms and step.speedup else ("", "")
         macs = step.size.macs / self.steps[0].size.macs
         near = f"{step.agreement.mean:.4f} [{low:.4f}, {high:.4f}]"
         return (
-            step.method, f"{step.size.parameters / 1e6:.2f}M", f"x{macs:.3f}", ms, near, f"{step.seconds:.0f}", str(step.plan),
+            step.method, f"{step.size.parameters / 1e6:.2f}M", f"x{macs:.3f}", ms, faster, near, f"{step.seconds:.0f}", str(step.plan),
         )  # fmt: skip
 
 
@@ -297,20 +299,26 @@ class _Chef:
         if calibration is not None:
             fuse_(self.model, calibration)
 
-    def _float_ms(self) -> float | None:
+    def _float_ms(self) -> tuple[float, float] | None:
         if not self.measure:
             return None
-        return measured_ms({"original": self.original}, Load(self.load.batch, self.load.seq, None), [])["original"]
+        stays = Load(self.load.batch, self.load.seq, None)
+        ms = measured_ms({"float": (self.original, stays), "now": (self.model, self.load)}, self._batches())
+        return ms["float"], ms["now"]
 
-    def _ms(self) -> float | None:
-        """Of the model as the finished one will run."""
+    def _ms(self) -> tuple[float | None, float | None]:
+        """Milliseconds of the model as the finished one will run, and how many times as long the original takes."""
         if not self.measure:
-            return None
-        if self.steps and self.recipe.scheme is not None and _is_quantized(self.model):
-            return self.steps[-1].ms  # it ran as quantized before already
+            return None, None
+        if _is_quantized(self.model):  # so it ran already when it was measured last
+            return self.steps[-1].ms, self.steps[-1].speedup
+        models = {"before": self.original, "now": self.model} if self.steps else {"now": self.model}
+        ms = measured_ms({name: (each, self.load) for name, each in models.items()}, self._batches())
+        return ms["now"], ms.get("before", ms["now"]) / ms["now"]
+
+    def _batches(self) -> list[dict[str, Tensor]]:
         given = Texts.of(self.model, self.texts[:_CALIBRATED_BY], self.tokenizer)
-        device = next(self.model.parameters()).device
-        return measured_ms({"now": self.model}, self.load, [batch for _, batch in given.batches(device)])["now"]
+        return [batch for _, batch in given.batches(next(self.model.parameters()).device)]
 
     def _note(self, method: str, seconds: float, notes: list[str]) -> None:
         judged = Texts.of(self.model, self.judging, self.tokenizer)
@@ -318,10 +326,11 @@ class _Chef:
         near = Agreement.of(agreement(self.original, self.before, after))
         plan = plan_of(self.model)
         scores = None if self.after_step is None else self.after_step(self.model, self.tokenizer)
+        ms, speedup = self._ms()
         size = self.steps[-1].size if self.steps and _is_quantized(self.model) else Size.of(self.model)
         self.steps.append(
             Step(
-                method=method, plan=plan, size=size, agreement=near, ms=self._ms(), seconds=seconds, notes=notes,
+                method=method, plan=plan, size=size, agreement=near, ms=ms, speedup=speedup, seconds=seconds, notes=notes,
                 scores=scores,
             )
         )  # fmt: skip
