@@ -416,14 +416,18 @@ def _tokenized(base: Any, texts: list[str], tokenizer: Any, batch_size: int) -> 
     """Batches of texts of like length, longest first; texts that the model cannot take whole are cut."""
     from qbert.evaluate.encode import checked_max_length, pad, tokenize
 
-    tokenizer = _beside(base) if tokenizer is None else tokenizer
+    tokenizer = tokenizer_beside(base) if tokenizer is None else tokenizer
     rows, _ = tokenize(tokenizer, texts, checked_max_length(base, tokenizer))
     rows.sort(key=lambda row: -len(row["input_ids"]))
     return [pad(tokenizer, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
 
-def _beside(base: Any) -> Any:
-    """The tokenizer of the files that the model came from; nothing is downloaded."""
+def tokenizer_beside(base: Any) -> Any:
+    """The tokenizer of the files that a model came from; nothing is downloaded.
+
+    Raises:
+        QBertError: there is none.
+    """
     from transformers import AutoTokenizer
 
     path = base.name_or_path

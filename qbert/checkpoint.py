@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -27,13 +27,15 @@ from qbert.folders import new_folder
 from qbert.modules import GUARD, ModuleSpec, collect_specs
 from qbert.ops import FLOAT_DTYPES
 from qbert.recipe import Recipe
+from qbert.shapes import ShapePlan, recorded_plan
 from qbert.weight.tensor import TensorSpec, plain_specs
 from qbert.weight.validate import check_finite, check_plain_tensors, check_spec
 
-# Of records with a calibration: it names slots, where version 1 had five fields. Without one nothing differs, and older
-# versions of qbert read it.
-FORMAT_VERSION: Final = 2
-_WITHOUT_CALIBRATION: Final = 1
+# 3: records with shapes. 2: with a calibration, which names slots, where version 1 had five fields. Without either nothing
+# differs, and older versions of qbert read it.
+FORMAT_VERSION: Final = 3
+_WITH_CALIBRATION: Final = 2
+_WITH_NEITHER: Final = 1
 METHOD: Final = "qbert"
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 _MAX_JSON_BYTES = 16 * 2**20  # a configuration is a few hundred kilobytes at most; more is an attack or a mistake
@@ -45,7 +47,8 @@ class Record(BaseModel):
     Attributes:
         linear, embedding, exclude, overrides, keep_float: the recipe (see `qbert.Recipe`); the overrides are pairs, because
             their order decides and transformers sorts the keys of the objects that it writes.
-        modules: qualified name -> what stands there.
+        modules: qualified name -> what stands there; none in a float model that was compressed.
+        shapes: what was taken out of the encoder; None where nothing was.
         fuse: the encoder runs fused.
         calibration: its static scales; None where scales are taken token by token.
         source: the model that was quantized, as the user named it, for reports.
@@ -55,13 +58,14 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     quant_method: Literal["qbert"]
-    format_version: Literal[1, 2]
+    format_version: Literal[1, 2, 3]
     linear: str | None
     embedding: str | None
     exclude: list[str] = []
     overrides: list[Annotated[tuple[str, str | None], Field(strict=False)]] = []
     keep_float: list[str] = list(KEEP_FLOAT)
-    modules: dict[str, ModuleSpec] = Field(min_length=1)
+    shapes: ShapePlan | None = None
+    modules: dict[str, ModuleSpec]
     fuse: bool = False
     calibration: Calibration | None = None
     source: str | None = None
@@ -72,6 +76,19 @@ class Record(BaseModel):
         _ = self.recipe  # a QBertError is a ValueError, which pydantic reports as its own
         return self
 
+    @field_validator("modules", mode="after")
+    @classmethod
+    def _says_something(cls, modules: dict[str, ModuleSpec], info: ValidationInfo) -> dict[str, ModuleSpec]:
+        if not modules and info.data.get("shapes") is None:
+            raise ValueError("must name a quantized module where there are no shapes")
+        return modules
+
+    @model_validator(mode="after")
+    def _shapes_are_of_version_3(self) -> Record:
+        if self.shapes is not None and self.format_version < FORMAT_VERSION:
+            raise ValueError(f"shapes are of format_version {FORMAT_VERSION}, and this one is {self.format_version}")
+        return self
+
     @model_validator(mode="after")
     def _only_fused_models_are_calibrated(self) -> Record:
         if self.calibration is not None and not self.fuse:
@@ -80,10 +97,11 @@ class Record(BaseModel):
 
     @classmethod
     def of(cls, model: nn.Module, recipe: Recipe, source: str | None = None) -> Record:
-        """The record of a quantized model."""
+        """The record of a quantized or compressed model."""
         fields = {**recipe.to_dict(), "overrides": list(recipe.overrides.items()), **_fusion(model)}
-        version, modules = format_version(fields["calibration"]), collect_specs(model)
-        return cls(quant_method=METHOD, format_version=version, **fields, modules=modules, source=source)
+        shapes, modules = recorded_plan(model), collect_specs(model)
+        version = format_version(fields["calibration"], shapes)
+        return cls(quant_method=METHOD, format_version=version, **fields, modules=modules, shapes=shapes, source=source)
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Record:
@@ -106,7 +124,7 @@ class Record(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a configuration file. What says nothing is left out, so that older versions read it too."""
-        unused = {name for name in ("fuse", "calibration") if not getattr(self, name)}
+        unused = {name for name in ("fuse", "calibration", "shapes") if not getattr(self, name)}
         data = self.model_dump(mode="json", exclude=unused)
         if self.calibration is not None:  # as its version and its age spelled it: that is what its digest is of
             old = self.format_version == 1
@@ -119,9 +137,11 @@ class Record(BaseModel):
         return json.dumps({name: data[name] for name in data.keys() - {"source", "digest"}}, sort_keys=True)
 
 
-def format_version(calibration: Calibration | None) -> Literal[1, 2]:
-    """Of a record with that calibration."""
-    return _WITHOUT_CALIBRATION if calibration is None else FORMAT_VERSION
+def format_version(calibration: Calibration | None, shapes: ShapePlan | None = None) -> Literal[1, 2, 3]:
+    """Of a record with that calibration and those shapes."""
+    if shapes is not None:
+        return FORMAT_VERSION
+    return _WITH_NEITHER if calibration is None else _WITH_CALIBRATION
 
 
 def check_fusion(record: Record, skeleton: nn.Module) -> None:

@@ -245,7 +245,7 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlanEntry]:
 
 
 def when_changed(observer: Callable[[nn.Module, Recipe | None], None]) -> None:
-    """Registers a function to call after `quantize_` (with the recipe) and `dequantize_` (with None).
+    """Registers a function to call after `quantize_` (with the recipe), `dequantize_` and a change of shapes (with None).
 
     This is how an integration keeps a framework's own records (a config, a quantizer object) in step without `convert`
     knowing the framework.
@@ -256,6 +256,12 @@ def when_changed(observer: Callable[[nn.Module, Recipe | None], None]) -> None:
 def when_planned(planner: Callable[[nn.Module], Mapping[nn.Module, str]]) -> None:
     """Registers a function that says which modules of a model a framework needs float, and why; it may refuse the model."""
     _planners.append(planner)
+
+
+def note_reshaped(model: nn.Module) -> None:
+    """Tells the frameworks that layers, heads, neurons or words of a float model are gone (see `qbert.shapes`)."""
+    for observer in _observers:
+        observer(model, None)
 
 
 def float_reasons(model: nn.Module) -> dict[str, str]:

@@ -10,6 +10,7 @@ from qbert.convert import float_reasons
 from qbert.encoder import FusedForward, GraphReport, encoders, fused_forward, obstacle
 from qbert.modules import QTiedLinear, QuantizedModule
 from qbert.ops.cuda import missing_extension
+from qbert.shapes import recorded_plan
 from qbert.target import target_of
 
 
@@ -109,7 +110,9 @@ def explain(model: nn.Module) -> Explanation:
         elif isinstance(module, nn.Linear | nn.Embedding):
             rows.append(_float_row(name, module, reasons.get(name, "not quantized")))
     quantized = [module for module in model.modules() if isinstance(module, QuantizedModule)]
-    return Explanation(rows, _encoder_rows(model) if quantized else [], _notes(quantized))
+    plan = recorded_plan(model)
+    shapes = [] if plan is None else [f"compressed: {plan}"]
+    return Explanation(rows, _encoder_rows(model) if quantized else [], [*shapes, *_notes(quantized)])
 
 
 def _notes(quantized: list[QuantizedModule]) -> list[str]:

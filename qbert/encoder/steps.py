@@ -239,7 +239,7 @@ def first_tokens(slots: Sequence[str], k: int, dtype: torch.dtype, static: bool)
     """The rows of each sequence's first token in place of all rows. No sequence may be empty.
 
     Args:
-        static: codes have no NaN. So a sequence that has one in "hidden" gets it in its first row, which would not see it otherwise.
+        static: codes have no NaN, so a sequence that has one in "hidden" gets it in its first row here.
     """
 
     def run(values: Slots) -> None:

@@ -23,6 +23,7 @@ from torch.nn.modules import module as torch_module
 from qbert.encoder.parts import parts_of
 from qbert.families import EncoderFamily, Part
 from qbert.families.family import ACTIVATIONS, COUNTING
+from qbert.families.mpnet import narrowed_bias
 
 FORWARD, CONFIG = "forward", "config"
 # Attributes of linears, norms and tables that a program is made from.
@@ -192,7 +193,7 @@ def _call_obstacle(found: Found) -> str | None:
     if FORWARD in module.__dict__:
         return f"{path} has a forward of its own, which a fused encoder would not call"
     for hook in (hook for name in HOOKS for hook in getattr(module, name).values()):
-        if getattr(hook, "__module__", None) != _CAPTURE:
+        if getattr(hook, "__module__", None) != _CAPTURE and hook is not narrowed_bias:
             return f"{path} has a hook, which a fused encoder would not call"
     return None
 

@@ -190,6 +190,25 @@ def pooled_by_module(encoder: Any, hidden: Tensor) -> Tensor | None:
     return pooled
 
 
+@dataclass(frozen=True)
+class Reshaping:
+    """Where an encoder says its sizes, which change when layers, heads or neurons are taken out of it.
+
+    Attributes:
+        layers, ffn: names in the model's configuration: how many layers, and the width of their feed-forward networks.
+        heads, width: attributes of an attention module: how many heads it has, and their channels together; None where it
+            has no such attribute.
+        biased: heads have biases of their own in a table that all layers share, so an attention module must say which
+            heads it kept (`qbert.families.mpnet.KEPT_HEADS`).
+    """
+
+    layers: str = "num_hidden_layers"
+    ffn: str = "intermediate_size"
+    heads: str = "num_attention_heads"
+    width: str | None = "all_head_size"
+    biased: bool = False
+
+
 def no_obstacle(encoder: Any) -> str | None:
     """None: every encoder of the family whose modules are what they should be can be fused."""
     return None
@@ -240,6 +259,7 @@ class EncoderFamily:
         collects: its `forward` collects hidden states by itself: all or none, and beside them in a tuple the place of a pooler
             that is not there.
         obstacle: why an encoder of it cannot be fused though its modules are what they should be; None where it can.
+        reshaping: how layers, heads and neurons are taken out of it; a string says why they cannot be.
         stock: every module but its linears, norms and tables: attribute path -> what must stand there; a star stands for an
             index of a list. A module that is not named here is an obstacle, and so is one that is missing.
     """
@@ -267,6 +287,7 @@ class EncoderFamily:
     reads: tuple[str, ...] = ()
     collects: bool = False
     obstacle: Callable[[Any], str | None] = no_obstacle
+    reshaping: Reshaping | str = field(default_factory=Reshaping)
 
     def setting(self, config: Any, name: str) -> Any:
         """A setting of the model's configuration."""

@@ -101,4 +101,5 @@ FAMILY = EncoderFamily(
     reads=("local_attention", "max_position_embeddings"),
     settings={"heads": "num_attention_heads", "activation": "hidden_activation"},
     obstacle=obstacle,
+    reshaping="its layers take turns with local attention, and its feed-forward networks are gated",
 )

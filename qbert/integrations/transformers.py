@@ -31,6 +31,7 @@ from qbert.errors import CheckpointError, QBertError
 from qbert.families import KEEP_FLOAT
 from qbert.modules import ModuleSpec, QEmbedding, QTiedLinear, QuantizedModule, collect_specs
 from qbert.recipe import Recipe
+from qbert.shapes import recorded_plan, resize_
 
 # Configuration entries with these words in their names, if they are integers, say how often something is built.
 _COUNTED = {"layer": 1024, "label": 2**20}
@@ -47,7 +48,7 @@ class QBertConfig(QuantizationConfigMixin):
     Args:
         linear, embedding, exclude, overrides, keep_float: see `qbert.Recipe`.
         fuse, calibration: see `qbert.quantize_`; a calibration may be plain data.
-        modules: what stands in a checkpoint; written on save, never given by hand.
+        modules, shapes: what stands in a checkpoint, and what was taken out of it; written on save, never given by hand.
         source: the model that was quantized, for reports.
         digest: of a checkpoint's contents; written on save.
     """
@@ -62,6 +63,7 @@ class QBertConfig(QuantizationConfigMixin):
         fuse: bool = False,
         calibration: Calibration | Mapping[str, Any] | None = None,
         modules: Mapping[str, Any] | None = None,
+        shapes: Mapping[str, Any] | None = None,
         source: str | None = None,
         digest: str | None = None,
         **rest: Any,
@@ -71,12 +73,12 @@ class QBertConfig(QuantizationConfigMixin):
         if unknown:
             raise QBertError(f"QBertConfig has no argument {sorted(unknown)[0]!r}; allowed: those of qbert.Recipe")
         self.record: Record | None = None
-        if modules is None:
+        if modules is None and shapes is None:
             self.recipe = Recipe(linear, embedding, exclude, dict(overrides), keep_float)
             self.fuse, self.calibration = _fusing(fuse, calibration)
             return
         fields: dict[str, Any] = {"linear": linear, "embedding": embedding, "modules": modules, "source": source}
-        fields |= {"fuse": fuse, "calibration": calibration}
+        fields |= {"fuse": fuse, "calibration": calibration, "shapes": shapes}
         for name, value in (("exclude", exclude), ("overrides", overrides), ("keep_float", keep_float)):
             fields[name] = list(value) if isinstance(value, tuple) else value  # a default; files hold lists
         self.record = Record.parse({"quant_method": METHOD, "digest": digest, **fields, **rest})
@@ -124,6 +126,8 @@ class QBertHfQuantizer(HfQuantizer):
         skeleton = build_skeleton(_stored_config(files, model.config), record, checkpoint.tensor_names(files))
         with torch.device("cpu"):  # transformers builds models under the meta device; the check reads real values
             checkpoint.check_files(files, record, checkpoint.expected_tensors(skeleton, skeleton.all_tied_weights_keys))
+        if record.shapes is not None:
+            resize_(model, record.shapes)
         convert.install_(model, _rename(record.modules, skeleton, model), record.recipe)
         _forget_quantized_ties(model)
 
@@ -134,7 +138,8 @@ class QBertHfQuantizer(HfQuantizer):
                     module.use_best_layout()
             if self.quantization_config.fuse:
                 convert.fuse_loaded_(model, self.quantization_config.calibration)
-            _attach(model, Record.of(model, self.quantization_config.recipe, self.quantization_config.record.source))
+            record = Record.of(model, self.quantization_config.recipe, self.quantization_config.record.source)
+            _attach(model, record)
         else:
             config = self.quantization_config
             convert.quantize_(model, config.recipe, fuse=config.fuse, calibration=config.calibration)
@@ -212,12 +217,17 @@ def save(model: PreTrainedModel, folder: str | Path, *, source: str | None = Non
     """Writes a quantized model: to a temporary folder beside the target, which then takes its place.
 
     Raises:
-        QBertError: a model that is not quantized, or a target that is not a checkpoint and not empty.
+        QBertError: a model that is neither quantized nor of compressed shapes, or a target that is not a checkpoint and not
+            empty.
     """
     if not isinstance(model, PreTrainedModel):
         raise QBertError(f"{type(model).__name__} is not a transformers model; allowed: one, or the one inside it")
     _keep_in_step(model)
     quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None and recorded_plan(model) is not None:  # a plain one: transformers' own files say all of it
+        with checkpoint.replacing(folder) as fresh:
+            model.save_pretrained(fresh)
+        return
     if not isinstance(quantizer, QBertHfQuantizer):
         raise QBertError(f"{type(model).__name__} is not quantized by qbert; call qbert.quantize_ first")
     if source is not None:
@@ -279,6 +289,8 @@ def build_skeleton(config: PretrainedConfig, record: Record, names: Collection[s
     with _refused(checkpoint.CONFIG_FILE, f"must build a {model_class.__name__}"), torch.device("meta"):
         skeleton = model_class(config, **_arguments(model_class, record, names))
     with _refused("quantization_config", "must fit the model"):
+        if record.shapes is not None:
+            resize_(skeleton, record.shapes)
         convert.install_(skeleton, record.modules, record.recipe)
         checkpoint.check_fusion(record, skeleton)
     _forget_quantized_ties(skeleton)
@@ -476,10 +488,10 @@ def _transformers_models(model: nn.Module) -> list[PreTrainedModel]:
 
 
 def _attach(model: PreTrainedModel, record: Record) -> None:
-    """Makes `save_pretrained` and `model.dequantize` know that the model is quantized."""
+    """Makes `save_pretrained` and `model.dequantize` know that the model is quantized, or float in shapes of its own."""
     model.config.quantization_config = QBertConfig.of_record(record)
     model.hf_quantizer = QBertHfQuantizer(model.config.quantization_config, pre_quantized=True)
-    model.is_quantized = True
+    model.is_quantized = bool(record.modules)
     model.quantization_method = METHOD
     _forget_quantized_ties(model)
 
@@ -505,6 +517,17 @@ def _follow(model: nn.Module, recipe: Recipe | None) -> None:
         for each in _transformers_models(inner):  # one inside may have been quantized by itself
             if isinstance(getattr(each, "hf_quantizer", None), QBertHfQuantizer):
                 each.hf_quantizer.remove_quantization_config(each)
+        if _is_reshaped(inner):
+            _attach(inner, Record.of(inner, _FLOAT, inner.config.name_or_path or None))
+
+
+_FLOAT = Recipe(linear=None)
+
+
+def _is_reshaped(model: nn.Module) -> bool:
+    """Whether it has shapes of its own, which no class of transformers builds."""
+    shapes = recorded_plan(model)
+    return shapes is not None and not shapes.plain
 
 
 def _keep_in_step(model: PreTrainedModel) -> None:
@@ -513,7 +536,7 @@ def _keep_in_step(model: PreTrainedModel) -> None:
     ours, specs = isinstance(quantizer, QBertHfQuantizer), collect_specs(model)
     if specs and quantizer is None:
         _attach(model, Record.of(model, _recipe_of(model, specs), model.config.name_or_path or None))
-    elif ours and not specs:
+    elif ours and not specs and not _is_reshaped(model):
         quantizer.remove_quantization_config(model)
 
 
