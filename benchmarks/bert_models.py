@@ -115,16 +115,16 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def random_model(shape: Shape) -> Any:
-    """A model of that shape, without its pooler, the same one every time."""
-    from transformers import AutoConfig, AutoModel
+def random_model(shape: Shape, *, classifies: bool = False) -> Any:
+    """An encoder of that shape without its pooler, or a classifier of sequences; the same one every time."""
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
     config = AutoConfig.for_model(
         shape.family, num_hidden_layers=shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads,
         intermediate_size=shape.inner, vocab_size=shape.vocabulary, **_SETTINGS.get(shape.family, {}),
     )  # fmt: skip
-    model = AutoModel.from_config(config).eval()
-    if hasattr(model, "pooler"):
+    model = (AutoModelForSequenceClassification if classifies else AutoModel).from_config(config).eval()
+    if hasattr(model, "pooler"):  # a classifier's is its encoder's
         model.pooler = None
     generator = torch.Generator().manual_seed(_SEED)
     with torch.no_grad():

@@ -26,7 +26,7 @@ from qbert.ops.operations import FLOAT_TABLE, OPERATIONS, AddNorm
 from qbert.ops.table import select_layout
 from qbert.ops.triton.launch import INTERPRETED
 from qbert.target import Target, target_of
-from qbert.testing import assert_matches_reference, random_problem, schemes_of
+from qbert.testing import assert_matches_reference, random_problem, schemes_of, to_device, with_pattern
 from qbert.timing import one_line
 from qbert.weight import Layout
 
@@ -45,21 +45,28 @@ SIZES = {
     "linear": LINEARS, "linear_add_norm": LINEARS_AND_NORMS, "embedding": LOOK_UPS, "embed_norm": LOOK_UPS,
     "attention": ATTENTION,
 }  # fmt: skip
+# What attention does by distance, and of floats: arguments of `with_pattern`.
+PATTERNS: dict[str, dict[str, Any]] = {
+    "plain": {}, "window": {"window": 9}, "bias": {"reach": 20}, "rotary": {"floats": torch.bfloat16, "rotary": True},
+    "rotary window bias": {"floats": torch.float32, "dynamic": True, "rotary": True, "window": 40, "reach": 3},
+}  # fmt: skip
 
 Call = Callable[[Any], Any]
 
 
 class Case(NamedTuple):
-    """A problem that kernels are called with: arguments of `random_problem`."""
+    """A problem that kernels are called with: arguments of `random_problem`, and one of `PATTERNS`."""
 
     operation: str
     scheme: str | None
     sizes: tuple[int, int, int]
     int8_out: bool = False
+    pattern: str = "plain"
 
     def __str__(self) -> str:
         out = " int8 out" if self.int8_out else ""
-        return f"{self.operation} {self.scheme or '-'} {'x'.join(map(str, self.sizes))}{out}"
+        pattern = "" if self.pattern == "plain" else f" {self.pattern}"
+        return f"{self.operation} {self.scheme or '-'} {'x'.join(map(str, self.sizes))}{out}{pattern}"
 
 
 def cases() -> Iterator[Case]:
@@ -70,7 +77,8 @@ def cases() -> Iterator[Case]:
         for scheme in schemes or [None]:
             for int8_out in (False, True) if _may_be_int8(operation, scheme) else (False,):
                 for sizes in SIZES.get(operation, ROWS):
-                    yield Case(operation, scheme, _in_groups(sizes, scheme), int8_out)
+                    for pattern in PATTERNS if operation == "attention" else ("plain",):
+                        yield Case(operation, scheme, _in_groups(sizes, scheme), int8_out, pattern)
 
 
 def _may_be_int8(operation: str, scheme: str | None) -> bool:
@@ -132,10 +140,13 @@ def may_refuse(case: Case, kernel: str) -> bool:
 
 
 def _wrong(case: Case, name: str, kernel: Kernel | Call, target: Target, device: torch.device) -> str | None:
-    operation, scheme, sizes, int8_out = case
+    operation, scheme, sizes, int8_out, pattern = case
     try:  # where a kernel has broken the context making the problem fails, and all lines after it say so
         layout = layout_of(case, name, target)
-        problem = random_problem(operation, *sizes, scheme=scheme, layout=layout, int8_out=int8_out, device=device)
+        problem = random_problem(operation, *sizes, scheme=scheme, layout=layout, int8_out=int8_out)
+        if operation == "attention":
+            problem = with_pattern(problem, **PATTERNS[pattern])
+        problem = to_device(problem, device)
         if isinstance(kernel, Kernel):
             if kernel.obstacle(problem_of(problem), replace(target, prefer=name)) is not None:
                 return NOT_TAKEN

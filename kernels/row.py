@@ -23,9 +23,14 @@ def quantized(x):
     # NaN does not survive a maximum, so what is not finite is counted instead of compared.
     bad = tl.sum(tl.where(magnitude < float("inf"), 0, 1), axis=0) > 0
     absmax = tl.where(bad, 1.0, tl.maximum(tl.max(magnitude, axis=0), MIN_ABSMAX))
-    codes = tl.where(bad, 0.0, (x * tl.div_rn(QMAX, absmax) + ROUND) - ROUND)
-    codes = tl.minimum(tl.maximum(codes, -QMAX), QMAX)
+    codes = tl.where(bad, 0.0, nearest(x * tl.div_rn(QMAX, absmax)))
     return codes.to(tl.int8), tl.where(bad, float("nan"), tl.div_rn(absmax, QMAX))
+
+
+@triton.jit
+def nearest(steps):
+    """The nearest codes of float32 steps, as float32: half to even, -127 ... 127."""
+    return tl.minimum(tl.maximum((steps + ROUND) - ROUND, -QMAX), QMAX)
 
 
 @triton.jit

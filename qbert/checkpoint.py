@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -28,15 +28,17 @@ from qbert.folders import new_folder
 from qbert.modules import GUARD, ModuleSpec, collect_specs
 from qbert.ops import FLOAT_DTYPES
 from qbert.recipe import Recipe
+from qbert.shapes import ShapePlan, recorded_plan
 from qbert.weight.specs import TensorSpec
 from qbert.weight.tensor import plain_specs
 from qbert.weight.validate import check_finite, check_plain_tensors, check_spec
 
-# Of records with a calibration: it names slots, where version 1 had five fields. Without one nothing differs, and older
-# versions of qbert read it.
-FORMAT_VERSION: Final = 2
-_WITHOUT_CALIBRATION: Final = 1
-_EMULATED: Final = 3  # block formats, which older versions do not know
+# 4: records with block formats. 3: with shapes. 2: with a calibration, which names slots, where version 1 had five fields.
+# Without any of these nothing differs, and older versions of qbert read it.
+FORMAT_VERSION: Final = 4
+_WITH_SHAPES: Final = 3
+_WITH_CALIBRATION: Final = 2
+_WITH_NONE: Final = 1
 METHOD: Final = "qbert"
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 _MAX_JSON_BYTES = 16 * 2**20  # a configuration is a few hundred kilobytes at most; more is an attack or a mistake
@@ -48,8 +50,9 @@ class Record(BaseModel):
     Attributes:
         linear, embedding, exclude, overrides, keep_float: the recipe (see `qbert.Recipe`); the overrides are pairs, because
             their order decides and transformers sorts the keys of the objects that it writes.
-        modules: qualified name -> what stands there.
+        modules: qualified name -> what stands there; none in a float model that was compressed.
         emulation: block formats, as `qbert.Emulation` spells them, where the recipe is one.
+        shapes: what was taken out of the encoder; None where nothing was.
         fuse: the encoder runs fused.
         calibration: its static scales; None where scales are taken token by token.
         source: the model that was quantized, as the user named it, for reports.
@@ -59,14 +62,15 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     quant_method: Literal["qbert"]
-    format_version: Literal[1, 2, 3]
+    format_version: Literal[1, 2, 3, 4]
     linear: str | None
     embedding: str | None
     exclude: list[str] = []
     overrides: list[Annotated[tuple[str, str | None], Field(strict=False)]] = []
     keep_float: list[str] = list(KEEP_FLOAT)
-    modules: dict[str, ModuleSpec] = Field(min_length=1)
     emulation: dict[str, Any] | None = None
+    shapes: ShapePlan | None = None
+    modules: dict[str, ModuleSpec]
     fuse: bool = False
     calibration: Calibration | None = None
     source: str | None = None
@@ -77,12 +81,25 @@ class Record(BaseModel):
         _ = self.recipe  # a QBertError is a ValueError, which pydantic reports as its own
         return self
 
+    @field_validator("modules", mode="after")
+    @classmethod
+    def _says_something(cls, modules: dict[str, ModuleSpec], info: ValidationInfo) -> dict[str, ModuleSpec]:
+        if not modules and info.data.get("shapes") is None:
+            raise ValueError("must name a quantized module where there are no shapes")
+        return modules
+
+    @model_validator(mode="after")
+    def _shapes_are_of_version_3(self) -> Record:
+        if self.shapes is not None and self.format_version < _WITH_SHAPES:
+            raise ValueError(f"shapes are of format_version {_WITH_SHAPES}, and this one is {self.format_version}")
+        return self
+
     @model_validator(mode="after")
     def _only_emulations_are_of_their_version(self) -> Record:
-        if (self.format_version == _EMULATED) != (self.emulation is not None):
+        if (self.format_version == FORMAT_VERSION) != (self.emulation is not None):
             there = "no emulation" if self.emulation is None else "one"
             raise ValueError(
-                f"format_version {_EMULATED} is of emulated models; this is {self.format_version} with {there}"
+                f"format_version {FORMAT_VERSION} is of emulated models; this is {self.format_version} with {there}"
             )
         return self
 
@@ -94,10 +111,11 @@ class Record(BaseModel):
 
     @classmethod
     def of(cls, model: nn.Module, recipe: Recipe, source: str | None = None) -> Record:
-        """The record of a quantized model."""
+        """The record of a quantized or compressed model."""
         fields = {**recipe.to_dict(), "overrides": list(recipe.overrides.items()), **_fusion(model)}
-        version, modules = format_version(fields["calibration"], fields.get("emulation")), collect_specs(model)
-        return cls(quant_method=METHOD, format_version=version, **fields, modules=modules, source=source)
+        shapes, modules = recorded_plan(model), collect_specs(model)
+        version = format_version(fields["calibration"], shapes, fields.get("emulation"))
+        return cls(quant_method=METHOD, format_version=version, **fields, modules=modules, shapes=shapes, source=source)
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Record:
@@ -121,7 +139,7 @@ class Record(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a configuration file. What says nothing is left out, so that older versions read it too."""
-        unused = {name for name in ("fuse", "calibration", "emulation") if not getattr(self, name)}
+        unused = {name for name in ("fuse", "calibration", "emulation", "shapes") if not getattr(self, name)}
         data = self.model_dump(mode="json", exclude=unused)
         if self.calibration is not None:  # as its version and its age spelled it: that is what its digest is of
             old = self.format_version == 1
@@ -134,11 +152,15 @@ class Record(BaseModel):
         return json.dumps({name: data[name] for name in data.keys() - {"source", "digest"}}, sort_keys=True)
 
 
-def format_version(calibration: Calibration | None, emulation: Mapping[str, Any] | None = None) -> Literal[1, 2, 3]:
-    """Of a record with that calibration and emulation."""
+def format_version(
+    calibration: Calibration | None, shapes: ShapePlan | None = None, emulation: Mapping[str, Any] | None = None
+) -> Literal[1, 2, 3, 4]:
+    """Of a record with that calibration, those shapes and that emulation."""
     if emulation is not None:
-        return _EMULATED
-    return _WITHOUT_CALIBRATION if calibration is None else FORMAT_VERSION
+        return FORMAT_VERSION
+    if shapes is not None:
+        return _WITH_SHAPES
+    return _WITH_NONE if calibration is None else _WITH_CALIBRATION
 
 
 def check_fusion(record: Record, skeleton: nn.Module) -> None:

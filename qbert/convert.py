@@ -47,12 +47,18 @@ Quantized = QLinear | QEmbedding | QTiedLinear
 # torch's own transformer blocks hand the weights of their linears to fused functions, past the linears' forward.
 _READS_WEIGHTS_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _ROLES: dict[type[nn.Module], Role] = {nn.Linear: Role.LINEAR, nn.Embedding: Role.EMBEDDING}
+# Packages whose linears hold codes; other modules of theirs are float.
+_QUANTIZERS = (
+    "aqlm", "auto_gptq", "awq", "bitsandbytes", "compressed_tensors", "eetq", "gptqmodel", "hqq", "optimum.quanto",
+    "torch.ao.nn.quantized", "torchao",
+)  # fmt: skip
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
 _REASONS = "_qbert_reasons"
 _observers: list[Callable[[nn.Module, Recipe | None], None]] = []
+_planners: list[Callable[[nn.Module], Mapping[nn.Module, str]]] = []
 
 
 @dataclass(frozen=True)
@@ -259,16 +265,22 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlanEntry]:
     """What `quantize_` would do with every linear and embedding, without doing it.
 
     Raises:
-        QBertError: a quantized model, or a recipe with an override or an exclusion that matches nothing.
+        QBertError: a model that is quantized, by qbert or another library, or a recipe with an override or an exclusion that
+            matches nothing.
     """
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
             raise QBertError(f"{name or type(model).__name__} is quantized already; call qbert.dequantize_ first")
+        other = _quantized_by_another(module)
+        if other is not None:
+            raise QBertError(f"{name or type(model).__name__} is quantized already: {other}; allowed: a float model")
     if describe_sites(model):
         raise QBertError(f"{type(model).__name__} is emulated already; call qbert.dequantize_ first")
     if type(model) in _ROLES:
         raise QBertError(f"the model is itself an {type(model).__name__}, which cannot be replaced in place; wrap it")
     direct = _directly_read(model)
+    for planner in _planners:
+        direct |= planner(model)
     entries = []
     obstacles: dict[str, str] = {}
     for name, module in _candidates(model):
@@ -284,12 +296,23 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlanEntry]:
 
 
 def when_changed(observer: Callable[[nn.Module, Recipe | None], None]) -> None:
-    """Registers a function to call after `quantize_` (with the recipe) and `dequantize_` (with None).
+    """Registers a function to call after `quantize_` (with the recipe), `dequantize_` and a change of shapes (with None).
 
     This is how an integration keeps a framework's own records (a config, a quantizer object) in step without `convert`
     knowing the framework.
     """
     _observers.append(observer)
+
+
+def when_planned(planner: Callable[[nn.Module], Mapping[nn.Module, str]]) -> None:
+    """Registers a function that says which modules of a model a framework needs float, and why; it may refuse the model."""
+    _planners.append(planner)
+
+
+def note_reshaped(model: nn.Module) -> None:
+    """Tells the frameworks that layers, heads, neurons or words of a float model are gone (see `qbert.shapes`)."""
+    for observer in _observers:
+        observer(model, None)
 
 
 def float_reasons(model: nn.Module) -> dict[str, str]:
@@ -340,6 +363,17 @@ def _directly_read(model: nn.Module) -> dict[nn.Module, str]:
         if isinstance(outer, _READS_WEIGHTS_DIRECTLY)
         for inner in outer.modules()
     }
+
+
+def _quantized_by_another(module: nn.Module) -> str | None:
+    """What another library made of a linear or a table, None of a plain one."""
+    kind = type(module)
+    if "Linear" in kind.__name__ and kind.__module__.startswith(tuple(f"{each}." for each in _QUANTIZERS)):
+        return f"it is a {kind.__module__}.{kind.__qualname__}"
+    weight = type(module._parameters.get("weight")) if kind in _ROLES else nn.Parameter
+    if weight in (nn.Parameter, Tensor, type(None)) or weight.__module__.startswith("torch."):
+        return None
+    return f"its weight is a {weight.__module__}.{weight.__qualname__}, no plain parameter"
 
 
 def _obstacle(module: nn.Linear | nn.Embedding) -> str | None:

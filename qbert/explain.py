@@ -11,6 +11,7 @@ from qbert.encoder import FusedForward, GraphReport, encoders, fused_forward, ob
 from qbert.modules import EmulatedModule, QTiedLinear, QuantizedModule
 from qbert.modules.sites import describe_sites
 from qbert.ops.cuda import missing_extension
+from qbert.shapes import recorded_plan
 from qbert.target import target_of
 
 
@@ -110,7 +111,10 @@ def explain(model: nn.Module) -> Explanation:
         elif isinstance(module, nn.Linear | nn.Embedding):
             rows.append(_float_row(name, module, reasons.get(name, "not quantized")))
     quantized = [module for module in model.modules() if isinstance(module, QuantizedModule)]
-    return Explanation(rows, _encoder_rows(model) if quantized else [], [*_notes(quantized), *describe_sites(model)])
+    plan = recorded_plan(model)
+    shapes = [] if plan is None else [f"compressed: {plan}"]
+    notes = [*shapes, *_notes(quantized), *describe_sites(model)]
+    return Explanation(rows, _encoder_rows(model) if quantized else [], notes)
 
 
 def _notes(quantized: list[QuantizedModule]) -> list[str]:

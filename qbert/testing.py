@@ -194,7 +194,7 @@ def _draw_attention(draw: _Draw) -> Attention:
 
 def with_pattern(
     a: Attention, *, window: int | None = None, reach: int | None = None, floats: torch.dtype | None = None,
-    dynamic: bool = False, rotary: bool = False, seed: int = 0,
+    dynamic: bool = False, rotary: bool = False, first: bool = False, seed: int = 0,
 ) -> Attention:  # fmt: skip
     """A random problem of attention with more of the operation's fields in use.
 
@@ -203,6 +203,7 @@ def with_pattern(
         reach: of random biases; None for none.
         floats: type of random floats in place of codes; with `dynamic` scales or the problem's static ones, of which
             `rotary` turns queries and keys.
+        first: queries of first tokens alone.
     """
     generator = torch.Generator().manual_seed(seed + 2)
     longest = max([0, *a.cu_seqlens.diff().tolist()])
@@ -214,7 +215,20 @@ def with_pattern(
         angles = torch.rand(longest + 2, a.head_dim // 2, generator=generator) * 6
         turns = torch.cat((angles.cos(), angles.sin()), dim=1)
     bias = None if reach is None else torch.randn(a.heads, 2 * reach + 1, generator=generator)
-    return a._replace(qkv=qkv, scales=scales, window=window, bias=bias, rotary=turns)
+    a = a._replace(qkv=qkv, scales=scales, window=window, bias=bias, rotary=turns)
+    return first_queries_of(a) if first else a
+
+
+def first_queries_of(a: Attention) -> Attention:
+    """The same problem with the queries of first tokens alone."""
+    width = a.qkv.shape[1] // 3
+    first = a.cu_seqlens[:-1].long().clamp(max=max(a.qkv.shape[0] - 1, 0))  # an empty sequence's is nobody's
+    per_token = a.scales is not None and a.scales.dim() == 2
+    scales, of_queries = (
+        (a.scales[:, 1:], a.scales[first, 0]) if a.scales is not None and per_token else (a.scales, None)
+    )
+    queries = a.qkv[first, :width] if len(a.qkv) else a.qkv.new_zeros(len(first), width)
+    return a._replace(qkv=a.qkv[:, width:], scales=scales, queries=queries, query_scales=of_queries)
 
 
 def _draw_add_norm(draw: _Draw) -> AddNorm:
@@ -306,6 +320,9 @@ def _attention(a: Attention, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     `_AMBIGUOUS` or less from a half may become either neighbour: it counts as the half, and may move the sum by half of
     its value to both sides.
     """
+    if a.queries is not None:
+        out, room = _attention(reference.with_all_queries(a), dtype)
+        return reference.rows_of_first(a, out), reference.rows_of_first(a, room)
     t, width = a.qkv.shape[0], a.qkv.shape[1] // 3
     integers, scales = reference.attention_codes(a)
     query, key, value = integers.to(torch.float64)

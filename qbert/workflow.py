@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ from torch import nn
 
 from qbert import checkpoint
 from qbert.calibrate import calibrate, default_texts
+from qbert.compress import Compression, CompressionReport
 from qbert.convert import Progress, quantize_
 from qbert.errors import QBertError
-from qbert.evaluate import TASKS, get_task, read_user_file
+from qbert.evaluate import TASKS, get_task, prepare_baseline, read_user_file, score
 from qbert.evaluate.loading import load_fp32, load_tokenizer, quiet_transformers
 from qbert.explain import Explanation, explain
 from qbert.metrics import sqnr_db
 from qbert.modules import QuantizedModule
 from qbert.recipe import Recipe
+from qbert.shapes import recorded_plan
 from qbert.target import extensions
 from qbert.weight.codec import decode
 from qbert.zoo import resolve_model
@@ -37,6 +40,7 @@ _SENTENCE_FILES = (
 _FLOAT32_BYTES = 4
 DEFAULT_TEXTS = "default"  # calibrate with Python's own language reference
 CALIBRATION_TEXTS = 128
+COMPRESSION_TEXTS = 1024
 
 
 class _Report(BaseModel):
@@ -57,14 +61,26 @@ class QuantizeReport(_Report):
     seconds: float
 
 
+class CompressReport(_Report):
+    """Outcome of `compress_checkpoint`; sizes in bytes, of the float32 original and of the file."""
+
+    source: str
+    folder: str
+    texts: int
+    float32_bytes: int
+    file_bytes: int
+    report: CompressionReport
+
+
 class InspectReport(_Report):
     """What stands in a checkpoint, one row for each linear and embedding, and one for each encoder; sizes in bytes.
 
-    `extensions` are qbert's own, of this installation, see `target.extensions`.
+    `shapes` says what is left of a compressed model; `extensions` are qbert's own, of this installation (`target.extensions`).
     """
 
     folder: str
     source: str | None
+    shapes: str | None
     modules: list[dict[str, Any]]
     encoders: list[dict[str, Any]]
     extensions: dict[str, str]
@@ -108,7 +124,7 @@ def load_float(source: str) -> nn.Module:
     import transformers
 
     path = resolve_model(source)
-    if Path(path).is_dir() and checkpoint.is_checkpoint(path):
+    if _holds_quantized(path):
         raise QBertError(f"{source!r} is quantized already; allowed: a float model")
     missing: list[str] = []
     with quiet_transformers():
@@ -124,6 +140,13 @@ def load_float(source: str) -> nn.Module:
     raise QBertError(
         f"{source!r} lacks {len(missing)} tensors of its model, {missing[0]!r} for one; they would be random"
     )
+
+
+def _holds_quantized(path: str) -> bool:
+    """Whether a folder holds a checkpoint with quantized modules; one of a compressed float model has none."""
+    if not (Path(path).is_dir() and checkpoint.is_checkpoint(path)):
+        return False
+    return bool(checkpoint.read_config(path)["quantization_config"].get("modules"))
 
 
 def _load_complete(model_class: Any, path: str) -> tuple[nn.Module, list[str]]:
@@ -197,8 +220,46 @@ def quantize_checkpoint(
     )
 
 
-def calibration_texts(name: str) -> list[str]:
-    """A hundred-odd texts to calibrate with.
+def compress_checkpoint(
+    source: str,
+    folder: str | Path,
+    recipe: Compression,
+    *,
+    texts: str = DEFAULT_TEXTS,
+    tasks: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> CompressReport:
+    """Compresses a model into a folder, with its tokenizer. Nothing is left behind on an error.
+
+    Args:
+        source: local folder, hub id or alias of a float model.
+        folder: new, empty, or holding an older checkpoint.
+        texts: to choose and refit by, see `calibration_texts`.
+        tasks: whose test texts score each step against the original; none of their texts is seen unless `texts` names them.
+    """
+    from qbert.compress import compress
+
+    given = calibration_texts(texts, COMPRESSION_TEXTS)
+    model, tokenizer = load_float(source), load_tokenizer(resolve_model(source))
+    baselines = [prepare_baseline(model, tokenizer, task) for task in tasks]
+    scored = lambda small, its: [score(small, its, baseline).model_dump(mode="json") for baseline in baselines]
+    small = compress(model, recipe, texts=given, tokenizer=tokenizer, after_step=scored, progress=progress)
+    with checkpoint.replacing(folder) as fresh, quiet_transformers():
+        small.model.save_pretrained(fresh)  # of a plain float one transformers' own files say all of it
+        _copy_companions(resolve_model(source), fresh)
+        small.tokenizer.save_pretrained(fresh)
+    return CompressReport(
+        source=source,
+        folder=str(folder),
+        texts=len(given),
+        float32_bytes=_float32_bytes(model),
+        file_bytes=_file_bytes(folder),
+        report=small.report,
+    )
+
+
+def calibration_texts(name: str, count: int = CALIBRATION_TEXTS) -> list[str]:
+    """Texts to calibrate with, a hundred-odd, or to compress by.
 
     Args:
         name: of a task, whose training texts are taken; a file, .txt with a text on each line, or .tsv or .jsonl as tasks
@@ -208,21 +269,21 @@ def calibration_texts(name: str) -> list[str]:
         QBertError: no such thing, or nothing in it.
     """
     if name == DEFAULT_TEXTS:
-        return default_texts(CALIBRATION_TEXTS)
+        return default_texts(count)
     path = Path(name)
     if name in TASKS:
-        texts = list(get_task(name).load().train.sample(CALIBRATION_TEXTS).texts)
+        texts = list(get_task(name).load().train.sample(count).texts)
     elif path.suffix == ".txt" and path.is_file():
         texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     elif path.suffix:
-        texts = list(read_user_file(path).sample(CALIBRATION_TEXTS).texts)
+        texts = list(read_user_file(path).sample(count).texts)
     else:
         raise QBertError(
             f"no texts {name!r}; allowed: {DEFAULT_TEXTS}, a .txt, .tsv or .jsonl file, {', '.join(TASKS)}"
         )
     if not texts:
         raise QBertError(f"{name!r} has no texts to calibrate with")
-    return texts[:CALIBRATION_TEXTS]
+    return texts[:count]
 
 
 def inspect_checkpoint(folder: str | Path) -> InspectReport:
@@ -232,8 +293,10 @@ def inspect_checkpoint(folder: str | Path) -> InspectReport:
     quantized_bytes = sum(row.stored_bytes for row in explanation.quantized)
     float_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     float32_bytes, file_bytes = _float32_bytes(model), _file_bytes(folder)
+    shapes = recorded_plan(model)
     return InspectReport(
         folder=str(folder),
+        shapes=None if shapes is None else str(shapes),
         source=checkpoint.Record.parse(checkpoint.read_config(folder)["quantization_config"]).source,
         modules=explanation.to_dicts(),
         encoders=[asdict(row) for row in explanation.encoders],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -90,12 +91,12 @@ def test_the_largest_magnitude_is_nearly_covered_where_nothing_is_far_out() -> N
     """Of uniform values none is worth clipping; of a normal distribution with one far outlier that one is."""
     uniform = torch.rand(4000, 8) * 2 - 1
     spectrum = _Spectrum.empty(uniform.abs().amax(0))
-    spectrum.add(uniform)
+    spectrum.add(uniform, torch.arange(4000) % 2 == 1)
     assert spectrum.best()[0] == pytest.approx(1.0 / INT8.qmax, rel=0.01)
     outlier = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
     outlier[0, 0] = 100.0
     spectrum = _Spectrum.empty(outlier.abs().amax(0))
-    spectrum.add(outlier)
+    spectrum.add(outlier, torch.arange(4000) % 2 == 1)
     scale, error = spectrum.best()
     assert scale * INT8.qmax < 95.0
 
@@ -351,6 +352,47 @@ def test_slots_that_the_encoder_has_not_are_refused(calibration: Calibration, wo
 def test_what_cannot_be_calibrated_with_is_refused(texts: Any, keywords: dict[str, Any], words: str) -> None:
     with pytest.raises(QBertError, match=words):
         calibrate(_model(), texts, **keywords)
+
+
+@pytest.mark.parametrize("times", [1, 32])
+def test_one_text_again_and_again_is_refused(times: int) -> None:
+    batch = {name: each[:1, :7] for name, each in _batches(1)[0].items()}
+    with pytest.raises(
+        QBertError, match=f"{times} texts to calibrate with, and all are the same; allowed: two or more"
+    ):
+        calibrate(_model(), [batch] * times)
+
+
+def test_the_share_of_saturated_codes_is_that_of_texts_that_were_held_out() -> None:
+    """Two halves of which one is twice as wide: what the other's scale cuts off of it is known."""
+    x = torch.rand(4000, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    held_out = torch.arange(4000) % 2 == 1
+    x[held_out] *= 2
+    spectrum = _Spectrum.empty(x.abs().amax(0))
+    spectrum.add(x, held_out)
+    found = spectrum.saturated()
+    assert found.held_out / found.held_out_of == pytest.approx(0.5, abs=0.02)
+    assert found.own / found.own_of < 0.01
+    assert (found.held_out_of, found.own_of) == (16000, 16000)
+
+
+def _narrow_and_wide(copies: int) -> list[dict[str, Tensor]]:
+    """Texts of one kind and another, many times: what scales of the first do to the second is seen by halves."""
+    first = torch.full((1, 8, 64), 0.1)
+    first[:, :, ::2] = -0.1
+    wide = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(0)) * 3
+    return [{"inputs_embeds": first}, {"inputs_embeds": wide}] * copies
+
+
+def test_too_little_is_said_with_the_figure_that_shows_it(caplog: pytest.LogCaptureFixture) -> None:
+    calibrate(_model(), _batches(16))
+    assert "too little" not in caplog.text
+    for batches in (_narrow_and_wide(16), [{"input_ids": torch.arange(10, 25).view(3, 5)}]):
+        caplog.clear()
+        calibrate(_model(), batches)
+        texts = 2 if len(batches) == 32 else 3
+        said = rf"calibrated on too little: {texts} texts that differ, .* cut off \d+\.\d{{3}}% of the codes of the other half"
+        assert re.search(said, caplog.text)
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Any) -> None:

@@ -20,12 +20,14 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import qbert
 from qbert import CheckpointError, Recipe
 from qbert.checkpoint import Record, signed
+from qbert.convert import note_reshaped
 from qbert.formats import block_format, table
+from qbert.shapes import keep_heads_, keep_neurons_, keep_words_
 from qbert.testing import random_weight
 
 # Small enough that a random bit is as likely to be in a header as in a code.
@@ -42,6 +44,7 @@ RECIPES = {
         embeddings=block_format("six", "int3", "bf16", 16, symmetric=False),
     ),
 }  # fmt: skip
+SHAPED = "shaped"  # float, with heads, neurons and words taken out
 VERSION_1 = "version_1"  # a checkpoint with a record of that version, as it was written then
 VERSION_1_FOLDER = Path(__file__).parent / "data" / "version_1" / "checkpoint"
 IDS = torch.tensor([[1, 22, 7, 0, 9], [3, 3, 0, 0, 0]])
@@ -68,6 +71,8 @@ def _original(recipe: str) -> Files:
     if recipe == VERSION_1:
         return tuple((VERSION_1_FOLDER / name).read_bytes() for name in ("config.json", "model.safetensors"))
     torch.manual_seed(0)
+    if recipe == SHAPED:
+        return _files(_shaped())
     fuse = recipe == "fused"
     model = BertForMaskedLM(BertConfig(**{**SIZES, "num_attention_heads": 1 if fuse else 2})).eval()
     with torch.no_grad():
@@ -76,6 +81,19 @@ def _original(recipe: str) -> Files:
                 module.weight.copy_(random_weight(*module.weight.shape, seed=index))
     calibration = qbert.calibrate(model, [{"input_ids": IDS}]) if fuse else None
     qbert.quantize_(model, RECIPES[recipe], fuse=fuse, calibration=calibration)
+    return _files(model)
+
+
+def _shaped() -> nn.Module:
+    model = BertModel(BertConfig(**{**SIZES, "num_hidden_layers": 2, "num_attention_heads": 2})).eval()
+    keep_heads_(model, 0, [1])
+    keep_neurons_(model, 1, range(48))
+    keep_words_(model, range(23))
+    note_reshaped(model)
+    return model
+
+
+def _files(model: Any) -> Files:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return (Path(folder) / "config.json").read_bytes(), (Path(folder) / "model.safetensors").read_bytes()
@@ -299,7 +317,8 @@ CONFIG_EDITS: dict[str, Callable[..., bytes]] = {
     edit.__name__.removeprefix("_"): edit for edit in (_edit_number, _edit_record, _edit_record_text)
 }
 EDITS = [*WEIGHT_EDITS, *CONFIG_EDITS]
-CASES = [(edit, recipe) for edit in EDITS for recipe in RECIPES] + [(edit, VERSION_1) for edit in CONFIG_EDITS]
+CASES = [(edit, recipe) for edit in EDITS for recipe in RECIPES]
+CASES += [(edit, recipe) for edit in CONFIG_EDITS for recipe in (VERSION_1, SHAPED)]
 # What is done to tensors does not ask what they mean: one recipe less, where time is short.
 SHORT_CASES = [(edit, recipe) for edit, recipe in CASES if recipe != "emulated" or edit in CONFIG_EDITS]
 
@@ -433,6 +452,35 @@ def test_a_spoiled_model_configuration_raises_nothing_else_at_length(recipe: str
     run()
 
 
+def test_a_forged_plan_of_shapes_is_refused_or_runs() -> None:
+    """Any value in the plan, with a digest that is right."""
+    refused = 0
+
+    def wanted(path: Path_, value: Any) -> bool:
+        return path[:2] == ("quantization_config", "shapes")
+
+    @_deterministic(60)
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        nonlocal refused
+        config, weights = _original(SHAPED)
+        edited = json.loads(_edit_config(config, data.draw, wanted, NUMBERS | JSON))
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "model.safetensors").write_bytes(weights)
+                state = load_file(Path(folder) / "model.safetensors")
+            edited["quantization_config"] = signed(Record.parse(edited["quantization_config"]), state).to_dict()
+            model = _load((json.dumps(edited).encode(), weights))
+        except CheckpointError as error:
+            note(str(error))
+            refused += 1
+        else:
+            assert _output(model).shape == _expected(SHAPED)[1].shape
+
+    run()
+    assert refused
+
+
 def test_the_originals_load() -> None:
-    for recipe in (*RECIPES, VERSION_1):
+    for recipe in (*RECIPES, VERSION_1, SHAPED):
         assert _judge(recipe, _original(recipe))

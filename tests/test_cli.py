@@ -128,6 +128,28 @@ def test_quantize_fused_and_calibrated(with_words, tmp_path):
     assert "BertModel: fused: no (encoder.layer.0.attention.self.query has scheme w8a16" in printed
 
 
+def test_compress_writes_a_smaller_model_and_explain_shows_its_shapes(with_words, tmp_path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text(
+        "\n".join(f"a text about the {word}" for word in ("sea", "sky", "wind", "rain") for _ in range(20))
+    )
+    common = ["--batch", 1, "--seq", 16, "--texts", lines, "-o", tmp_path / "out"]
+    asked = ["--vocabulary", 4000, "--layers", 1, "--quantize", "w8a8"]
+    report = json.loads(run("compress", with_words, *asked, *common, "--json").stdout)
+    assert [step["method"] for step in report["report"]["steps"]][1:] == [
+        "trim vocabulary", "drop layers", "quantize w8a8",
+    ]  # fmt: skip
+    assert report["file_bytes"] < report["float32_bytes"] / 4
+    printed = run("explain", tmp_path / "out").stdout
+    assert "compressed: 1 of 1 layers, heads 2 of 2, FFN 64 of 64, vocabulary 4,000 of 30,522" in printed
+    assert "fused: static" in printed
+    assert "compressed: 1 of 1 layers" in run("inspect", tmp_path / "out").stdout
+    recipe = tmp_path / "small.toml"
+    recipe.write_text("layers = 1\n")
+    done = run("compress", with_words, "--recipe", recipe, *common)
+    assert "drop layers" in done.stdout
+
+
 def test_verify_measures_each_weight(quantized, tiny):
     folder, _ = quantized
     report = json.loads(run("verify", folder, "--against", tiny, "--json").stdout)
@@ -230,6 +252,12 @@ def test_an_emulated_folder_is_a_checkpoint_like_any_other(tiny, tmp_path):
         (["quantize", "{tiny}", "--fuse", "--calibrate", "none.tsv", "-o", "{out}"], "none.tsv"),
         (["quantize", "{tiny}", "--fuse", "--calibrate", "lee", "-o", "{out}"], "lee"),
         (["quantize", "{quantized}", "-o", "{out}"], "quantized already"),
+        (["compress", "{tiny}", "-o", "{out}/new"], "nothing to do"),
+        (["compress", "{tiny}", "--layers", "1", "--recipe", "{out}/none.toml", "-o", "{out}/new"], "--recipe"),
+        (["compress", "{tiny}", "--recipe", "{out}/none.toml", "-o", "{out}/new"], "none.toml"),
+        (["compress", "{quantized}", "--layers", "1", "-o", "{out}/new"], "quantized already"),
+        (["compress", "{tiny}", "--quantize", "w9a9", "-o", "{out}/new"], "w9a9"),
+        (["explain", "{out}/missing"], "missing"),
         (["inspect", "{out}"], "config.json"),
         (["inspect", "{tiny}"], "quantization_config"),
         (["eval", "{tiny}", "--task", "nonsense"], "nonsense"),

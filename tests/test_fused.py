@@ -355,9 +355,28 @@ def test_a_bad_token_stays_in_its_sequence(family: str, variant: str, bad: float
     others = [0, 1, 3]
     assert clean.isfinite().all()
     assert torch.equal(spoiled[others], clean[others])
-    assert spoiled[2, 5].isnan().all()
-    if variant == "dynamic":  # static codes have no NaN; the token's own residual stream has
-        assert spoiled[2].isnan().all()
+    assert spoiled[2].isnan().all()  # static codes have no NaN, so this is not for nothing
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_bad_token_spoils_its_sequence_from_the_first_layer_on_and_no_padding(variant: str) -> None:
+    model, batch = fused_model("BertModel", variant), padded_batch(4, 8)
+    embeds, mask = torch.randn(4, 8, 64, generator=torch.Generator().manual_seed(0)), batch["attention_mask"]
+    embeds[1, 2, 3] = torch.nan
+    with torch.no_grad():
+        states = model(inputs_embeds=embeds, attention_mask=mask, output_hidden_states=True).hidden_states
+    assert states[0][1].isnan().any(1).nonzero().tolist() == [[2]]
+    for state in states[1:]:
+        assert torch.equal(state.isnan().all(2), state.isnan().any(2))
+        assert torch.equal(state.isnan().any(2), (torch.arange(4) == 1)[:, None] & mask.bool())
+
+
+def test_a_table_row_that_is_nan_spoils_its_sequence() -> None:
+    model, batch = fused_model("BertModel", "static"), padded_batch(4, 8)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[batch["input_ids"][2, 1]] = torch.nan
+    there = (batch["input_ids"] == batch["input_ids"][2, 1]).any(1)
+    assert torch.equal(hidden_of(model, **batch)[:, 0].isnan().all(1), there)
 
 
 # ---- the model object stays what it was -----------------------------------------------------------------------------

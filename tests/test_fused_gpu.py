@@ -15,6 +15,7 @@ import torch
 import transformers
 from small_encoders import (
     A8,
+    BY_DISTANCE,
     FOUR,
     LEAST_SQNR_DB,
     VARIANTS,
@@ -119,6 +120,24 @@ def test_families_and_padding(kind: str, family: str, variant: str) -> None:
     model, batch = fused_model(f"{family}Model", variant), padded_batch(5, 13, kind=kind)
     found = hidden_of(_on_gpu(model), **_moved(batch))
     _assert_alike(found, hidden_of(model, **batch), batch["attention_mask"].bool(), LEAST_SQNR_DB[variant])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", ["Albert", *BY_DISTANCE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_families_whose_attention_goes_by_distance(family: str, variant: str, dtype: torch.dtype) -> None:
+    """Beyond reach and window; a sequence alone has the bits that it has in a batch."""
+    changes = {"max_position_embeddings": 400}
+    calibration = calibrated(f"{family}Model", tuple(changes.items())) if variant == "static" else None
+    model = quantize_(float_model(f"{family}Model", **changes).to(dtype), "w8a8", fuse=True, calibration=calibration)
+    ids = torch.randint(5, 97, (2, 320), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1, 150:] = 0
+    batch, moved = {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}, _on_gpu(model)
+    found = hidden_of(moved, **_moved(batch))
+    least = LEAST_SQNR_DB[variant] - 3 if dtype == torch.float32 else 15.0
+    _assert_alike(found, hidden_of(model, **batch), mask.bool(), least)
+    assert torch.equal(hidden_of(moved, input_ids=ids[1:, :150].cuda())[0], found[1, :150])
 
 
 @pytest.mark.parametrize("embedding", [None, *scheme_names(Role.EMBEDDING)])

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from qbert.errors import QBertError
-from qbert.ops import call
-from qbert.ops.cpu import native
+from qbert.ops import call, reference
+from qbert.ops.cpu import by_torch, native
 from qbert.ops.operations import Attention
 from qbert.target import native_cpu
-from qbert.testing import assert_matches_reference, random_problem, with_pattern
+from qbert.testing import assert_matches_reference, first_queries_of, random_problem, with_pattern
 
 _cpu: Any = native_cpu()
 if _cpu is None:
@@ -127,6 +127,50 @@ def test_memory_of_a_long_sequence_is_a_windows() -> None:
     out = call(a._replace(heads=2))
     last = a._replace(qkv=a.qkv[-1000:], cu_seqlens=torch.tensor([0, 1000], dtype=torch.int32))
     assert torch.equal(call(last)[-900:], out[-900:])
+
+
+@pytest.mark.parametrize("head_dim", [26, 64])
+@pytest.mark.parametrize("lengths", [*LENGTHS, [0, 40, 0, 9, 0]], ids=str)
+def test_queries_of_first_tokens_alone(lengths: list[int], head_dim: int) -> None:
+    """The rows of first tokens, bit for bit, and zeros where there is none; the same by torch and by the reference."""
+    first = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    there = torch.tensor(lengths) > 0
+    for index, pattern in enumerate([*PATTERNS, *ROTARY]):
+        codes = "floats" not in pattern
+        a = _problem(lengths, head_dim, pattern, per_token=codes and index % 2 == 1, int8_out=codes and index % 3 == 2)
+        alone = first_queries_of(a)
+        alone.check()
+        for found, every in (
+            (_every_isa(alone), _every_isa(a)),
+            (by_torch.attention(alone), by_torch.attention(a)),
+            (reference.attention(alone), reference.attention(a)),
+        ):
+            assert torch.equal(found[there], every[first[there]])
+            assert not found[~there].any()
+
+
+def test_nan_of_a_first_query_is_its_own() -> None:
+    a = first_queries_of(_problem([40, 30, 20], 32, {}, per_token=True))
+    assert a.query_scales is not None
+    a.query_scales[1] = torch.nan
+    assert _every_isa(a).isnan().all(dim=1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"queries": torch.zeros(2, 64, dtype=torch.int8)}, r"queries must be \(3, 64\) torch.int8, got \(2, 64\)"),
+        ({"queries": torch.zeros(3, 64)}, r"queries must be .*, got \(3, 64\) torch.float32"),
+        ({"query_scales": None}, r"query_scales is None; allowed .*: \(3,\)"),
+        ({"query_scales": torch.ones(2)}, r"query_scales must be \(3,\) float32, got torch.float32 \(2,\)"),
+        ({"scales": torch.ones(3)}, "query_scales without queries that have a scale for each token"),
+        ({"queries": None}, r"qkv must be \(t, 3 \* 2 \* head_dim\)"),
+    ],
+)
+def test_queries_that_do_not_fit(change: dict[str, Any], message: str) -> None:
+    a = first_queries_of(_problem([40, 30, 20], 32, {}, per_token=True))
+    with pytest.raises(RuntimeError, match=message):
+        call(a._replace(**change))
 
 
 def test_positions_beyond_the_rotations_are_an_error() -> None:

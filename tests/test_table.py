@@ -611,7 +611,7 @@ SCHEMAS = {
     "embedding": f"(Tensor ids, {WEIGHT}, ScalarType out_dtype) -> Tensor",
     "attention": (
         "(Tensor qkv, Tensor? scales, Tensor cu_seqlens, int heads, float softmax_scale, int? window, Tensor? bias, "
-        "Tensor? rotary, ScalarType out_dtype, float? out_scale) -> Tensor"
+        "Tensor? rotary, ScalarType out_dtype, float? out_scale, Tensor? queries, Tensor? query_scales) -> Tensor"
     ),
     "add_norm": (
         "(Tensor y, Tensor residual, Tensor gamma, Tensor beta, float eps, str keeps) -> (Tensor, Tensor, Tensor)"

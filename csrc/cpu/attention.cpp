@@ -10,7 +10,7 @@ namespace qbert {
 namespace {
 
 struct Sequence {
-    int64_t start, length;
+    int64_t start, length, number;
 };
 
 // Pieces first ... last - 1.
@@ -39,7 +39,7 @@ std::vector<Sequence> sequences_of(const int32_t* cu_seqlens, int64_t sequences)
     found.reserve(static_cast<size_t>(sequences));
     for (int64_t i = 0; i < sequences; ++i) {
         const int64_t start = cu_seqlens[i], length = cu_seqlens[i + 1] - start;
-        if (length > 0) found.push_back({start, length});
+        if (length > 0) found.push_back({start, length, i});
     }
     std::stable_sort(found.begin(), found.end(), [](const Sequence& a, const Sequence& b) { return a.length > b.length; });
     return found;
@@ -52,10 +52,11 @@ std::vector<AttentionPart> pieces_of(const std::vector<Sequence>& sequences, con
     std::vector<AttentionPart> pieces;
     pieces.reserve(sequences.size() * static_cast<size_t>(args.heads));
     for (const Sequence& each : sequences) {
-        const int64_t block = few || is_windowed(args, each.length) ? kQueryBlock : each.length;
+        const int64_t queries = queries_of(args, each.length);
+        const int64_t block = few || is_windowed(args, each.length) ? kQueryBlock : queries;
         for (int64_t head = 0; head < args.heads; ++head) {
-            for (int64_t first = 0; first < each.length; first += block) {
-                pieces.push_back({each.start, each.length, head, first, std::min(first + block, each.length)});
+            for (int64_t first = 0; first < queries; first += block) {
+                pieces.push_back({each.start, each.length, head, first, std::min(first + block, queries), each.number});
             }
         }
     }
@@ -86,7 +87,8 @@ std::vector<Task> tasks_of(const std::vector<AttentionPart>& pieces, const Atten
 void run(const Kernels& k, const AttentionArgs& args, const std::vector<AttentionPart>& pieces, const Task& task, void* scratch) {
     for (size_t at = task.first; at < task.last; ++at) {
         AttentionPart part = pieces[at];
-        while (!is_windowed(args, part.length) && part.last < part.length && at + 1 < task.last) part.last = pieces[++at].last;
+        const int64_t queries = is_windowed(args, part.length) ? 0 : queries_of(args, part.length);
+        while (part.last < queries && at + 1 < task.last) part.last = pieces[++at].last;
         k.attention_part(args, part, scratch);
     }
 }

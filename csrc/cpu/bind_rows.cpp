@@ -72,13 +72,16 @@ bool call_embed_norm_rows(const Weight& words, const Weight& positions, const We
 }
 
 // qkv_type and out_type are a FloatType, or -1 for int8; window is below 0 for none.
-bool call_attention(uintptr_t qkv, int qkv_type, uintptr_t scales, bool scales_per_token, uintptr_t cu_seqlens, int64_t sequences,
-                    int64_t t, int64_t heads, int64_t head_dim, float softmax_scale, int64_t window, uintptr_t bias, int64_t reach,
-                    uintptr_t rotary, int64_t positions, uintptr_t out, int out_type, float inverse_out_scale, int threads) {
+bool call_attention(uintptr_t qkv, int qkv_type, uintptr_t scales, bool scales_per_token, uintptr_t queries,
+                    uintptr_t query_scales, uintptr_t cu_seqlens, int64_t sequences, int64_t t, int64_t heads, int64_t head_dim,
+                    float softmax_scale, int64_t window, uintptr_t bias, int64_t reach, uintptr_t rotary, int64_t positions,
+                    uintptr_t out, int out_type, float inverse_out_scale, int threads) {
     if (!bounds_cover(at<const int32_t>(cu_seqlens), sequences, t)) return false;
     if (rotary != 0 && !positions_cover(at<const int32_t>(cu_seqlens), sequences, positions)) return false;
     AttentionArgs args{};
     args.qkv = at<const void>(qkv);
+    args.queries = at<const void>(queries);
+    args.query_scales = at<const float>(query_scales);
     args.floats = qkv_type >= 0;
     args.qkv_type = args.floats ? static_cast<FloatType>(qkv_type) : FloatType::f32;
     args.window = std::min(window, int64_t{1} << 31);  // longer than any sequence, and far from where sums overflow

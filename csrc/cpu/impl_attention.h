@@ -92,17 +92,25 @@ struct Head {
     float *key_factors, *value_scales, *biases, *space;
 };
 
+// Queries, keys and values (0, 1, 2) of a token lie side by side, or keys and values where queries are those of first tokens.
+QBERT_INLINE int64_t parts_of(const AttentionArgs& args) { return args.queries == nullptr ? 3 : 2; }
+QBERT_INLINE int64_t place_of(const AttentionArgs& args, int which) { return args.queries == nullptr ? which : which - 1; }
+
 static void find_codes(Head& h) {
-    const int64_t token = h.part.start * 3 * h.width + h.channel;
-    const int8_t* codes = static_cast<const int8_t*>(h.args.qkv) + token;
-    h.stride = 3 * h.width;
-    h.query = codes + h.part.first * h.stride;
-    h.key = codes + h.first_key * h.stride + h.width;
+    const AttentionArgs& args = h.args;
+    const int64_t first_query = h.part.start + h.part.first, first_key = h.part.start + h.first_key, key = place_of(args, 1);
+    const int8_t* codes = static_cast<const int8_t*>(args.qkv) + h.channel;
+    h.stride = parts_of(args) * h.width;
+    h.query = codes + first_query * h.stride;
+    h.key = codes + first_key * h.stride + key * h.width;
     h.value = h.key + h.width;
-    h.scale_stride = h.args.scales_per_token ? 3 : 0;
-    h.query_scale = h.args.scales + (h.part.start + h.part.first) * h.scale_stride;
-    h.key_scale = h.args.scales + (h.part.start + h.first_key) * h.scale_stride + 1;
+    h.scale_stride = args.scales_per_token ? parts_of(args) : 0;
+    h.query_scale = args.scales + first_query * h.scale_stride;
+    h.key_scale = args.scales + first_key * h.scale_stride + (args.scales_per_token ? key : 1);
     h.value_scale = h.key_scale + 1;
+    if (args.queries == nullptr) return;
+    h.query = static_cast<const int8_t*>(args.queries) + h.part.sequence * h.width + h.channel;
+    if (args.scales_per_token) h.query_scale = args.query_scales + h.part.sequence;
 }
 
 static Head head_of(const AttentionArgs& args, const AttentionPart& part, void* scratch) {
@@ -147,8 +155,10 @@ static void round_rows(const Head& h, int which, int64_t first, int64_t count, i
     const AttentionArgs& args = h.args;
     const int64_t k = args.head_dim;
     for (int64_t i = 0; i < count; ++i, codes += h.plan.rounded_stride) {
-        const int64_t token = h.part.start + first + i;
-        const float* x = float_row(args.qkv, args.qkv_type, (3 * token + which) * h.width + h.channel, k, h.space);
+        const int64_t token = h.part.start + first + i, row = parts_of(args) * token + place_of(args, which);
+        const bool apart = which == 0 && args.queries != nullptr;
+        const float* x = apart ? float_row(args.queries, args.qkv_type, h.part.sequence * h.width + h.channel, k, h.space)
+                               : float_row(args.qkv, args.qkv_type, row * h.width + h.channel, k, h.space);
         if (args.rotary != nullptr && which < 2) {
             x = rotate_row(x, args.rotary + (first + i) * k, k, h.space + h.plan.rounded_stride);
         }
@@ -605,7 +615,8 @@ static void weigh(const Head& h, const HeadScales& scales, const Group& group, f
 static void store_rows(const Head& h, const int32_t* sums, const float* factors, int64_t first, int64_t rows, int64_t at) {
     const AttentionArgs& args = h.args;
     const int64_t channels = smaller(args.head_dim - at, kBlockChannels);
-    int64_t index = (h.part.start + h.part.first + first) * h.width + h.channel + at;
+    const int64_t row = args.queries != nullptr ? h.part.sequence : h.part.start + h.part.first + first;
+    int64_t index = row * h.width + h.channel + at;
     for (int64_t i = 0; i < rows; ++i, index += h.width, sums += kBlockChannels) {
         const f32x16 factor = broadcast(factors[i]);
         for (int64_t c = 0; c < channels; c += kLanes) {

@@ -84,21 +84,26 @@ struct WeightOnlyArgs {
 
 struct AttentionArgs {
     const void* qkv;            // (t, 3 * heads * head_dim) int8 codes, or floats that are rounded to them first
+    const void* queries;        // (sequences, heads * head_dim) of each first token alone; qkv are keys and values then. Or null
+    const float* query_scales;  // (sequences,) of those, where qkv's scales are per token
     bool floats;
     FloatType qkv_type;         // of floats
     const float* scales;        // (3,), or of codes (t, 3); null: floats, whose scales are taken here, one for each row of a head
-    bool scales_per_token;      // (t, 3)
+    bool scales_per_token;      // (t, 3), or (t, 2) beside `queries`
     int64_t heads, head_dim;
     float softmax_scale;
     int64_t window;             // a token sees keys at most so far away; below 0: all of its sequence
     const float* bias;          // (heads, 2 * reach + 1) added to scores by distance, or null
     int64_t reach;
     const float* rotary;        // (positions, head_dim) cosines and sines, of floats; or null
-    void* out;                  // (t, heads * head_dim)
+    void* out;                  // (t, heads * head_dim), or (sequences, ...) beside `queries`
     bool requantize;
     FloatType float_type;
     float inverse_out_scale;
 };
+
+// Queries of a sequence of so many tokens.
+static inline int64_t queries_of(const AttentionArgs& args, int64_t length) { return args.queries != nullptr && length > 0 ? 1 : length; }
 
 // Whether some query of a sequence of so many tokens does not see all of it.
 static inline bool is_windowed(const AttentionArgs& args, int64_t length) { return args.window >= 0 && args.window < length - 1; }
@@ -106,6 +111,7 @@ static inline bool is_windowed(const AttentionArgs& args, int64_t length) { retu
 // Queries first ... last - 1 of one head of one sequence of `length` tokens that starts at token `start`.
 struct AttentionPart {
     int64_t start, length, head, first, last;
+    int64_t sequence;  // its number in the batch
 };
 
 // Rows in, rows out: one task is a range of tokens.

@@ -21,7 +21,9 @@ app = typer.Typer(
 )
 _COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": models.quantize,
+    "compress": models.compress,
     "inspect": models.inspect,
+    "explain": models.explain,
     "verify": models.verify,
     "eval": quality.evaluate_command,
     "finetune": quality.finetune,

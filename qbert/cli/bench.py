@@ -13,6 +13,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "attention": ("bench_attention", "int8 attention beside scaled_dot_product_attention, padded and ragged"),
     "bert": ("bench_bert", "whole encoders beside their peers, each in a process of its own"),
     "overhead": ("bench_overhead", "what Python, launches and norms take of a fused forward of few tokens"),
+    "readers": ("bench_readers", "what a classifier saves by computing only the token that is read"),
     "quantize": ("bench_quantize", "seconds and peak memory of quantizing, scheme by scheme"),
     "accuracy": (
         "bench_accuracy",

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from qbert.cli import terminal
-from qbert.cli.terminal import Embedding, Exclude, Json, Linear, Model, Override
+from qbert.cli.terminal import Embedding, Exclude, Json, Linear, Model, Override, Tasks
 from qbert.emulation import parse_emulation
 from qbert.errors import QBertError
 from qbert.recipe import Recipe
@@ -55,6 +55,68 @@ def quantize(
         )
 
 
+def compress(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="folder to write")],
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", metavar="FILE", help=".toml with what the options below say")
+    ] = None,
+    vocabulary: Annotated[int | None, typer.Option("--vocabulary", help="pieces that stay")] = None,
+    layers: Annotated[int | None, typer.Option("--layers", help="layers that stay, chosen by measuring")] = None,
+    speedup: Annotated[
+        float | None, typer.Option("--speedup", help="by fewer heads and neurons, in milliseconds measured here")
+    ] = None,
+    macs: Annotated[
+        float | None, typer.Option("--macs", help="in place of --speedup: share of the multiply-adds that is kept")
+    ] = None,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="a plain model: all heads, the same width in every layer")
+    ] = False,
+    scheme: Annotated[
+        str, typer.Option("--quantize", help="scheme of the linears, calibrated and fused; none to stay float")
+    ] = "none",
+    embedding: Embedding = None,
+    batch: Annotated[int, typer.Option("--batch", help="rows of the forward that is measured")] = 8,
+    seq: Annotated[int, typer.Option("--seq", help="tokens of each")] = 128,
+    texts: Annotated[
+        str, typer.Option("--texts", help="to choose and refit by: default, a task, a .txt, .tsv or .jsonl")
+    ] = "default",
+    task: Tasks = None,
+    as_json: Json = False,
+) -> None:
+    """Make MODEL smaller without training: fewer words, layers, heads and neurons, then quantized, into the folder OUT."""
+    from qbert.compress import Compression
+    from qbert.workflow import compress_checkpoint
+
+    prune = {"speedup": speedup, "macs": macs, "uniform": uniform} if speedup or macs else None
+    fields = {
+        "vocabulary": vocabulary, "layers": layers, "prune": prune, "quantize": None if scheme == "none" else scheme,
+        "embedding": embedding,
+    }  # fmt: skip
+    if recipe is not None and any(value is not None for value in fields.values()):
+        raise QBertError("--recipe says all of it; leave out the options that say it too")
+    chosen = Compression.read(recipe) if recipe is not None else Compression.of(**fields, batch=batch, seq=seq)
+    with terminal.progress("compressing", as_json) as progress:
+        report = compress_checkpoint(model, output, chosen, texts=texts, tasks=task or (), progress=progress)
+    terminal.emit(report, as_json)
+    if as_json:
+        return
+    terminal.out.print(str(report.report), soft_wrap=True, highlight=False)
+    for step in report.report.steps[1:]:
+        for note in step.notes:
+            terminal.out.print(f"{step.method}: {note.strip()}", soft_wrap=True, highlight=False, markup=False)
+        for found in step.scores or ():
+            drop, (low, high) = -found["comparison"]["drop"], found["comparison"]["drop_interval"]
+            change = f"{drop:+.1f} [{-high:+.1f}, {-low:+.1f}]"
+            terminal.out.print(
+                f"{step.method}: {found['task']} {found['score']:.1f}, {change}", highlight=False, markup=False
+            )
+    terminal.out.print(
+        f"{report.file_bytes / 1e6:.1f} MB, {100 * report.file_bytes / report.float32_bytes:.1f}% of float32: {report.folder}",
+        soft_wrap=True,
+    )
+
+
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoint folder")], as_json: Json = False
 ) -> None:
@@ -79,6 +141,8 @@ def inspect(
     for kernel, reason in dict.fromkeys((row["kernel"], row["reason"]) for row in report.modules):
         terminal.out.print(f"{kernel}: {reason}", soft_wrap=True, highlight=False)
     terminal.print_encoders(report.encoders)
+    if report.shapes is not None:
+        terminal.out.print(f"compressed: {report.shapes}", soft_wrap=True, highlight=False)
     for extension, state in report.extensions.items():
         terminal.out.print(f"{extension}: {state}", soft_wrap=True, highlight=False, markup=False)
     terminal.out.print(
@@ -87,6 +151,14 @@ def inspect(
         f"{report.percent_of_float32:.1f}% of float32 ({report.float32_bytes / 1e6:.1f} MB)",
         soft_wrap=True,
     )
+
+
+def explain(model: Model) -> None:
+    """What runs for every linear and embedding of MODEL here, and why; of a compressed one also what is left."""
+    from qbert.explain import explain as explained
+    from qbert.workflow import load_any
+
+    terminal.out.print(str(explained(load_any(model))), soft_wrap=True, highlight=False, markup=False)
 
 
 def verify(

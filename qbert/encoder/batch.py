@@ -49,6 +49,7 @@ class Packing:
         cu_seqlens: (batch + 1,) int32: sequence i is the packed tokens cu_seqlens[i] ... cu_seqlens[i + 1] - 1.
         kept: (t,) int64 indices into the flattened batch, ascending; None where nothing is padding.
         headless: (rows,) int64, the rows that have tokens and padding before the first of them; None where there are none.
+        begun: every row has a token in its first column.
     """
 
     batch: int
@@ -56,6 +57,7 @@ class Packing:
     cu_seqlens: Tensor
     kept: Tensor | None
     headless: Tensor | None = None
+    begun: bool = True
 
     @property
     def tokens(self) -> int:
@@ -144,6 +146,14 @@ class Batch:
         """How many tokens are not padding."""
         return self.packing.tokens
 
+    def portions(self, tokens_at_once: int | None) -> list[tuple[slice, Tokens]]:
+        """Runs of whole sequences, see `Packing.portions`: which tokens, and these."""
+        cut = self.packing.portions(tokens_at_once)
+        if len(cut) == 1:
+            return [(slice(0, self.size), self.tokens)]
+        ids, positions, types, _ = self.tokens
+        return [(span, Tokens(ids[span], positions[span], types[span], bounds)) for span, bounds in cut]
+
     def unpack(self, x: Tensor, dtype: torch.dtype, *, copy: bool = False) -> Tensor:
         """Packed rows (tokens, k) to (batch, width, k) of `dtype`, zeros at padding; with `copy` never a view of `x`."""
         return self.packing.unpack(x, dtype, copy=copy)
@@ -230,7 +240,7 @@ def packing_of(batch: int, width: int, mask: Tensor | None, device: torch.device
             )
         if tokens < batch * width:
             kept, headless = _kept(there.reshape(-1), tokens), None if heads == batch else _headless(there)
-            return Packing(batch, width, _sent(bounds, device), _sent(kept, device), headless)
+            return Packing(batch, width, _sent(bounds, device), _sent(kept, device), headless, heads == batch)
     return Packing(batch, width, torch.arange(batch + 1, dtype=torch.int32, device=device) * width, None)
 
 

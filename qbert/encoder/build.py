@@ -31,7 +31,7 @@ from qbert.quantizers import quantize
 from qbert.target import Target, target_of
 from qbert.weight import Weight
 from qbert.weight.codec import decode
-from qbert.weight.stack import rescaled, share_rows, stacked
+from qbert.weight.stack import rescaled, share_rows, split, stacked
 
 KEPT = (HIDDEN, codes_of(HIDDEN), scales_of(HIDDEN), CU_SEQLENS, ONES)  # what goes from layer to layer
 
@@ -59,6 +59,7 @@ class Site:
     Attributes:
         watch: learns what a program is made of.
         settings: of the model's configuration.
+        hidden_size: columns of the residual stream.
         tables: biases and rotations made so far, so that layers with equal ones have the same.
     """
 
@@ -67,6 +68,7 @@ class Site:
     family: EncoderFamily
     where: Where
     settings: dict[str, Any]
+    hidden_size: int
     tables: list[Tensor] = field(default_factory=list)
 
     def shared(self, table: Tensor) -> Tensor:
@@ -84,7 +86,8 @@ def build(watch: Watch, base: nn.Module, family: EncoderFamily, calibration: Cal
     target = target_of(norm.device)
     where = Where(target, residual_dtype(target, norm.dtype))
     settings = {name: family.setting(base.config, name) for name in family.settings}
-    layers = _layers(Site(watch, base, family, where, settings), calibration)
+    width = _hidden_size(base, family)
+    layers, last_of_first = _layers(Site(watch, base, family, where, settings, width), calibration)
     embedding, of_rows, positions = _embedding(watch, base, family, where.residual)
     watch.configuration(base, (*family.settings.values(), *family.reads))
     watch.calls(base, found_in(base, family))
@@ -93,7 +96,8 @@ def build(watch: Watch, base: nn.Module, family: EncoderFamily, calibration: Cal
         embedding,
         of_rows,
         layers,
-        _hidden_size(base, family),
+        last_of_first,
+        width,
         norm.dtype,
         where.residual,
         norm.device,
@@ -101,8 +105,11 @@ def build(watch: Watch, base: nn.Module, family: EncoderFamily, calibration: Cal
     )
 
 
-def _layers(site: Site, calibration: Calibration | None) -> tuple[Layer, ...]:
-    """The layers in the order of their calls. What is called again with the same scales, none, is built once."""
+def _layers(site: Site, calibration: Calibration | None) -> tuple[tuple[Layer, ...], Layer]:
+    """The layers in the order of their calls, and the last of them where only first tokens are read of it.
+
+    What is called again with the same scales, none, is built once.
+    """
     family, built = site.family, dict[str, Layer]()
     calls = family.calls(site.base, family.layers)
     for path in dict.fromkeys((family.layers, *(path.rpartition(".")[0] for path in calls.values()))):
@@ -118,7 +125,9 @@ def _layers(site: Site, calibration: Calibration | None) -> tuple[Layer, ...]:
             family.program(builder, family.layer)
             layer = built[path] = builder.layer()
         layers.append(replace(layer, name=name))
-    return tuple(layers)
+    last = LayerBuilder(site, name, path, None, scales, first=True)
+    family.program(last, family.layer)
+    return tuple(layers), last.layer()
 
 
 class LayerBuilder:
@@ -128,10 +137,14 @@ class LayerBuilder:
         name: of the call, as the calibration has it.
         path, following: of the layer and of the one called next, None after the last.
         scales: static ones; None to take scales token by token.
+        first: what is read of the layer is each sequence's first token.
     """
 
-    def __init__(self, site: Site, name: str, path: str, following: str | None, scales: LayerScales | None) -> None:
+    def __init__(
+        self, site: Site, name: str, path: str, following: str | None, scales: LayerScales | None, first: bool = False
+    ) -> None:
         self._site, self._name, self._following, self._scales = site, name, following, scales
+        self._first, self._of_first = first, False
         self._watch, self._settings = site.watch, site.settings
         self._target, self._residual = site.where
         self._layer = self._watch.module(site.base, path)
@@ -161,40 +174,67 @@ class LayerBuilder:
             bias=self._table(bias),
             rotary=self._table(rotary),
         )
-        projected = self._projected(modules, width, static=self._static("query") and rotary is None)
         out = self._out("context")
+        projected = self._projected([_rows(each) for each in modules], width, out)
         self._quantized(
             "attention",
             "context",
             width,
             lambda writes: steps.attention(self._heads, projected, out, writes, self._target),
         )
+        if self._first and projected.first is None:
+            context = self._tokens("context")
+            self._take_first([codes_of("context"), *([] if context.scales == ONES else [context.scales])])
 
-    def _projected(self, modules: Sequence[QLinear], width: int, static: bool) -> Projected:
-        """The product of queries, keys and values, as attention reads it.
+    def _projected(self, rows: Sequence[Rows], width: int, out: Out) -> Projected:
+        """The products of queries, keys and values, as attention reads them.
 
         Static codes come out of the product, scales of each token need a step more; what is yet to be rotated stays float,
-        and attention rounds it.
+        and attention rounds it. Where only first tokens are read, and a kernel can do with that, they alone have queries.
         """
-        label, tokens = Label("query, key, value", "attention linear"), self._tokens(HIDDEN)
-        scales = (
+        given = (
             [self._scales.scales[name] for name in QKV] if self._scales is not None and self._static("query") else None
         )
-        if static:
-            assert scales is not None
-            factors = [1.0 / scale for scale in scales]
-            weight = stacked([rescaled(_weight(each), factor) for each, factor in zip(modules, factors, strict=True)])
-            bound = BoundLinear(weight, _stacked_biases(modules, factors), Activation.NONE, 1.0)
-            self._steps.append(steps.linear(label, bound, tokens, codes_of("qkv"), self._target))
-            return Projected(codes_of("qkv"), _static(scales, weight.device), torch.int8)
-        weight = stacked([_weight(each) for each in modules])
-        bound = BoundLinear(weight, _stacked_biases(modules, (1.0,) * len(modules)), Activation.NONE, self._residual)
-        self._steps.append(steps.linear(label, bound, tokens, "qkv", self._target))
-        if self._heads.rotary is not None:
-            given = None if scales is None else _static(scales, weight.device)
-            return Projected("qkv", given, self._residual)
-        self._steps.append(steps.quantize(label.name, "qkv", width, self._residual, self._target, parts=len(QKV)))
-        return Projected(codes_of("qkv"), scales_of("qkv"), torch.int8)
+        floats, label = self._heads.rotary is not None, "query, key, value"
+        dtype = self._residual if floats else torch.int8
+        factors = None if given is None or floats else [1.0 / each for each in given]
+        held = None if given is None else _static(given, rows[0].weight.qdata.device)
+        name = (lambda slot: slot) if floats else codes_of
+        each_has = factors is None and not floats
+        if not (self._first and steps.attends_first(self._heads, dtype, out, self._target)):
+            self._product(label, rows, factors, "qkv", width)
+            return Projected(name("qkv"), scales_of("qkv") if each_has else held, dtype)
+        query, *others = rows if len(rows) == len(QKV) else _split(rows[0])
+        self._product("key, value", others, factors and factors[1:], "kv", width)
+        self._take_first()
+        self._product("query", [query], factors and factors[:1], "queries", width)
+        first = name("queries"), scales_of("queries") if each_has else None
+        return Projected(name("kv"), scales_of("kv") if each_has else held, dtype, first)
+
+    def _product(self, name: str, rows: Sequence[Rows], factors: Sequence[float] | None, slot: str, width: int) -> None:
+        """One product with several weights: of `factors`, codes; without, floats, and their codes where they stay as they are.
+
+        Args:
+            width: output channels that get a scale together.
+        """
+        weights, out = [each.weight for each in rows], self._residual if factors is None else 1.0
+        if factors is not None:
+            weights = [rescaled(each, factor) for each, factor in zip(weights, factors, strict=True)]
+        weight, biases = stacked(weights), _stacked_biases(rows, factors or (1.0,) * len(rows))
+        bound = BoundLinear(weight, biases, Activation.NONE, out)
+        label, writes = Label(name, "attention linear"), slot if factors is None else codes_of(slot)
+        self._add(steps.linear(label, bound, self._tokens(HIDDEN), writes, self._target))
+        if factors is None and self._heads.rotary is None:
+            self._add(steps.quantize(name, slot, width, self._residual, self._target, parts=weight.n // width))
+
+    def _take_first(self, others: Sequence[str] = ()) -> None:
+        """From here on the stream, and what else was computed of it, is first tokens."""
+        slots = (*steps.HIDDEN_STATE, *others)
+        self._add(steps.first_tokens(slots, self._site.hidden_size, self._residual, self._scales is not None))
+        self._of_first = True
+
+    def _add(self, *written: Step) -> None:
+        self._steps += [replace(each, first=True) for each in written] if self._of_first else written
 
     def linear(self, path: str, reads: str, writes: str, activation: str | None = None, gated: bool = False) -> None:
         module = self._linear_at(path)
@@ -233,11 +273,11 @@ class LayerBuilder:
         bound = BoundLinear(weight, _bias(module), Activation.NONE, self._residual)
         overflow = None if self._scales is None else self._scales.overflow.get(reads)
         if overflow is None:
-            self._steps += steps.linear_add_norm(label, bound, self._tokens(reads), held, keeps, self._target)
+            self._add(*steps.linear_add_norm(label, bound, self._tokens(reads), held, keeps, self._target))
         else:
-            self._steps.append(steps.linear(label, bound, self._tokens(reads), "sum", self._target))
-            self._steps += self._overflow(module, reads, overflow)
-            self._steps.append(steps.add_norm(label.name, "sum", held, keeps, self._residual, self._target))
+            self._add(steps.linear(label, bound, self._tokens(reads), "sum", self._target))
+            self._add(*self._overflow(module, reads, overflow))
+            self._add(steps.add_norm(label.name, "sum", held, keeps, self._residual, self._target))
 
     def _overflow(self, down: QLinear, slot: str, overflow: Overflow) -> list[Step]:
         """GELU(x - top) of the neurons that outgrow `top`, and their way to "sum"; w8a8 whatever the layer's scheme."""
@@ -268,9 +308,9 @@ class LayerBuilder:
     def _quantized(self, name: str, slot: str, width: int, step: Callable[[str], Step]) -> None:
         """A step that fills a quantized slot: codes at once where its scale is static, else floats, then their codes."""
         if self._static(slot):
-            self._steps.append(step(codes_of(slot)))
+            self._add(step(codes_of(slot)))
             return
-        self._steps += [step(slot), steps.quantize(name, slot, width, self._residual, self._target)]
+        self._add(step(slot), steps.quantize(name, slot, width, self._residual, self._target))
 
     def _static(self, slot: str) -> bool:
         return self._scales is not None and slot in self._scales.scales
@@ -400,12 +440,28 @@ def _bias(module: QLinear) -> Tensor | None:
     return None if module.bias is None else module.bias.detach().to(torch.float32)
 
 
-def _stacked_biases(modules: Sequence[QLinear], factors: Sequence[float]) -> Tensor | None:
+class Rows(NamedTuple):
+    """A weight (n, k) and its bias (n,) float32, if any: what a product has of one module, or a part of it."""
+
+    weight: Weight
+    bias: Tensor | None
+
+
+def _rows(module: QLinear) -> Rows:
+    return Rows(_weight(module), _bias(module))
+
+
+def _split(rows: Rows) -> list[Rows]:
+    """Those of queries, keys and values that one module has."""
+    weights = split(rows.weight, len(QKV))
+    biases = (None,) * len(QKV) if rows.bias is None else rows.bias.chunk(len(QKV))
+    return [Rows(*each) for each in zip(weights, biases, strict=True)]
+
+
+def _stacked_biases(rows: Sequence[Rows], factors: Sequence[float]) -> Tensor | None:
     """The biases, each times its factor, as one; None where there is none."""
-    if all(module.bias is None for module in modules):
+    if all(each.bias is None for each in rows):
         return None
-    biases = (_bias(module) for module in modules)
-    zeros = (torch.zeros(module.out_features, device=module.get_buffer("scale").device) for module in modules)
-    return torch.cat(
-        [zero if bias is None else bias * factor for bias, zero, factor in zip(biases, zeros, factors, strict=True)]
-    )
+    zeros = (torch.zeros(each.weight.n, device=each.weight.qdata.device) for each in rows)
+    pairs = zip(rows, zeros, factors, strict=True)
+    return torch.cat([zero if each.bias is None else each.bias * factor for each, zero, factor in pairs])

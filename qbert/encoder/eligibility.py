@@ -15,6 +15,7 @@ from qbert.encoder.parts import QKV, LayerParts, parts_of
 from qbert.encoder.stock import stock_obstacle
 from qbert.errors import QBertError
 from qbert.families import FAMILIES, EncoderFamily, family_of
+from qbert.families.mpnet import KEPT_HEADS
 from qbert.modules import EmulatedModule, QEmbedding, QLinear
 from qbert.modules.sites import describe_sites
 from qbert.ops import FLOAT_DTYPES, Activation
@@ -247,8 +248,11 @@ def _head_obstacle(base: nn.Module, name: str, family: EncoderFamily) -> str | N
     if size < 1 or width % size:
         return f"{name} is {width} wide, which heads of {size} do not make"
     parts = parts_of(family)
-    if parts.bias is not None and width // size != heads:
+    kept = getattr(attention, KEPT_HEADS, None)
+    if parts.bias is not None and width // size != (heads if kept is None else len(kept)):
         return f"{name} has {width // size} heads; biases are of {heads}, and which are gone is not said"
+    if kept is not None and not (list(kept) == sorted(set(kept)) and set(kept) <= set(range(heads))):
+        return f"{name} says that it kept the heads {list(kept)}; there are {heads}, in ascending order"
     device = base.get_submodule(family.embeddings.norm).get_parameter("weight").device
     given = (parts.rotary is not None, parts.window is not None, parts.bias is not None, parts.rotary is not None)
     problem = Problem(None, None, width // size, size, torch.float32, pattern=Pattern(*given))

@@ -23,6 +23,7 @@ from qbert.encoder.calibration import Calibration
 from qbert.encoder.eligibility import check_calibration, encoders, obstacle
 from qbert.encoder.gate import Gate
 from qbert.encoder.graphs import GraphCache
+from qbert.encoder.reader import takes_first
 from qbert.encoder.run import Encoder
 from qbert.encoder.stock import FORWARD, in_training
 from qbert.errors import QBertError
@@ -30,6 +31,7 @@ from qbert.families import EncoderFamily, family_of
 
 # Handed down by heads and tokenizers, and of no meaning to an encoder.
 _IGNORED = ("num_items_in_batch",)
+_UNTRAINED = "call model.eval() first, or qbert.unfuse_(model) to train it or what is below it"
 _preparing = threading.Lock()
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # older torch cannot say so
 log = logging.getLogger(__name__)
@@ -98,6 +100,7 @@ class FusedForward:
         return self._untraced(args, kwargs)
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        first = takes_first(self.base, self.family, FusedForward.__call__.__code__)
         given = self._by_name(args, kwargs)
         config: Any = self.base.config
         return_dict = given.pop("return_dict", getattr(config, "return_dict", True))
@@ -105,16 +108,18 @@ class FusedForward:
         if given.pop("output_attentions", getattr(config, "output_attentions", False)):
             raise QBertError(_refusal("output_attentions=True", "the attention weights are never in memory"))
         if self.base.training:
-            raise QBertError(_refusal("training mode", "call model.eval() first"))
+            raise QBertError(_refusal("training mode", _UNTRAINED))
         inputs = Inputs(*(given.pop(name, None) for name in Inputs._fields))
         self._refuse(given)
         call = self.gate.enter()
         try:
-            return self._run(inputs, hidden_states, return_dict)
+            return self._run(inputs, hidden_states, return_dict, first)
         finally:
             self.gate.leave(call)
 
-    def _run(self, inputs: Inputs, hidden_states: bool | int | Sequence[int] | None, return_dict: bool | None) -> Any:
+    def _run(
+        self, inputs: Inputs, hidden_states: bool | int | Sequence[int] | None, return_dict: bool | None, first: bool
+    ) -> Any:
         encoder = self.encoder()
         layers = len(encoder.program.layers)
         asked = bool(hidden_states) if self.family.collects else hidden_states
@@ -122,9 +127,13 @@ class FusedForward:
         wanted = set(range(layers + 1)) if asked is True else _selected(asked, config.num_hidden_layers + 1)
         with torch.no_grad():
             batch = Batch.of(inputs, self.family, encoder.program.positions, encoder.device)
-            states = _states(encoder, self.graphs, batch, wanted)
+            alone = first and not hidden_states and self.graphs is None and batch.packing.begun and batch.size > 0
+            states = _first_tokens(encoder, batch) if alone else _states(encoder, self.graphs, batch, wanted)
+            if self.calibration is not None and not alone:
+                _spoil_sequences(batch, states)
             if batch.packing.headless is not None:
                 self._fill_first_column(states, inputs, batch.packing.headless)
+        states = _without_backward(self.base, inputs.inputs_embeds, states)
         last = states[-1]
         assert last is not None
         fields: dict[str, Any] = {"last_hidden_state": last}
@@ -184,7 +193,7 @@ class FusedForward:
             check_calibration(self.base, self.calibration, same_model=False)
         part = in_training(self.base, self.family)
         if part is not None:
-            raise QBertError(_refusal(f"training mode of {part}", "call model.eval() first"))
+            raise QBertError(_refusal(f"training mode of {part}", _UNTRAINED))
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be moved or loaded into later
             encoder = Encoder(self.base, self.family, self.calibration)
         if encoder.device.type == "cuda":  # other threads' streams will read what this one's is still writing
@@ -208,9 +217,42 @@ class FusedForward:
                 raise QBertError(_refusal(name, "call qbert.unfuse_(model) first if you need it"))
 
 
+class _NoBackward(torch.autograd.Function):
+    """The identity, for values that a fused encoder computed of tensors that require gradients: there is no way back."""
+
+    @staticmethod
+    def forward(ctx: Any, asked: Tensor, value: Tensor) -> Tensor:
+        return value.detach()  # no view of it: callers may write to what they get
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise QBertError(
+            "a fused encoder has no backward: call qbert.unfuse_(model) to train through it, or "
+            "encoder.requires_grad_(False) to train only what is above it"
+        )
+
+
+def _without_backward(base: nn.Module, given: Tensor | None, states: list[Tensor | None]) -> list[Tensor | None]:
+    """The states, which require gradients where those of an unfused encoder would: an optimizer that got none would not say
+    so, a backward that reaches them does."""
+    if not torch.is_grad_enabled():
+        return states
+    sources = (given,) if given is not None and given.requires_grad else base.parameters()
+    asked = next((each for each in sources if each is not None and each.requires_grad), None)
+    if asked is None:
+        return states
+    return [None if state is None else _NoBackward.apply(asked, state) for state in states]
+
+
 def _rows_of(given: Tensor, rows: Tensor) -> Tensor:
     """Those rows of an input; all of one that is the same for every row."""
     return given if given.shape[0] == 1 else given[rows.to(given.device)]
+
+
+def _first_tokens(encoder: Encoder, batch: Batch) -> list[Tensor | None]:
+    """The same of the first tokens alone (batch, 1, h): all that is read of the last, and nothing of the others."""
+    last = encoder.first_tokens(batch).to(encoder.dtype)
+    return [*[None] * len(encoder.program.layers), last[:, None]]
 
 
 def _states(encoder: Encoder, graphs: GraphCache | None, batch: Batch, wanted: set[int]) -> list[Tensor | None]:
@@ -225,6 +267,22 @@ def _states(encoder: Encoder, graphs: GraphCache | None, batch: Batch, wanted: s
             return [*[None] * len(program.layers), last]
     streams = encoder.run(batch, wanted)
     return [None if stream is None else batch.unpack(stream, encoder.dtype) for stream in streams]
+
+
+def _spoil_sequences(batch: Batch, states: list[Tensor | None]) -> None:
+    """Codes with a static scale have no NaN, so to the others of its sequence a token that is NaN looks like one that is not:
+    what they are after the first layer is written over with NaN.
+
+    On a GPU only where rows were given: a host that asks for the answer would wait, and ids have finite rows there.
+    """
+    for state in states[1:]:
+        if state is None or not (batch.by_row or state.device.type == "cpu"):
+            continue
+        spoiled = state[:, :, 0].isnan().any(1)  # a norm makes all channels of such a token NaN
+        if state.device.type == "cpu" and not bool(spoiled.any()):
+            continue
+        there = batch.unpack(torch.ones(batch.size, 1, device=state.device), torch.bool)
+        state.masked_fill_(spoiled[:, None, None] & there, torch.nan)
 
 
 def _replayed(encoder: Encoder, graphs: GraphCache, batch: Batch, wanted: set[int]) -> Tensor | None:

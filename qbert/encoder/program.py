@@ -23,7 +23,7 @@ ONES = "ones"  # (t,) float32 ones: token scales of codes whose static scale is 
 
 
 # Operation -> floats and codes that it reads and writes for each column of a row.
-_ROW_BYTES = {"quantize_rows": (1, 1), "add": (3, 0), "add_norm": (3, 1), "embed_norm": (3, 1)}
+_ROW_BYTES = {"quantize_rows": (1, 1), "add": (3, 0), "add_norm": (3, 1), "embed_norm": (3, 1), "first_tokens": (2, 2)}
 
 
 def codes_of(slot: str) -> str:
@@ -66,7 +66,7 @@ class Step:
         name: what it is in the encoder: ``"attention output"``.
         part: of the encoder, in the survey's breakdown: ``"embedding"``, ``"attention linear"``, ``"attention"``, ``"ffn"``,
             ``"norm"``, ``"quantize"``.
-        operation: of the instruction set, or ``"add"``.
+        operation: of the instruction set, or ``"add"``, or ``"first_tokens"``.
         kernel: what computes it, as `explain` shows it.
         reads, writes: slots.
         run: does it.
@@ -77,6 +77,7 @@ class Step:
         read_bytes: of an element of the queries, keys and values of attention: 1 of codes.
         gated: half of the linear's channels multiply the other half.
         window: of attention, see `qbert.ops.operations.Attention`.
+        first: its rows, of attention its queries, are the first token of each sequence.
         frees: slots that no later step reads.
     """
 
@@ -94,14 +95,16 @@ class Step:
     read_bytes: int = 1
     gated: bool = False
     window: int | None = None
+    first: bool = False
     frees: tuple[str, ...] = ()
 
     def cost(self, lengths: Sequence[int]) -> Cost:
         """For sequences of that many tokens."""
-        t, (n, k), f = sum(lengths), self.shape, self.float_bytes
+        t, (n, k), f = len(lengths) if self.first else sum(lengths), self.shape, self.float_bytes
         if self.operation == "attention":
-            pairs = sum(_pairs(length, self.window) for length in lengths)
-            return Cost(2 * n * k * pairs, 0, t * n * k * (3 * self.read_bytes + f))
+            pairs = sum(_pairs(length, self.window, self.first) for length in lengths)
+            read = (2 * sum(lengths) + t) * self.read_bytes
+            return Cost(2 * n * k * pairs, 0, n * k * (read + t * f))
         if self.operation == "linear":
             columns = n // 2 if self.gated else n
             return Cost(t * n * k, self.weight_bytes, t * (k + columns * f))
@@ -118,9 +121,11 @@ class Step:
         return f"{self.name:<24} {self.operation}{scheme} {size}: {slots} ({self.kernel})"
 
 
-def _pairs(length: int, window: int | None) -> int:
-    """(query, key) pairs of a sequence."""
+def _pairs(length: int, window: int | None, first: bool) -> int:
+    """(query, key) pairs of a sequence, or of its first token."""
     reach = length if window is None else min(window, length)
+    if first:
+        return min(reach + 1, length)
     return length * (2 * reach + 1) - reach * (reach + 1) if reach < length else length * length
 
 
@@ -155,6 +160,8 @@ class Program:
         embedding: steps from "ids", "position_ids" and "token_type_ids" to "hidden" and its codes and scales.
         embedding_of_rows: the same where the caller looked the word rows up, which lie in "ids".
         layers: in order; each goes from "hidden" to "hidden".
+        last_of_first: the last layer where nothing but each sequence's first token is read of it: from "hidden" (t, h) to
+            "hidden" (sequences, h). No sequence may be empty.
         hidden_size: h.
         dtype: of the model: what comes out is cast to it.
         residual: type of the residual stream.
@@ -165,6 +172,7 @@ class Program:
     embedding: tuple[Step, ...]
     embedding_of_rows: tuple[Step, ...]
     layers: tuple[Layer, ...]
+    last_of_first: Layer
     hidden_size: int
     dtype: torch.dtype
     residual: torch.dtype
@@ -175,6 +183,11 @@ class Program:
         """(layer's name, step) of all steps, the embedding's first."""
         yield from (("embeddings", step) for step in self.embedding)
         yield from ((layer.name, step) for layer in self.layers for step in layer.steps)
+
+    def every_step(self) -> Iterator[Step]:
+        """Those too that run in place of others: from rows, or of first tokens."""
+        yield from (step for _, step in self.steps())
+        yield from (*self.embedding_of_rows, *self.last_of_first.steps)
 
     def cost(self, lengths: Sequence[int]) -> Cost:
         """Of a batch of sequences of that many tokens."""
@@ -190,7 +203,7 @@ class Program:
     def __str__(self) -> str:
         head = f"{self.family.name} on {self.device}, {len(self.layers)} layers of {self.hidden_size}"
         embedding = "\n    ".join(("embeddings:", *map(str, self.embedding)))
-        return "\n".join((head, embedding, *map(str, self.layers)))
+        return "\n".join((head, embedding, *map(str, self.layers), f"only first tokens read: {self.last_of_first}"))
 
 
 def freeing(steps: Sequence[Step], kept: Sequence[str]) -> tuple[Step, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qbert.encoder.batch import Batch, Tokens
 from qbert.encoder.build import build
 from qbert.encoder.calibration import Calibration
-from qbert.encoder.program import CU_SEQLENS, HIDDEN, ONES, Program, Slots, Step
+from qbert.encoder.program import CU_SEQLENS, HIDDEN, ONES, Layer, Program, Slots, Step
 from qbert.encoder.steps import IDS, POSITION_IDS, TOKEN_TYPE_IDS
 from qbert.encoder.watch import Watch
 from qbert.families import EncoderFamily
@@ -35,19 +35,30 @@ class Encoder:
         self.watch.made(self._bound())
         self._ones = torch.ones(0)
 
+    def first_tokens(self, batch: Batch) -> Tensor:
+        """The rows (sequences, h) of each sequence's first token of the residual stream after the last layer.
+
+        The last layer computes them alone. They have the bits that `run` gives; no sequence may be empty.
+        """
+        layers = (*self.program.layers[:-1], self.program.last_of_first)
+        parts = [
+            self._through(tokens, batch.by_row, (), layers)[-1]
+            for _, tokens in batch.portions(tokens_at_once(target_of(self.device)))
+        ]
+        return torch.cat([part for part in parts if part is not None])
+
     def run(self, batch: Batch, wanted: Collection[int]) -> list[Tensor | None]:
         """The residual stream (t, h) before the first layer (0) and after each (1 ...).
 
         Args:
             wanted: which of them to keep; the last is always kept, the others are None.
         """
-        portions = batch.packing.portions(tokens_at_once(target_of(self.device)))
+        portions = batch.portions(tokens_at_once(target_of(self.device)))
         if len(portions) == 1:
-            return self._through(batch.tokens, batch.by_row, wanted)
+            return self._through(batch.tokens, batch.by_row, wanted, self.program.layers)
         streams: list[Tensor | None] = []
-        for span, cu_seqlens in portions:
-            ids, positions, types = (each[span] for each in batch.tokens[:3])
-            parts = self._through(Tokens(ids, positions, types, cu_seqlens), batch.by_row, wanted)
+        for span, tokens in portions:
+            parts = self._through(tokens, batch.by_row, wanted, self.program.layers)
             streams = streams or [None if part is None else part.new_empty(batch.size, part.shape[1]) for part in parts]
             for stream, part in zip(streams, parts, strict=True):
                 if stream is not None and part is not None:
@@ -60,12 +71,13 @@ class Encoder:
         Launches the same operators on the same addresses whatever the values are, as a CUDA graph needs it. Tokens after the
         last sequence's end belong to none: their rows are of no meaning, and no other row depends on them.
         """
-        last = self._through(tokens, by_row=False, wanted=())[-1]
+        last = self._through(tokens, False, (), self.program.layers)[-1]
         assert last is not None
         return last
 
-    def _through(self, tokens: Tokens, by_row: bool, wanted: Collection[int]) -> list[Tensor | None]:
-        layers = self.program.layers
+    def _through(
+        self, tokens: Tokens, by_row: bool, wanted: Collection[int], layers: Sequence[Layer]
+    ) -> list[Tensor | None]:
         slots: Slots = dict(zip((IDS, POSITION_IDS, TOKEN_TYPE_IDS, CU_SEQLENS), tokens, strict=True))
         execute(self.program.embedding_of_rows if by_row else self.program.embedding, slots)
         streams = [slots[HIDDEN] if 0 in wanted else None]
@@ -93,7 +105,7 @@ class Encoder:
 
     def _bound(self) -> Iterator[Tensor]:
         """Tensors that the program computes with."""
-        return _tensors_in([cell for _, step in self.program.steps() for cell in _bound(step)])
+        return _tensors_in([cell for step in self.program.every_step() for cell in _bound(step)])
 
 
 def execute(steps: Sequence[Step], slots: Slots) -> None:

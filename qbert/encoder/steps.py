@@ -5,13 +5,14 @@ Each function binds what does not change (a weight, a norm, scales) and gives a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qbert.encoder.program import CU_SEQLENS, HIDDEN, Slots, Step, codes_of, scales_of
+from qbert.encoder.program import CU_SEQLENS, HIDDEN, ONES, Slots, Step, codes_of, scales_of
 from qbert.errors import QBertError
 from qbert.ops import checks
 from qbert.ops.abi import Activation, Keeps
@@ -28,7 +29,8 @@ from qbert.ops.operations import (
     QuantizeRows,
     Table,
 )
-from qbert.ops.table import explain, runner
+from qbert.ops.reference_kernels import REFERENCE
+from qbert.ops.table import explain, runner, select
 from qbert.target import Target
 from qbert.weight import Weight
 
@@ -210,11 +212,54 @@ class Projected(NamedTuple):
         slot: where they lie: codes, or floats that attention rounds itself.
         scales: (3,) static, or the slot of those of each token; None of floats that get scales token by token.
         dtype: theirs.
+        first: where the queries of first tokens lie, and their scales if each has one; then `slot` has keys and values. None
+            where every token has a query beside its key.
     """
 
     slot: str
     scales: Tensor | str | None
     dtype: torch.dtype
+    first: tuple[str, str | None] | None = None
+
+
+def pattern_of(heads: Heads, dtype: torch.dtype, first: bool) -> Pattern:
+    """What attention over queries, keys and values of that type does besides a softmax over codes."""
+    window, bias, rotary = (each is not None for each in (heads.window, heads.bias, heads.rotary))
+    return Pattern(dtype != torch.int8, window, bias, rotary, first)
+
+
+def attends_first(heads: Heads, dtype: torch.dtype, out: Out, target: Target) -> bool:
+    """Whether a kernel computes attention for queries of first tokens alone."""
+    result = out if isinstance(out, torch.dtype) else torch.int8
+    problem = Problem(None, None, heads.number, heads.size, result, pattern=pattern_of(heads, dtype, True))
+    return select("attention", problem, target).name != REFERENCE
+
+
+def first_tokens(slots: Sequence[str], k: int, dtype: torch.dtype, static: bool) -> Step:
+    """The rows of each sequence's first token in place of all rows. No sequence may be empty.
+
+    Args:
+        static: codes have no NaN, so a sequence that has one in "hidden" gets it in its first row here.
+    """
+
+    def run(values: Slots) -> None:
+        first, spoiled = values[CU_SEQLENS][:-1], _spoiled(values[HIDDEN], values[CU_SEQLENS]) if static else None
+        for slot in slots:
+            values[slot] = values[slot].index_select(0, first)
+        if spoiled is not None:
+            values[HIDDEN].masked_fill_(spoiled[:, None], torch.nan)
+        values[ONES] = values[ONES][: len(first)]
+
+    reads = (*slots, ONES, CU_SEQLENS)
+    return Step(
+        "first tokens", "attention", "first_tokens", "torch", reads, (*slots, ONES), run, (0, k), float_bytes=dtype.itemsize
+    )  # fmt: skip
+
+
+def _spoiled(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Which sequences of the stream (t, h) have a token that is NaN: after a norm all its channels are."""
+    before = torch.nn.functional.pad(hidden[:, 0].isnan().cumsum(0), (1, 0))
+    return before[cu_seqlens].diff() > 0
 
 
 def attention(heads: Heads, qkv: Projected, out: Out, writes: str, target: Target) -> Step:
@@ -224,23 +269,23 @@ def attention(heads: Heads, qkv: Projected, out: Out, writes: str, target: Targe
         out: type of the float result, or the static scale of an int8 one.
     """
     dtype = out if isinstance(out, torch.dtype) else torch.int8
-    pattern = Pattern(
-        qkv.dtype != torch.int8, heads.window is not None, heads.bias is not None, heads.rotary is not None
-    )
+    pattern = pattern_of(heads, qkv.dtype, qkv.first is not None)
     problem = Problem(None, None, heads.number, heads.size, dtype, pattern=pattern)
     call = runner("attention", problem, target)
-    (slot, scales, given), (number, _, factor, window, bias, rotary) = qkv, heads
-    reads = (slot, scales, CU_SEQLENS) if isinstance(scales, str) else (slot, CU_SEQLENS)
+    (slot, scales, given, first), (number, _, factor, window, bias, rotary) = qkv, heads
+    queries, query_scales = first or (None, None)
+    reads = [each for each in (slot, scales, queries, query_scales) if isinstance(each, str)]
 
     def run(slots: Slots) -> None:
         of_tokens = slots[scales] if isinstance(scales, str) else scales
+        apart = (None if each is None else slots[each] for each in (queries, query_scales))
         slots[writes] = call(
-            Attention(slots[slot], of_tokens, slots[CU_SEQLENS], number, factor, window, bias, rotary, out)
+            Attention(slots[slot], of_tokens, slots[CU_SEQLENS], number, factor, window, bias, rotary, out, *apart)
         )
 
     return Step(
-        "attention", "attention", "attention", explain("attention", problem, target).name, reads, (writes,), run,
-        (heads.number, heads.size), float_bytes=dtype.itemsize, read_bytes=given.itemsize, window=window,
+        "attention", "attention", "attention", explain("attention", problem, target).name, (*reads, CU_SEQLENS), (writes,), run,
+        (heads.number, heads.size), float_bytes=dtype.itemsize, read_bytes=given.itemsize, window=window, first=pattern.first,
     )  # fmt: skip
 
 

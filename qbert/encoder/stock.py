@@ -23,6 +23,7 @@ from torch.nn.modules import module as torch_module
 from qbert.encoder.parts import parts_of
 from qbert.families import EncoderFamily, Part
 from qbert.families.family import ACTIVATIONS, COUNTING
+from qbert.families.mpnet import narrowed_bias
 
 FORWARD, CONFIG = "forward", "config"
 # Attributes of linears, norms and tables that a program is made from.
@@ -134,10 +135,10 @@ def stock_obstacle(base: nn.Module, family: EncoderFamily) -> str | None:
 def _part_obstacle(base: Any, family: EncoderFamily, found: Found) -> str | None:
     path, module, part = found.path, found.module, _resolved(found.part, base, family)
     kind = type(module)
-    allowed = [_qualified(each, base) for each in part.classes]
-    if allowed and f"{kind.__module__}.{kind.__qualname__}" not in allowed:
+    allowed = [qualified(each, base) for each in part.classes]
+    if allowed and qualified_name(kind) not in allowed:
         shown = " or ".join(each.rpartition(".")[2] for each in allowed)
-        return f"{path} is a {kind.__module__}.{kind.__qualname__}, not transformers' {shown}"
+        return f"{path} is a {qualified_name(kind)}, not transformers' {shown}"
     for name, value in part.fixed.items():
         if hasattr(module, name) and not _same(getattr(module, name), value):  # other releases have other attributes
             return f"{path}.{name} is {getattr(module, name)!r}, not {value!r}"
@@ -154,7 +155,12 @@ def _resolved(part: Part, base: Any, family: EncoderFamily) -> Part:
     return ACTIVATIONS.get(str(family.setting(base.config, part.activation)), part)
 
 
-def _qualified(name: str, base: nn.Module) -> str:
+def qualified_name(kind: type) -> str:
+    """A class's module and name."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def qualified(name: str, base: nn.Module) -> str:
     """The qualified name of a class that a family's file names."""
     if "." in name:
         return name
@@ -187,7 +193,7 @@ def _call_obstacle(found: Found) -> str | None:
     if FORWARD in module.__dict__:
         return f"{path} has a forward of its own, which a fused encoder would not call"
     for hook in (hook for name in HOOKS for hook in getattr(module, name).values()):
-        if getattr(hook, "__module__", None) != _CAPTURE:
+        if getattr(hook, "__module__", None) != _CAPTURE and hook is not narrowed_bias:
             return f"{path} has a hook, which a fused encoder would not call"
     return None
 
@@ -269,14 +275,24 @@ def attention_functions() -> Iterator[dict[Any, Any]]:
 
 
 def _is_stock_of(kind: type, name: str, function: Any) -> bool:
-    """Whether it is the function that stands in the class's own file under that name."""
+    return is_own(kind, name, function) is not None
+
+
+def is_own(kind: type, name: str, function: Any) -> CodeType | None:
+    """The code of the function that stands in the class's own file under that name; None of any other function."""
     inner = _innermost(function)
     if not isinstance(inner, FunctionType) or not _comes_with_library(function):
-        return False
+        return None
     code = inner.__code__
     same_file = code.co_filename == getattr(sys.modules.get(kind.__module__), "__file__", None)
     owner, _, own_name = code.co_qualname.rpartition(".")
-    return same_file and owner == kind.__qualname__ and (own_name == name or kind is nn.Module)
+    return code if same_file and owner == kind.__qualname__ and (own_name == name or kind is nn.Module) else None
+
+
+def comes_from(module: nn.Module, folder: str) -> bool:
+    """Whether the forward of a module's class stands in a file of that folder."""
+    code = getattr(_innermost(type(module).forward), "__code__", None)
+    return code is not None and code.co_filename.startswith(folder)
 
 
 def _comes_with_library(function: Any) -> bool:

@@ -171,13 +171,17 @@ def _forward(
     else:
         encoder = model if base is inner else base  # `model` may be compiled; a head that gives no classes is skipped
         hidden, logits = encoder(**tensors)[0], None
-    if pooling == "cls":
-        pooled = hidden[:, 0].float()
-    else:
-        mask = tensors["attention_mask"].unsqueeze(-1)  # (rows, tokens, 1)
-        # not hidden * mask: what a model leaves at padding may be NaN, and NaN * 0 is NaN
-        pooled = hidden.float().masked_fill(mask == 0, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+    pooled = pool(hidden, tensors["attention_mask"], pooling)
     return pooled.cpu(), None if logits is None else logits.float().cpu()
+
+
+def pool(hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Last hidden states (rows, tokens, hidden), mask (rows, tokens) -> (rows, hidden) float32; see `encode_texts`."""
+    if pooling == "cls":
+        return hidden[:, 0].float()
+    mask = attention_mask.unsqueeze(-1)  # (rows, tokens, 1)
+    # not hidden * mask: what a model leaves at padding may be NaN, and NaN * 0 is NaN
+    return hidden.float().masked_fill(mask == 0, 0.0).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def _classify(model: nn.Module, base: nn.Module, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -64,4 +64,5 @@ FAMILY = EncoderFamily(
     poolers=("pooler", "pooler_activation"),
     calls=calls,
     reads=("num_hidden_layers", "num_hidden_groups"),
+    reshaping="its layers share their weights",
 )

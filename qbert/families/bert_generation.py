@@ -21,4 +21,5 @@ FAMILY = replace(
     },
     pool=None,
     poolers=(),
+    readers=(),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qbert.families import bert
-from qbert.families.family import ACTIVATION, COUNTING, DROPOUT, LIST, EncoderFamily, LayerPaths, part
+from qbert.families.family import ACTIVATION, COUNTING, DROPOUT, LIST, EncoderFamily, LayerPaths, Reshaping, part
 
 FAMILY = EncoderFamily(
     name="DistilBERT",
@@ -39,4 +39,5 @@ FAMILY = EncoderFamily(
         "transformer.layer.*.ffn.activation": ACTIVATION,
     },
     settings={"heads": "n_heads", "activation": "activation"},
+    reshaping=Reshaping("n_layers", "hidden_dim", "n_heads", None),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qbert.families import bert
+from qbert.families.family import CLASSIFIED
 
 FAMILY = replace(
     bert.FAMILY,
@@ -14,4 +15,5 @@ FAMILY = replace(
     embeddings=replace(bert.FAMILY.embeddings, projection="embeddings_project"),
     pool=None,
     poolers=(),
+    readers=(CLASSIFIED,),
 )

@@ -190,9 +190,48 @@ def pooled_by_module(encoder: Any, hidden: Tensor) -> Tensor | None:
     return pooled
 
 
+@dataclass(frozen=True)
+class Reshaping:
+    """Where an encoder says its sizes, which change when layers, heads or neurons are taken out of it.
+
+    Attributes:
+        layers, ffn: names in the model's configuration: how many layers, and the width of their feed-forward networks.
+        heads, width: attributes of an attention module: how many heads it has, and their channels together; None where it
+            has no such attribute.
+        biased: heads have biases of their own in a table that all layers share, so an attention module must say which
+            heads it kept (`qbert.families.mpnet.KEPT_HEADS`).
+    """
+
+    layers: str = "num_hidden_layers"
+    ffn: str = "intermediate_size"
+    heads: str = "num_attention_heads"
+    width: str | None = "all_head_size"
+    biased: bool = False
+
+
 def no_obstacle(encoder: Any) -> str | None:
     """None: every encoder of the family whose modules are what they should be can be fused."""
     return None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model around an encoder whose own forward takes the first token of each sequence, and no other, of what it gives.
+
+    Attributes:
+        classes: of the model, a star standing as in `Part`.
+        takes: the attribute of the model that is called with all hidden states, and its class, which takes the first; None
+            where the model itself does, or the encoder's pooler.
+        settings: of the model's configuration: name -> the value with which that is so.
+    """
+
+    classes: tuple[str, ...]
+    takes: tuple[str, str] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+POOLED = Reader(("*ForSequenceClassification", "*ForMultipleChoice", "*ForNextSentencePrediction"))
+CLASSIFIED = Reader(("*ForSequenceClassification",), takes=("classifier", "*ClassificationHead"))
 
 
 @dataclass(frozen=True)
@@ -207,6 +246,7 @@ class EncoderFamily:
         embeddings, layers, layer: attribute paths; `layers` is the list of layers, or of groups of them.
         pool: the pooled output of an encoder and its last hidden states; None where a family has none.
         poolers: first components of the paths of the modules that `pool` calls.
+        readers: models around the encoder that take nothing but first tokens.
         positions: how it counts positions.
         skips_padding: positions start after the table's padding_idx.
         distances: path of the module that says what the distance between two tokens does to their attention. Distances are
@@ -219,6 +259,7 @@ class EncoderFamily:
         collects: its `forward` collects hidden states by itself: all or none, and beside them in a tuple the place of a pooler
             that is not there.
         obstacle: why an encoder of it cannot be fused though its modules are what they should be; None where it can.
+        reshaping: how layers, heads and neurons are taken out of it; a string says why they cannot be.
         stock: every module but its linears, norms and tables: attribute path -> what must stand there; a star stands for an
             index of a list. A module that is not named here is an obstacle, and so is one that is missing.
     """
@@ -233,6 +274,7 @@ class EncoderFamily:
     stock: Mapping[str, Part]
     pool: Callable[[Any, Tensor], Tensor | None] | None = pooled_by_module
     poolers: tuple[str, ...] = ("pooler",)
+    readers: tuple[Reader, ...] = (POOLED,)
     positions: Positions = positions_by_column
     skips_padding: bool = False
     distances: str | None = None
@@ -245,6 +287,7 @@ class EncoderFamily:
     reads: tuple[str, ...] = ()
     collects: bool = False
     obstacle: Callable[[Any], str | None] = no_obstacle
+    reshaping: Reshaping | str = field(default_factory=Reshaping)
 
     def setting(self, config: Any, name: str) -> Any:
         """A setting of the model's configuration."""

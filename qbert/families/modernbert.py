@@ -16,6 +16,7 @@ from qbert.families.family import (
     EncoderFamily,
     LayerBuilder,
     LayerPaths,
+    Reader,
     part,
 )
 
@@ -93,10 +94,12 @@ FAMILY = EncoderFamily(
     },
     pool=None,
     poolers=(),
+    readers=(Reader(("*ForSequenceClassification", "*ForMultipleChoice"), settings={"classifier_pooling": "cls"}),),
     distances=ROTARY,
     program=program,
     final_norm="final_norm",
     reads=("local_attention", "max_position_embeddings"),
     settings={"heads": "num_attention_heads", "activation": "hidden_activation"},
     obstacle=obstacle,
+    reshaping="its layers take turns with local attention, and its feed-forward networks are gated",
 )

@@ -12,16 +12,21 @@ from torch import Tensor
 from qbert.families import bert
 from qbert.families.family import (
     ACTIVATION,
+    CLASSIFIED,
     COUNTING,
     DROPOUT,
     LIST,
     LayerBuilder,
     LayerPaths,
+    Reader,
+    Reshaping,
     part,
     positions_after_padding,
 )
 
 TABLE = "encoder.relative_attention_bias"
+# Attribute of an attention module that lost heads: which of the table's columns are those of the heads that it kept.
+KEPT_HEADS = "kept_heads"
 BUCKETS, REACH = (
     32,
     128,
@@ -39,8 +44,22 @@ def buckets(distances: Tensor) -> Tensor:
 def bias_by_distance(encoder: Any, layer: Any) -> Tensor:
     """(heads, 2 * reach + 1) float32: what each head adds at distances -reach ... reach."""
     table: Tensor = encoder.get_submodule(TABLE).weight.detach().to(torch.float32)
+    kept = getattr(layer.attention.attn, KEPT_HEADS, None)
+    if kept is not None:
+        table = table[:, list(kept)]
     distances = torch.arange(-REACH, REACH + 1, device=table.device)
     return table[buckets(distances)].t().contiguous()
+
+
+def narrowed_bias(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """A forward pre-hook of an attention module that lost heads: of the biases of all heads those of the heads it kept.
+
+    transformers computes (1, heads, queries, keys) biases once and hands them to every layer.
+    """
+    kept, bias = getattr(attention.attn, KEPT_HEADS, None), kwargs.get("position_bias")
+    if kept is None or bias is None:
+        return None
+    return args, {**kwargs, "position_bias": bias[:, list(kept)]}
 
 
 def program(b: LayerBuilder, paths: LayerPaths) -> None:
@@ -82,7 +101,7 @@ FAMILY = replace(
         "encoder.layer": LIST,
         "encoder.layer.*": part("*Layer"),
         "encoder.layer.*.attention": part("*Attention"),
-        "encoder.layer.*.attention.attn": part("*SelfAttention", reads=("attention_head_size",)),
+        "encoder.layer.*.attention.attn": part("*SelfAttention", reads=("attention_head_size", KEPT_HEADS)),
         "encoder.layer.*.attention.attn.dropout": DROPOUT,
         "encoder.layer.*.attention.dropout": DROPOUT,
         "encoder.layer.*.intermediate": part("*Intermediate"),
@@ -90,10 +109,12 @@ FAMILY = replace(
         "encoder.layer.*.output": part("*Output"),
         "encoder.layer.*.output.dropout": DROPOUT,
     },
+    readers=(CLASSIFIED, Reader(("*ForMultipleChoice",))),
     positions=positions_after_padding,
     skips_padding=True,
     distances=TABLE,
     program=program,
     collects=True,
     obstacle=obstacle,
+    reshaping=Reshaping(biased=True),
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qbert.families import bert
-from qbert.families.family import positions_after_padding
+from qbert.families.family import CLASSIFIED, Reader, positions_after_padding
 
 FAMILY = replace(
     bert.FAMILY,
@@ -16,6 +16,7 @@ FAMILY = replace(
         "transformers.models.camembert.modeling_camembert.CamembertModel",
         "transformers.models.data2vec.modeling_data2vec_text.Data2VecTextModel",
     ),
+    readers=(CLASSIFIED, Reader(("*ForMultipleChoice",))),
     positions=positions_after_padding,
     skips_padding=True,
     stock={**bert.FAMILY.stock, "embeddings": replace(bert.FAMILY.stock["embeddings"], reads=("padding_idx",))},

@@ -10,22 +10,29 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-# The module that defines from_pretrained; it has imported the tables of quantizers when it is done.
-_TRIGGER = "transformers.modeling_utils"
-_INTEGRATION = "qbert.integrations.transformers"
+# A framework's module -> the integration that is imported right after it. transformers.modeling_utils defines from_pretrained;
+# it has imported the tables of quantizers when it is done.
+_INTEGRATIONS = {
+    "transformers.modeling_utils": "qbert.integrations.transformers",
+    "peft": "qbert.integrations.peft",
+    "sentence_transformers": "qbert.integrations.sentence_transformers",
+}
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Imports the integration right after transformers has imported what loads models.
+    """Imports an integration right after its framework's module.
 
     Importing transformers' model code takes seconds; without this hook `import qbert` would pay for it, or users of
     ``AutoModel.from_pretrained`` would have to call a registration function and get random weights when they forget.
     """
 
+    def __init__(self, trigger: str) -> None:
+        self.trigger = trigger
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _TRIGGER:
+        if fullname != self.trigger:
             return None
         sys.meta_path.remove(self)  # the others are asked, then it is put back: an import that fails is tried again
         try:
@@ -40,15 +47,17 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
             def exec_module(self, module: ModuleType) -> None:
                 exec_module(module)
                 sys.meta_path.remove(finder)
-                importlib.import_module(_INTEGRATION)
+                importlib.import_module(_INTEGRATIONS[finder.trigger])
 
         spec.loader.__class__ = Loader
         return spec
 
 
 def register() -> None:
-    """Registers with transformers now if it is loaded, or as soon as it is."""
-    if _TRIGGER in sys.modules:
-        importlib.import_module(_INTEGRATION)
-    elif not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisterAfterImport())
+    """Registers with each framework now if it is loaded, or as soon as it is."""
+    waiting = {finder.trigger for finder in sys.meta_path if isinstance(finder, _RegisterAfterImport)}
+    for trigger, integration in _INTEGRATIONS.items():
+        if trigger in sys.modules:
+            importlib.import_module(integration)
+        elif trigger not in waiting:
+            sys.meta_path.insert(0, _RegisterAfterImport(trigger))

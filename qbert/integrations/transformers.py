@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,13 +30,16 @@ from qbert.emulation import Emulation
 from qbert.encoder import Calibration
 from qbert.errors import CheckpointError, QBertError
 from qbert.families import KEEP_FLOAT
-from qbert.modules import ModuleSpec, QTiedLinear, QuantizedModule
+from qbert.modules import ModuleSpec, QEmbedding, QTiedLinear, QuantizedModule, collect_specs
 from qbert.recipe import Recipe
+from qbert.shapes import recorded_plan, resize_
 
 # Configuration entries with these words in their names, if they are integers, say how often something is built.
 _COUNTED = {"layer": 1024, "label": 2**20}
 # What a quantized transformers model has of its own in place of its class's, and where it keeps the former ties.
-_TIES, _RESIZE, _FORMER_TIES = "_tied_weights_keys", "resize_token_embeddings", "_qbert_former_ties"
+_REMOTE = "auto_map"
+_TIES, _FORMER_TIES = "_tied_weights_keys", "_qbert_former_ties"
+_RESIZE, _SET_TABLE = "resize_token_embeddings", "set_input_embeddings"
 
 
 @register_quantization_config(METHOD)
@@ -45,7 +49,7 @@ class QBertConfig(QuantizationConfigMixin):
     Args:
         linear, embedding, exclude, overrides, keep_float: see `qbert.Recipe`.
         fuse, calibration: see `qbert.quantize_`; a calibration may be plain data.
-        modules: what stands in a checkpoint; written on save, never given by hand.
+        modules, shapes: what stands in a checkpoint, and what was taken out of it; written on save, never given by hand.
         source: the model that was quantized, for reports.
         digest: of a checkpoint's contents; written on save.
         emulation: block formats, as in a record; `QBertConfig.of_recipe(qbert.emulate(...))` writes it.
@@ -61,6 +65,7 @@ class QBertConfig(QuantizationConfigMixin):
         fuse: bool = False,
         calibration: Calibration | Mapping[str, Any] | None = None,
         modules: Mapping[str, Any] | None = None,
+        shapes: Mapping[str, Any] | None = None,
         source: str | None = None,
         digest: str | None = None,
         emulation: Mapping[str, Any] | None = None,
@@ -71,7 +76,7 @@ class QBertConfig(QuantizationConfigMixin):
         if unknown:
             raise QBertError(f"QBertConfig has no argument {sorted(unknown)[0]!r}; allowed: those of qbert.Recipe")
         self.record: Record | None = None
-        if modules is None:
+        if modules is None and shapes is None:
             linear = None if emulation is not None and linear == "w8a8" else linear
             self.recipe = Recipe(linear, embedding, exclude, dict(overrides), keep_float)
             if emulation is not None:
@@ -79,7 +84,7 @@ class QBertConfig(QuantizationConfigMixin):
             self.fuse, self.calibration = _fusing(fuse, calibration)
             return
         fields: dict[str, Any] = {"linear": linear, "embedding": embedding, "modules": modules, "source": source}
-        fields |= {"emulation": emulation, "fuse": fuse, "calibration": calibration}
+        fields |= {"emulation": emulation, "fuse": fuse, "calibration": calibration, "shapes": shapes}
         for name, value in (("exclude", exclude), ("overrides", overrides), ("keep_float", keep_float)):
             fields[name] = list(value) if isinstance(value, tuple) else value  # a default; files hold lists
         self.record = Record.parse({"quant_method": METHOD, "digest": digest, **fields, **rest})
@@ -100,7 +105,7 @@ class QBertConfig(QuantizationConfigMixin):
         if self.record is not None:
             return self.record.to_dict()
         recipe = self.recipe.to_dict()
-        version = checkpoint.format_version(self.calibration, recipe.get("emulation"))
+        version = checkpoint.format_version(self.calibration, emulation=recipe.get("emulation"))
         data = {"quant_method": METHOD, "format_version": version, **recipe}
         if self.fuse:
             data |= {"fuse": True, "calibration": self.calibration and self.calibration.to_dict()}
@@ -130,9 +135,11 @@ class QBertHfQuantizer(HfQuantizer):
         if record is None:
             raise CheckpointError("quantization_config.modules", "must say what each quantized module is", "nothing")
         files = kwargs.get("checkpoint_files") or []
-        skeleton = build_skeleton(model.config, record, checkpoint.tensor_names(files))
+        skeleton = build_skeleton(_stored_config(files, model.config), record, checkpoint.tensor_names(files))
         with torch.device("cpu"):  # transformers builds models under the meta device; the check reads real values
             checkpoint.check_files(files, record, checkpoint.expected_tensors(skeleton, skeleton.all_tied_weights_keys))
+        if record.shapes is not None:
+            resize_(model, record.shapes)
         convert.install_(model, _rename(record.modules, skeleton, model), record.recipe)
         _forget_quantized_ties(model)
 
@@ -146,7 +153,8 @@ class QBertHfQuantizer(HfQuantizer):
                 convert.round_sites_(model, recipe)
             if self.quantization_config.fuse:
                 convert.fuse_loaded_(model, self.quantization_config.calibration)
-            _attach(model, Record.of(model, self.quantization_config.recipe, self.quantization_config.record.source))
+            record = Record.of(model, self.quantization_config.recipe, self.quantization_config.record.source)
+            _attach(model, record)
         else:
             config = self.quantization_config
             convert.quantize_(model, config.recipe, fuse=config.fuse, calibration=config.calibration)
@@ -158,11 +166,14 @@ class QBertHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         state_dict = model.state_dict()
+        if getattr(model, "_hf_peft_config_loaded", False):  # adapters alone are written, without a configuration
+            return state_dict, {}
         # The record's names are this version's; a checkpoint that was loaded under older names is not saved under them.
         model._weight_conversions = []
         record = Record.of(model, self.quantization_config.recipe, _source(self.quantization_config))
         absent = set(model.all_tied_weights_keys) | set(model._keys_to_ignore_on_save or ())
         stored = {name: tensor for name, tensor in state_dict.items() if name not in absent}
+        model.config.__dict__.pop(_REMOTE, None)  # left by files with code of their own; this class is transformers'
         _require_loadable(model, record, stored)
         model.config.quantization_config = QBertConfig.of_record(checkpoint.signed(record, stored))
         return state_dict, {}
@@ -172,7 +183,11 @@ class QBertHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # all but the quantized weights: adapters, heads, norms, biases
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True  # transformers' Trainer, evaluate() included, asks for this where a model has no adapter
 
     @property
     def is_compileable(self) -> bool:
@@ -207,8 +222,7 @@ def check(folder: str | Path) -> tuple[Record, PretrainedConfig]:
     record = Record.parse(data["quantization_config"])
     files = checkpoint.weight_files(folder)
     _check_counts(data, len(record.modules))
-    with _refused(checkpoint.CONFIG_FILE, "must describe a model that transformers knows"):
-        config = transformers.AutoConfig.for_model(**{k: v for k, v in data.items() if k != "quantization_config"})
+    config = _parsed_config(data)
     skeleton = build_skeleton(config, record, checkpoint.tensor_names(files))
     checkpoint.check_files(files, record, checkpoint.expected_tensors(skeleton, skeleton.all_tied_weights_keys))
     return record, config
@@ -218,11 +232,17 @@ def save(model: PreTrainedModel, folder: str | Path, *, source: str | None = Non
     """Writes a quantized model: to a temporary folder beside the target, which then takes its place.
 
     Raises:
-        QBertError: a model that is not quantized, or a target that is not a checkpoint and not empty.
+        QBertError: a model that is neither quantized nor of compressed shapes, or a target that is not a checkpoint and not
+            empty.
     """
     if not isinstance(model, PreTrainedModel):
         raise QBertError(f"{type(model).__name__} is not a transformers model; allowed: one, or the one inside it")
+    _keep_in_step(model)
     quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None and recorded_plan(model) is not None:  # a plain one: transformers' own files say all of it
+        with checkpoint.replacing(folder) as fresh:
+            model.save_pretrained(fresh)
+        return
     if not isinstance(quantizer, QBertHfQuantizer):
         raise QBertError(f"{type(model).__name__} is not quantized by qbert; call qbert.quantize_ first")
     if source is not None:
@@ -259,6 +279,20 @@ def _require_loadable(model: PreTrainedModel, record: Record, stored: Mapping[st
             )
 
 
+def _stored_config(files: Sequence[str | Path], config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration that was saved with a checkpoint's files, which are held to it: `config` may be what a user asks for
+    instead, with other labels for example."""
+    folder = Path(files[0]).parent if files else None
+    if folder is None or not checkpoint.is_checkpoint(folder):
+        return config
+    return _parsed_config(checkpoint.read_config(folder))
+
+
+def _parsed_config(data: Mapping[str, Any]) -> PretrainedConfig:
+    with _refused(checkpoint.CONFIG_FILE, "must describe a model that transformers knows"):
+        return transformers.AutoConfig.for_model(**{k: v for k, v in data.items() if k != "quantization_config"})
+
+
 def build_skeleton(config: PretrainedConfig, record: Record, names: Collection[str]) -> PreTrainedModel:
     """The saved model on the meta device: no values, but the name, type and shape of every tensor.
 
@@ -270,6 +304,8 @@ def build_skeleton(config: PretrainedConfig, record: Record, names: Collection[s
     with _refused(checkpoint.CONFIG_FILE, f"must build a {model_class.__name__}"), torch.device("meta"):
         skeleton = model_class(config, **_arguments(model_class, record, names))
     with _refused("quantization_config", "must fit the model"):
+        if record.shapes is not None:
+            resize_(skeleton, record.shapes)
         convert.install_(skeleton, record.modules, record.recipe)
         checkpoint.check_fusion(record, skeleton)
     _forget_quantized_ties(skeleton)
@@ -303,7 +339,24 @@ def _architecture(config: PretrainedConfig) -> type[PreTrainedModel]:
         raise CheckpointError(
             f"{checkpoint.CONFIG_FILE}: architectures", "must name one model class of transformers", names
         )
-    return found
+    model_class: type[PreTrainedModel] = found
+    if model_class.config_class is not None and not isinstance(config, model_class.config_class):
+        kind, wanted = type(config).__name__, model_class.config_class.__name__
+        raise CheckpointError(
+            f"{checkpoint.CONFIG_FILE}: architectures",
+            f"must be of the configuration's model_type, {kind}",
+            f"{name} of {wanted}",
+        )
+    remote = getattr(config, _REMOTE, None)
+    own = [str(each) for each in (remote.values() if isinstance(remote, Mapping) else ())]
+    own = [each for each in own if each.rpartition(".")[2] == name]
+    if own:
+        raise CheckpointError(
+            f"{checkpoint.CONFIG_FILE}: {_REMOTE}",
+            f"must not name code of its own for {name}: only transformers' is run",
+            own[0],
+        )
+    return model_class
 
 
 def _check_counts(config: Mapping[str, Any], quantized_modules: int) -> None:
@@ -362,6 +415,7 @@ def _forget_quantized_ties(model: PreTrainedModel) -> None:
         if former is not None:
             setattr(inner, _TIES, _ties_left(former, expanded, weights))
         inner.__dict__[_RESIZE] = functools.partial(_resize_token_embeddings, inner)
+        inner.__dict__[_SET_TABLE] = functools.partial(_set_input_embeddings, inner)
 
 
 def _ties_left(former: Mapping[str, str], expanded: Mapping[str, str], weights: Collection[str]) -> dict[str, str]:
@@ -386,7 +440,7 @@ def _remember_ties(model: PreTrainedModel) -> None:
     found = [inner for inner in _transformers_models(model) if _FORMER_TIES in inner.__dict__]
     for inner in found:
         former = inner.__dict__.pop(_FORMER_TIES)
-        for name in (_TIES, _RESIZE):
+        for name in (_TIES, _RESIZE, _SET_TABLE):
             inner.__dict__.pop(name, None)
         if getattr(inner, _TIES) != former:  # it was the model's own before
             setattr(inner, _TIES, former)
@@ -424,6 +478,22 @@ def _resize_token_embeddings(
     return resized
 
 
+def _set_input_embeddings(model: PreTrainedModel, value: nn.Module) -> None:
+    """transformers' own; a head that is tied to a quantized table would go on computing with that.
+
+    Raises:
+        QBertError: there is such a head.
+    """
+    table = model.get_input_embeddings()
+    tied = [name for name, each in model.named_modules() if isinstance(each, QTiedLinear) and each.owner is table]
+    if tied and value is not table:
+        raise QBertError(
+            f"set_input_embeddings: the table of this {type(model).__name__} is quantized, and {tied[0]} computes with it; "
+            f"call qbert.dequantize_(model) first, set it, and quantize again"
+        )
+    type(model).set_input_embeddings(model, value)
+
+
 def _quantized(module: object) -> bool:
     return isinstance(module, QuantizedModule | QTiedLinear)
 
@@ -433,10 +503,10 @@ def _transformers_models(model: nn.Module) -> list[PreTrainedModel]:
 
 
 def _attach(model: PreTrainedModel, record: Record) -> None:
-    """Makes `save_pretrained` and `model.dequantize` know that the model is quantized."""
+    """Makes `save_pretrained` and `model.dequantize` know that the model is quantized, or float in shapes of its own."""
     model.config.quantization_config = QBertConfig.of_record(record)
     model.hf_quantizer = QBertHfQuantizer(model.config.quantization_config, pre_quantized=True)
-    model.is_quantized = True
+    model.is_quantized = bool(record.modules)
     model.quantization_method = METHOD
     _forget_quantized_ties(model)
 
@@ -459,8 +529,77 @@ def _follow(model: nn.Module, recipe: Recipe | None) -> None:
                 _attach(inner, Record.of(inner, recipe, inner.config.name_or_path or None))
             continue
         _remember_ties(inner)
-        if isinstance(getattr(inner, "hf_quantizer", None), QBertHfQuantizer):
-            inner.hf_quantizer.remove_quantization_config(inner)
+        for each in _transformers_models(inner):  # one inside may have been quantized by itself
+            if isinstance(getattr(each, "hf_quantizer", None), QBertHfQuantizer):
+                each.hf_quantizer.remove_quantization_config(each)
+        if _is_reshaped(inner):
+            _attach(inner, Record.of(inner, _FLOAT, inner.config.name_or_path or None))
 
 
+_FLOAT = Recipe(linear=None)
+
+
+def _is_reshaped(model: nn.Module) -> bool:
+    """Whether it has shapes of its own, which no class of transformers builds."""
+    shapes = recorded_plan(model)
+    return shapes is not None and not shapes.plain
+
+
+def _keep_in_step(model: PreTrainedModel) -> None:
+    """Gives a model the record of what is quantized in it now: a part may have been quantized or dequantized by itself."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    ours, specs = isinstance(quantizer, QBertHfQuantizer), collect_specs(model)
+    if specs and quantizer is None:
+        _attach(model, Record.of(model, _recipe_of(model, specs), model.config.name_or_path or None))
+    elif ours and not specs and not _is_reshaped(model):
+        quantizer.remove_quantization_config(model)
+
+
+def _recipe_of(model: PreTrainedModel, specs: Mapping[str, ModuleSpec]) -> Recipe:
+    """The recipe of the one part of a model that was quantized; where it has several or none, one that says what is there."""
+    found = [
+        each.hf_quantizer for each in _transformers_models(model) if getattr(each, "hf_quantizer", None) is not None
+    ]
+    if len(found) == 1:
+        recipe: Recipe = found[0].quantization_config.recipe
+        return recipe
+    return Recipe(linear=None, overrides={name: spec.scheme for name, spec in specs.items() if spec.tied_to is None})
+
+
+def _refuse_others(model: nn.Module) -> Mapping[nn.Module, str]:
+    """
+    Raises:
+        QBertError: transformers loaded a part of it quantized by another method.
+    """
+    for inner in _transformers_models(model):
+        quantizer = getattr(inner, "hf_quantizer", None)
+        if quantizer is not None and not isinstance(quantizer, QBertHfQuantizer):
+            method = getattr(
+                quantizer.quantization_config.quant_method, "value", quantizer.quantization_config.quant_method
+            )
+            raise QBertError(f"{type(inner).__name__} is quantized already, by {method}; allowed: a float model")
+    return {}
+
+
+def _extend_transformers() -> None:
+    """What every transformers model does in other words where something in it is quantized, whichever part that was."""
+    save, count = PreTrainedModel.save_pretrained, PreTrainedModel.num_parameters
+
+    @functools.wraps(save)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        _keep_in_step(self)
+        return save(self, *args, **kwargs)
+
+    @functools.wraps(count)
+    def num_parameters(self: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        left_out = QEmbedding if exclude_embeddings else ()
+        codes = [] if only_trainable else [each for each in self.modules() if isinstance(each, QuantizedModule)]
+        weights = sum(math.prod(each.shape) for each in codes if not isinstance(each, left_out))
+        return int(count(self, only_trainable, exclude_embeddings)) + weights
+
+    PreTrainedModel.save_pretrained, PreTrainedModel.num_parameters = save_pretrained, num_parameters
+
+
+_extend_transformers()
+convert.when_planned(_refuse_others)
 convert.when_changed(_follow)

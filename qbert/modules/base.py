@@ -91,18 +91,23 @@ class QuantizedModule(nn.Module):
             self._hold(self.quantized.to_layout(select_layout(self.scheme, self.role, target_of(device))))
 
     def refuse_weight(self, value: object) -> None:
-        """What becomes of a value that somebody puts in the weight's place: only a file's guard passes, and is forgotten.
+        """What becomes of a value that somebody puts in the weight's place: a file's guard and the weight itself pass, and are
+        forgotten.
 
         Raises:
             QBertError: the weight is quantized.
         """
-        if _is_guard(value):
+        if _is_guard(value) or self._is_own(value):
             return
         shown = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:40]
         raise QBertError(
             f"the weight of a quantized {type(self).__name__} ({self.scheme.name}, {self.shape}) cannot be replaced by "
             f"{shown}; call qbert.dequantize_(model), change it, and quantize again"
         )
+
+    def _is_own(self, value: object) -> bool:
+        """Whether it is what reading `weight` gives: libraries that put a module back in its place hand over its parts."""
+        return type(value) is Tensor and tuple(value.shape) == self.shape and torch.equal(value, self.weight)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == GUARD and GUARD not in self._buffers:

@@ -26,6 +26,8 @@ class QEmbedding(QuantizedModule):
 
     role = Role.EMBEDDING
     operation = "embedding"
+    # What libraries ask an `nn.Embedding` for before they look something up beside it.
+    max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False
 
     def __init__(self, weight: Weight, padding_idx: int | None, dtype: torch.dtype) -> None:
         super().__init__(weight, dtype)

@@ -11,14 +11,14 @@ from qbert import ops
 from qbert.errors import QBertError
 from qbert.formats import Role, tied_linear_scheme
 from qbert.modules.base import DecodedWeight, QuantizedModule, kernel_of, weight_of
-from qbert.ops.operations import Linear, QuantizeRows
+from qbert.modules.gradient import product
 from qbert.ops.table import KernelChoice
 from qbert.weight import Weight
 
 
 class QLinear(QuantizedModule):
     """`nn.Linear` with a quantized weight: y = x @ W.T + bias for x (..., k) float32, bfloat16 or float16. The result is of the
-    same type; in autocast, of its type.
+    same type; in autocast, of its type. Gradients pass to x and bias; the weight is not trained.
 
     Args:
         weight: (n, k), of a linear scheme.
@@ -121,11 +121,7 @@ class QTiedLinear(nn.Module):
 
 def _linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     n, k = weight.shape
-    x = as_linear_input(x, k)
-    flat = x.reshape(-1, k)
-    tokens, scales = (flat, None) if weight.scheme.activation is None else ops.call(QuantizeRows(flat))
-    y: Tensor = ops.call(Linear(tokens, scales, weight, bias, ops.Activation.NONE, False, x.dtype))
-    return y.view(*x.shape[:-1], n)
+    return product(as_linear_input(x, k).reshape(-1, k), weight, bias).view(*x.shape[:-1], n)
 
 
 def as_linear_input(x: Tensor, k: int) -> Tensor:

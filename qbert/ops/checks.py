@@ -231,14 +231,22 @@ def gated(held: Weight) -> None:
         raise QBertError(f"the weight of a gated linear has {held.n} rows; allowed: even numbers, two a channel")
 
 
-def attention(qkv: Tensor, scales: Tensor | None, cu_seqlens: Tensor, heads: int, softmax_scale: float) -> None:
-    """What `bounds_cover` and `positions_cover` check is not looked at here."""
+def attention(
+    qkv: Tensor, scales: Tensor | None, cu_seqlens: Tensor, heads: int, softmax_scale: float, parts: int
+) -> None:
+    """What `bounds_cover` and `positions_cover` check is not looked at here.
+
+    Args:
+        parts: 3, or 2 where the queries lie elsewhere.
+    """
     _require(heads >= 1, lambda: f"heads is {heads}; allowed: 1 or more")
     _require(
-        (qkv.dtype == torch.int8 or qkv.dtype in FLOAT_DTYPES) and qkv.dim() == 2 and qkv.shape[1] % (3 * heads) == 0,
-        lambda: f"qkv must be (t, 3 * {heads} * head_dim) int8 or float, got {qkv.dtype} {tuple(qkv.shape)}",
+        (qkv.dtype == torch.int8 or qkv.dtype in FLOAT_DTYPES)
+        and qkv.dim() == 2
+        and qkv.shape[1] % (parts * heads) == 0,
+        lambda: f"qkv must be (t, {parts} * {heads} * head_dim) int8 or float, got {qkv.dtype} {tuple(qkv.shape)}",
     )
-    _attention_scales(qkv, scales)
+    _attention_scales(qkv, scales, parts)
     _require(
         cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1,
         lambda: f"cu_seqlens must be (sequences + 1,) int32, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}",
@@ -247,20 +255,23 @@ def attention(qkv: Tensor, scales: Tensor | None, cu_seqlens: Tensor, heads: int
         raise QBertError(f"softmax_scale is {softmax_scale}; allowed: finite and above 0")
 
 
-def _attention_scales(qkv: Tensor, scales: Tensor | None) -> None:
+def _attention_scales(qkv: Tensor, scales: Tensor | None, parts: int) -> None:
     codes = qkv.dtype == torch.int8
     if scales is None:
-        _require(not codes, lambda: "scales is None with int8 qkv; allowed: (3,) or (t, 3), or None with float qkv")
+        _require(
+            not codes, lambda: f"scales is None with int8 qkv; allowed: (3,) or (t, {parts}), or None with float qkv"
+        )
         return
-    each = f" or ({qkv.shape[0]}, 3)" if codes else ""
+    each = f" or ({qkv.shape[0]}, {parts})" if codes else ""
     _require(
-        scales.dtype == torch.float32
-        and (scales.shape == (3,) or (scales.shape == (qkv.shape[0], 3) and qkv.dtype == torch.int8)),
+        scales.dtype == torch.float32 and (scales.shape == (3,) or (scales.shape == (qkv.shape[0], parts) and codes)),
         lambda: f"scales must be (3,){each} float32, got {scales.dtype} {tuple(scales.shape)}",
     )
 
 
-def attention_pattern(window: int | None, bias: Tensor | None, rotary: Tensor | None, qkv: Tensor, heads: int) -> None:
+def attention_pattern(
+    window: int | None, bias: Tensor | None, rotary: Tensor | None, qkv: torch.dtype, heads: int, head_dim: int
+) -> None:
     """What else decides which keys a query sees, and what it thinks of them."""
     if window is not None:
         _require(window >= 0, lambda: f"window is {window}; allowed: 0 or more, or None for the whole sequence")
@@ -270,15 +281,34 @@ def attention_pattern(window: int | None, bias: Tensor | None, rotary: Tensor | 
             lambda: f"bias must be ({heads}, 2 * reach + 1) float32, got {bias.dtype} {tuple(bias.shape)}",
         )
     if rotary is not None:
-        head_dim = qkv.shape[1] // (3 * heads)
-        _require(
-            qkv.dtype != torch.int8, lambda: "rotary with int8 qkv; allowed: float qkv, which is rounded afterwards"
-        )
+        _require(qkv != torch.int8, lambda: "rotary with int8 qkv; allowed: float qkv, which is rounded afterwards")
         _require(head_dim % 2 == 0, lambda: f"rotary with heads of {head_dim}; allowed: an even size")
         _require(
             rotary.dtype == torch.float32 and rotary.dim() == 2 and rotary.shape[1] == head_dim,
             lambda: f"rotary must be (positions, {head_dim}) float32, got {rotary.dtype} {tuple(rotary.shape)}",
         )
+
+
+def first_queries(
+    queries: Tensor | None, query_scales: Tensor | None, qkv: Tensor, scales: Tensor | None, cu_seqlens: Tensor
+) -> None:
+    """Queries of first tokens go with the keys and values."""
+    sequences = cu_seqlens.shape[0] - 1
+    per_token = scales is not None and scales.dim() == 2 and queries is not None
+    if queries is not None:
+        shape = (sequences, qkv.shape[1] // 2)
+        _require(
+            queries.dtype == qkv.dtype and queries.shape == shape,
+            lambda: f"queries must be {shape} {qkv.dtype}, got {tuple(queries.shape)} {queries.dtype}",
+        )
+    if query_scales is None:
+        _require(not per_token, lambda: f"query_scales is None; allowed with a scale for each token: ({sequences},)")
+        return
+    _require(per_token, lambda: "query_scales without queries that have a scale for each token; allowed: None")
+    _require(
+        query_scales.dtype == torch.float32 and query_scales.shape == (sequences,),
+        lambda: f"query_scales must be ({sequences},) float32, got {query_scales.dtype} {tuple(query_scales.shape)}",
+    )
 
 
 def positions_cover(rotary: Tensor | None, bounds: list[int]) -> None:

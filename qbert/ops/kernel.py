@@ -31,12 +31,14 @@ class Pattern(NamedTuple):
     Attributes:
         floats: whether queries, keys and values are floats, to be rounded inside.
         window, bias, rotary: whether it has them.
+        first: whether there are queries of first tokens alone.
     """
 
     floats: bool = False
     window: bool = False
     bias: bool = False
     rotary: bool = False
+    first: bool = False
 
 
 PLAIN_ATTENTION = Pattern()
@@ -118,7 +120,8 @@ def _embedding(a: Embedding) -> Problem:
 
 
 def _attention(a: Attention) -> Problem:
-    pattern = Pattern(a.qkv.dtype != torch.int8, a.window is not None, a.bias is not None, a.rotary is not None)
+    there = (each is not None for each in (a.window, a.bias, a.rotary, a.queries))
+    pattern = Pattern(a.qkv.dtype != torch.int8, *there)
     return Problem(None, None, a.heads, a.head_dim, _out_dtype(a.out), pattern=pattern)
 
 

@@ -160,6 +160,10 @@ class Attention(NamedTuple):
             Su et al., 2021). Of floats only; positions no less than the longest sequence (on a GPU tokens beyond are NaN:
             nobody looks). None for none.
         out: of the result (t, heads * head_dim).
+        queries: (sequences, heads * head_dim) of each sequence's first token, where no other result is wanted: the result has
+            their shape, of zeros where a sequence is empty. qkv then is (t, 2 * heads * head_dim), keys and values, and the
+            scales of codes for each token are (t, 2). None: every token has a query.
+        query_scales: float32 (sequences,), of codes with a scale for each token; else None.
     """
 
     qkv: Tensor
@@ -171,18 +175,27 @@ class Attention(NamedTuple):
     bias: Tensor | None
     rotary: Tensor | None
     out: Out
+    queries: Tensor | None = None
+    query_scales: Tensor | None = None
 
     def check(self) -> None:
-        checks.attention(self.qkv, self.scales, self.cu_seqlens, self.heads, self.softmax_scale)
-        checks.attention_pattern(self.window, self.bias, self.rotary, self.qkv, self.heads)
+        checks.attention(self.qkv, self.scales, self.cu_seqlens, self.heads, self.softmax_scale, self.parts)
+        checks.attention_pattern(self.window, self.bias, self.rotary, self.qkv.dtype, self.heads, self.head_dim)
+        checks.first_queries(self.queries, self.query_scales, self.qkv, self.scales, self.cu_seqlens)
         checks.out_type(self.out)
 
     def results(self) -> tuple[checks.Like, ...]:
-        return (checks.Like((self.qkv.shape[0], self.qkv.shape[1] // 3), checks.out_type(self.out)),)
+        rows = self.qkv.shape[0] if self.queries is None else self.queries.shape[0]
+        return (checks.Like((rows, self.qkv.shape[1] // self.parts), checks.out_type(self.out)),)
+
+    @property
+    def parts(self) -> int:
+        """How many of queries, keys and values qkv has."""
+        return 3 if self.queries is None else 2
 
     @property
     def head_dim(self) -> int:
-        return self.qkv.shape[1] // (3 * self.heads)
+        return self.qkv.shape[1] // (self.parts * self.heads)
 
 
 class AddNorm(NamedTuple):

@@ -112,6 +112,8 @@ def embedding(a: Embedding) -> Tensor:
 
 def attention(a: Attention) -> Tensor:
     """See `Attention`."""
+    if a.queries is not None:
+        return rows_of_first(a, attention(with_all_queries(a)))
     t, width = a.qkv.shape[0], a.qkv.shape[1] // 3
     codes, scales = attention_codes(a)
     query, key, value = codes.to(torch.float64)
@@ -122,6 +124,33 @@ def attention(a: Attention) -> Tensor:
         weights, factor = attention_weights(a, products, scales[..., span])
         out[:, span] = weights.round() @ value[:, span] * factor
     return to_out(out.transpose(0, 1).reshape(t, width), a.out)
+
+
+def with_all_queries(a: Attention) -> Attention:
+    """Attention of first tokens alone as one of all tokens, of which only their rows have a meaning."""
+    assert a.queries is not None
+    (t, width), (there, first) = (a.qkv.shape[0], a.queries.shape[1]), _first_tokens(a.cu_seqlens)
+    qkv, scales = torch.cat((a.qkv.new_zeros(t, width), a.qkv), dim=1), a.scales
+    qkv[first, :width] = a.queries[there]
+    if a.query_scales is not None:
+        assert scales is not None
+        scales = torch.cat((scales.new_ones(t, 1), scales), dim=1)
+        scales[first, 0] = a.query_scales[there]
+    return a._replace(qkv=qkv, scales=scales, queries=None, query_scales=None)
+
+
+def rows_of_first(a: Attention, out: Tensor) -> Tensor:
+    """The rows of each sequence's first token, (sequences, heads * head_dim); zeros for sequences without tokens."""
+    there, first = _first_tokens(a.cu_seqlens)
+    rows = out.new_zeros(len(there), out.shape[1])
+    rows[there] = out[first]
+    return rows
+
+
+def _first_tokens(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Which sequences (sequences,) have tokens, and the first token of each of those."""
+    there = cu_seqlens.diff() > 0
+    return there, cu_seqlens[:-1][there].to(torch.int64)
 
 
 def attention_codes(a: Attention) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,18 @@ import torch
 from torch import Tensor
 
 from qbert.formats import INT4, W4A8_GROUP_SCALE_MAX, PerGroup, Scheme
+from qbert.quantizers.portions import in_portions
 from qbert.weight.codec import MIN_ABSMAX
 from qbert.weight.layout import pack_codes
 
 
 def quantize_absmax(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
-    """(n, k) float32 to the PLAIN tensors of an integer scheme."""
+    """(n, k) float32 to the PLAIN tensors of an integer scheme; a few rows at a time, which are independent of one another."""
+    parts = [_some_rows(rows, scheme) for rows in in_portions(weight)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _some_rows(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     fmt = scheme.weight
     if not isinstance(scheme.granularity, PerGroup):
         scale = _scale(weight.abs().amax(dim=1), fmt.qmax)

@@ -11,7 +11,7 @@ from qbert.errors import QBertError
 from qbert.formats import BlockFormat, EmulatedScheme, Keep, Scheme
 from qbert.numerics import Blocks, quantize_blocks
 from qbert.numerics.blocks import outlier_mask
-from qbert.quantizers.gobo import learn_dictionary, nearest_centroids, without_duplicates
+from qbert.quantizers.gobo import is_outlier, learn_dictionary, nearest_centroids, without_duplicates
 from qbert.weight.emulated import pack_blocks
 
 
@@ -37,8 +37,7 @@ def _learned(weight: Tensor, fmt: BlockFormat) -> Blocks:
     values = weight.cpu().contiguous()
     if fmt.outlier_policy[0] is Keep.GOBO:
         learned = learn_dictionary(values.numpy(), fmt.element.bits)
-        doubles = values.to(torch.float64)
-        mask = (doubles < learned.low) | (doubles > learned.high)
+        mask = is_outlier(values, learned)
     else:
         mask = (
             outlier_mask(values, fmt, per_row=False)

@@ -6,13 +6,16 @@ threshold, split the rest into equally populated bins, and move the bins' means 
 stops falling.
 
 The weights are sorted once; with prefix sums an iteration costs 2**bits binary searches, so BERT-base takes seconds. All
-sums run in float64 in one fixed order, so the same matrix gives the same bytes on every run.
+sums run in float64 in one fixed order (numpy's own `sum` has one that depends on the CPU's vectors), so the same matrix gives
+the same bytes on every run. The sorted copy is all the memory of the matrix's size that this takes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from qbert.errors import QBertError
 from qbert.formats import INT8, Scheme
+from qbert.quantizers.portions import in_portions
 from qbert.weight.codec import MIN_ABSMAX
 from qbert.weight.layout import pack_codes
 from qbert.weight.specs import column_dtype
@@ -29,6 +33,8 @@ LOG_DENSITY_THRESHOLD = -4.0  # the paper's: natural logarithm of the fitted Gau
 # The threshold depends on the scale of the weights: at a standard deviation of 21.8 it calls every weight an outlier. Weights
 # of encoders lie near 0.04 (0.1 to 0.5 % outliers); far above that a dictionary is no longer what is stored.
 MAX_OUTLIER_FRACTION = 0.05
+
+_BLOCK = 4096  # weights between two sums that are kept
 
 Float64 = NDArray[np.float64]
 
@@ -56,27 +62,39 @@ def quantize_gobo(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     device, values = weight.device, weight.cpu().contiguous()
     learned = learn_dictionary(values.numpy(), scheme.weight_bits)
     centroids = without_duplicates(torch.from_numpy(learned.centroids).to(torch.float32))
-    codes = nearest_centroids(values, centroids)
-    tensors = {"codebook": centroids}
-    decoded = centroids
+    tensors, decoded, merged = {"codebook": centroids}, centroids, None
     if scheme.activation is not None:
         tensors["codebook"], tensors["scale"] = _snap_to_int8(centroids)
         # Centroids that became equal share their lowest index, so that an expanded weight can be packed again.
-        codes = torch.searchsorted(tensors["codebook"].to(torch.int32), tensors["codebook"].to(torch.int32))[codes]
+        merged = torch.searchsorted(tensors["codebook"].to(torch.int32), tensors["codebook"].to(torch.int32))
         decoded = tensors["codebook"].to(torch.float32) * tensors["scale"]
-    doubles = values.to(torch.float64)
-    is_outlier = (doubles < learned.low) | (doubles > learned.high)
-    rows, columns = is_outlier.nonzero(as_tuple=True)
-    codes[rows, columns], delta = _exact_deltas(values[rows, columns], codes[rows, columns], decoded)
+    packed, counts, columns, deltas = [], [], [], []
+    for rows in in_portions(values):
+        codes = nearest_centroids(rows, centroids)
+        if merged is not None:
+            codes = merged[codes]
+        outlying = is_outlier(rows, learned)
+        at = outlying.nonzero(as_tuple=True)
+        codes[at], delta = _exact_deltas(rows[at], codes[at], decoded)
+        packed.append(pack_codes(codes, scheme.weight))
+        counts.append(outlying.sum(dim=1))
+        columns.append(at[1].to(column_dtype(values.shape[1])))
+        deltas.append(delta)
     rowptr = torch.zeros(values.shape[0] + 1, dtype=torch.int32)
-    rowptr[1:] = is_outlier.sum(dim=1).cumsum(0)
+    rowptr[1:] = torch.cat(counts).cumsum(0)
     tensors |= {
-        "qdata": pack_codes(codes, scheme.weight),
+        "qdata": torch.cat(packed),
         "outlier_rowptr": rowptr,
-        "outlier_col": columns.to(column_dtype(values.shape[1])),
-        "outlier_delta": delta,
+        "outlier_col": torch.cat(columns),
+        "outlier_delta": torch.cat(deltas),
     }
     return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def is_outlier(values: Tensor, learned: Dictionary) -> Tensor:
+    """Bool of each weight that a dictionary leaves out, in float64."""
+    doubles = values.to(torch.float64)
+    return (doubles < learned.low) | (doubles > learned.high)
 
 
 def learn_dictionary(
@@ -96,23 +114,87 @@ def learn_dictionary(
     Raises:
         QBertError: the threshold makes outliers of more than `max_outlier_fraction` of the weights.
     """
-    ordered = np.sort(weight, axis=None).astype(np.float64)
+    ordered = _Ordered(np.sort(weight, axis=None))
     low, high = outlier_bounds(ordered, threshold)
-    first, last = np.searchsorted(ordered, low, "left"), np.searchsorted(ordered, high, "right")
-    outliers = ordered.size - int(last - first)
+    first, last = ordered.below(low, "left"), ordered.below(high, "right")
+    outliers = ordered.size - (last - first)
     # A handful is no fraction: a tiny matrix may keep one weight exactly.
     if outliers > max(1, max_outlier_fraction * ordered.size):
         raise QBertError(
             f"gobo: {outliers} of {ordered.size} weights (standard deviation {_deviation(ordered):.4g}) have log-density "
             f"below {threshold}; allowed: at most {max_outlier_fraction:.0%}. Exclude the module or rescale its weight"
         )
-    centroids, iterations, l1 = _lloyd_until_l1_rises(ordered[first:last], bits)
+    centroids, iterations, l1 = _lloyd_until_l1_rises(_Ordered(ordered.values[first:last]), bits)
     return Dictionary(centroids, low, high, iterations, l1)
 
 
-def outlier_bounds(ordered: Float64, threshold: float) -> tuple[float, float]:
+class _Ordered:
+    """Sorted weights, and float64 sums of any first so many of them, without a float64 for each.
+
+    A sum is a running one, kept at the beginning of every block; from there the rest is added up when it is asked for, in the
+    same order, so with the same bits.
+
+    Args:
+        values: float32, ascending.
+    """
+
+    def __init__(self, values: NDArray[np.float32]) -> None:
+        self.values, self.size = values, values.size
+        self._starts = [-0.0]  # which changes no sum, not even its sign
+        for block in self._blocks():
+            self._starts.append(_running(self._starts[-1], block)[-1])
+
+    def _blocks(self) -> Iterator[Float64]:
+        return (self.values[at : at + _BLOCK].astype(np.float64) for at in range(0, self.size, _BLOCK))
+
+    def sum_of(self, function: Callable[[Float64], Float64]) -> float:
+        """Running sum of a function of every weight."""
+        total = -0.0
+        for block in self._blocks():
+            total = _running(total, function(block))[-1]
+        return float(total)
+
+    def total(self) -> float:
+        """Sum of all."""
+        return float(self._starts[-1])
+
+    def sums(self, counts: NDArray[np.int64]) -> Float64:
+        """Sums of the first so many weights, for each count."""
+        return np.array([self._sum(int(count)) for count in counts])
+
+    def _sum(self, count: int) -> float:
+        if count == 0:
+            return 0.0
+        block = (count - 1) // _BLOCK
+        rest = self.values[block * _BLOCK : count].astype(np.float64)
+        return float(_running(self._starts[block], rest)[-1])
+
+    def at(self, indices: NDArray[np.int64]) -> Float64:
+        """Weights at these places."""
+        return self.values[indices].astype(np.float64)
+
+    def below(self, bound: float, side: Literal["left", "right"]) -> int:
+        """How many weights are below a float64 bound ("left"), or at most that ("right")."""
+        return int(self.all_below(np.array([bound]), side)[0])
+
+    def all_below(self, bounds: Float64, side: Literal["left", "right"]) -> NDArray[np.int64]:
+        """`below` for ascending bounds. Compared are float32: the next of them on the side where it changes nothing."""
+        with np.errstate(over="ignore"):
+            rounded = bounds.astype(np.float32)
+        if side == "right":
+            rounded = np.where(rounded > bounds, np.nextafter(rounded, np.float32(-np.inf)), rounded)
+        else:
+            rounded = np.where(rounded < bounds, np.nextafter(rounded, np.float32(np.inf)), rounded)
+        return np.searchsorted(self.values, rounded, side)
+
+
+def _running(start: float, values: Float64) -> Float64:
+    return np.cumsum(np.concatenate(([start], values)))
+
+
+def outlier_bounds(ordered: _Ordered, threshold: float) -> tuple[float, float]:
     """Weights outside [low, high] have a log-density below `threshold` under the Gaussian fitted to all weights."""
-    mean = _sum(ordered) / ordered.size
+    mean = ordered.total() / ordered.size
     deviation = _deviation(ordered)
     if deviation == 0.0:  # a constant matrix has no density; nothing stands out in it
         return mean - math.inf, mean + math.inf
@@ -121,42 +203,42 @@ def outlier_bounds(ordered: Float64, threshold: float) -> tuple[float, float]:
     return mean - radius, mean + radius
 
 
-def _lloyd_until_l1_rises(ordered: Float64, bits: int) -> tuple[Float64, int, float]:
+def _lloyd_until_l1_rises(ordered: _Ordered, bits: int) -> tuple[Float64, int, float]:
     """Centroids, updates taken and their L1 error, from sorted weights."""
     entries = 1 << bits
-    prefix = np.concatenate(([0.0], np.cumsum(ordered)))
     bins = np.arange(entries + 1) * ordered.size // entries
     # With fewer weights than entries some bins are empty; they start at their neighbour.
-    centroids = _means(prefix, bins, ordered[np.minimum(bins[:-1], ordered.size - 1)])
+    centroids = _means(ordered, bins, ordered.at(np.minimum(bins[:-1], ordered.size - 1)))
     best, best_l1, iterations = centroids, math.inf, 0
     while True:
         cells = _cells(ordered, centroids)
-        l1 = _l1(ordered, prefix, cells, centroids)
+        l1 = _l1(ordered, cells, centroids)
         if not l1 < best_l1:
             return best, iterations, best_l1
         best, best_l1 = centroids, l1
-        centroids = _means(prefix, cells, centroids)
+        centroids = _means(ordered, cells, centroids)
         iterations += 1
 
 
-def _cells(ordered: Float64, centroids: Float64) -> NDArray[np.int64]:
+def _cells(ordered: _Ordered, centroids: Float64) -> NDArray[np.int64]:
     """Bounds (entries + 1,) of the run of sorted weights nearest to each centroid; a tie goes to the lower one."""
-    inner = np.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2, "right")
+    inner = ordered.all_below((centroids[1:] + centroids[:-1]) / 2, "right")
     return np.concatenate(([0], inner, [ordered.size]))
 
 
-def _means(prefix: Float64, cells: NDArray[np.int64], otherwise: Float64) -> Float64:
+def _means(ordered: _Ordered, cells: NDArray[np.int64], otherwise: Float64) -> Float64:
     """Mean of each cell; an empty cell keeps `otherwise`."""
-    counts = np.diff(cells)
-    return np.where(counts > 0, (prefix[cells[1:]] - prefix[cells[:-1]]) / np.maximum(counts, 1), otherwise)
+    counts, sums = np.diff(cells), ordered.sums(cells)
+    return np.where(counts > 0, (sums[1:] - sums[:-1]) / np.maximum(counts, 1), otherwise)
 
 
-def _l1(ordered: Float64, prefix: Float64, cells: NDArray[np.int64], centroids: Float64) -> float:
+def _l1(ordered: _Ordered, cells: NDArray[np.int64], centroids: Float64) -> float:
     """Sum of |weight - centroid|: in each sorted cell, weights below the centroid, then weights above it."""
     first, last = cells[:-1], cells[1:]
-    split = np.clip(np.searchsorted(ordered, centroids, "right"), first, last)
-    below = centroids * (split - first) - (prefix[split] - prefix[first])
-    above = (prefix[last] - prefix[split]) - centroids * (last - split)
+    split = np.clip(ordered.all_below(centroids, "right"), first, last)
+    sums, at_split = ordered.sums(cells), ordered.sums(split)
+    below = centroids * (split - first) - (at_split - sums[:-1])
+    above = (sums[1:] - at_split) - centroids * (last - split)
     return float(np.sum(below + above))
 
 
@@ -206,12 +288,7 @@ def _exact_deltas(outliers: Tensor, codes: Tensor, decoded: Tensor) -> tuple[Ten
     return codes, delta
 
 
-def _sum(ordered: Float64) -> float:
-    """One running sum: numpy's own `sum` adds in an order that depends on the CPU's vectors."""
-    return float(np.cumsum(ordered)[-1])
-
-
-def _deviation(ordered: Float64) -> float:
+def _deviation(ordered: _Ordered) -> float:
     """Population standard deviation."""
-    mean = _sum(ordered) / ordered.size
-    return math.sqrt(_sum((ordered - mean) ** 2) / ordered.size)
+    mean = ordered.total() / ordered.size
+    return math.sqrt(ordered.sum_of(lambda values: (values - mean) ** 2) / ordered.size)

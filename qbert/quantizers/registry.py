@@ -13,6 +13,7 @@ from qbert.ops import FLOAT_DTYPES, MAX_K
 from qbert.quantizers.absmax import quantize_absmax
 from qbert.quantizers.emulated import quantize_emulated
 from qbert.quantizers.gobo import quantize_gobo
+from qbert.quantizers.portions import in_portions
 from qbert.weight.layout import Layout
 from qbert.weight.tensor import Weight, plain_specs
 
@@ -60,6 +61,6 @@ def check_weight(weight: Tensor, scheme: Scheme) -> None:
         raise QBertError(f"k is {k}, which groups of {scheme.granularity.size} do not divide (scheme {scheme.name})")
     if scheme.activation is not None and k > MAX_K:
         raise QBertError(f"k is {k}; int8 activations allow at most {MAX_K}, or an int32 sum could overflow")
-    if not bool(weight.isfinite().all()):
-        bad = int((~weight.isfinite()).sum())
+    bad = sum(int((~rows.isfinite()).sum()) for rows in in_portions(weight.detach()))
+    if bad:
         raise QBertError(f"weight has {bad} NaN or infinite values; allowed: finite values only")

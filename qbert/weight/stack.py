@@ -46,6 +46,33 @@ def _stack_as_they_lie(weights: Sequence[Weight]) -> bool:
     return all(weight.shape[0] % rows_together(weight.layout) == 0 for weight in weights[:-1])
 
 
+def split(weight: Weight, parts: int) -> list[Weight]:
+    """A matrix (n, k) as that many of equal numbers of rows, whose codes are views where the layout allows. Exact.
+
+    Those of a matrix with a dictionary all have that dictionary.
+    """
+    rows = weight.shape[0] // parts
+    if rows * parts != weight.shape[0]:
+        raise ValueError(f"{weight.shape[0]} rows in {parts} parts")
+    if rows % rows_together(weight.layout):
+        return [each.to_layout(weight.layout) for each in split(weight.to_layout(Layout.PLAIN), parts)]
+    return [_rows(weight, part, parts) for part in range(parts)]
+
+
+def _rows(weight: Weight, part: int, parts: int) -> Weight:
+    rows, tensors = weight.shape[0] // parts, dict(weight.tensors)
+    for name, tensor in weight.tensors.items():
+        if name == "outlier_rowptr":
+            tensors[name] = tensor[part * rows : (part + 1) * rows + 1]
+        elif name in ("qdata", "group_scale") or (name == "scale" and "codebook" not in weight.tensors):
+            tensors[name] = tensor.chunk(parts)[part]
+    if "outlier_rowptr" in tensors:
+        first, last = (int(tensors["outlier_rowptr"][end]) for end in (0, -1))
+        tensors["outlier_rowptr"] = tensors["outlier_rowptr"] - first
+        tensors |= {name: tensors[name][first:last] for name in ("outlier_col", "outlier_delta")}
+    return Weight(weight.scheme, (rows, weight.shape[1]), weight.layout, tensors)
+
+
 def share_rows(weights: Sequence[Weight]) -> list[Tensor] | None:
     """The codes of each as neighbouring views of one tensor, so that `stacked` needs no copy of them.
 

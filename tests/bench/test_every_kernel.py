@@ -71,6 +71,7 @@ def test_every_operation_scheme_and_result_is_there() -> None:
     for operation in OPERATIONS:
         assert {case.scheme for case in cases if case.operation == operation} >= set(schemes_of(operation))
     assert {case.int8_out for case in cases if case.operation == "attention"} == {True, False}
+    assert {case.pattern for case in cases if case.operation == "attention"} == set(every_kernel.PATTERNS)
     assert all(SCHEMES[str(case.scheme)].activation for case in cases if case.operation == "linear" and case.int8_out)
     assert FLOAT_TABLE in {case.scheme for case in cases}
 

@@ -35,7 +35,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 TABLES = ("w8", "gobo4")
 IDS = torch.tensor([[5, 17, 96, 33, 8, 2, 60], [7, 7, 9, 80, 12, 3, 4]])
 LINEAR = Recipe("w8a8")
-TIES, FORMER, RESIZE = "_tied_weights_keys", "_qbert_former_ties", "resize_token_embeddings"
+TIES, FORMER = "_tied_weights_keys", "_qbert_former_ties"
+RESIZE, SET_TABLE = "resize_token_embeddings", "set_input_embeddings"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -80,7 +81,7 @@ def _assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def _own(model: nn.Module) -> set[str]:
     """What the transformers models inside have of their own in place of their classes'."""
-    return {name for each in model.modules() for name in (TIES, FORMER, RESIZE) if name in each.__dict__}
+    return {name for each in model.modules() for name in (TIES, FORMER, RESIZE, SET_TABLE) if name in each.__dict__}
 
 
 # ---- tying ----------------------------------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ def test_dequantize_gives_the_ties_back(family: str) -> None:
     model = _model(family)
     ties, expanded = model._tied_weights_keys, dict(model.all_tied_weights_keys)
     quantize_(model, Recipe("w8a8", "w8"))
-    assert _own(model) == {TIES, FORMER, RESIZE}
+    assert _own(model) == {TIES, FORMER, RESIZE, SET_TABLE}
     assert model._tied_weights_keys != ties
     dequantize_(model)
     assert _own(model) == set()
@@ -172,7 +173,7 @@ def test_models_with_nothing_quantized_have_nothing_of_their_own() -> None:
         assert _own(model) == set()
     outer = nn.ModuleDict({"quantized": _quantized(), "plain": _model()})
     assert _own(outer["plain"]) == set()
-    assert _own(outer["quantized"]) == {TIES, FORMER, RESIZE}
+    assert _own(outer["quantized"]) == {TIES, FORMER, RESIZE, SET_TABLE}
     dequantize_(outer)
     assert _own(outer) == set()
 
@@ -404,15 +405,32 @@ def test_its_signature_is_transformers() -> None:
     ]
 
 
-def test_what_is_counted_as_parameters_is_what_is_float() -> None:
-    """transformers counts parameters; codes and scales are none. `qbert.explain` knows their bytes."""
+def test_quantized_weights_count_as_parameters() -> None:
     model = _model()
-    total = model.num_parameters()
+    total, frozen = model.num_parameters(), model.num_parameters(exclude_embeddings=True)
     assert total == sum(parameter.numel() for parameter in model.parameters())
     quantize_(model, Recipe("w8a8", "w8"))
-    left = model.num_parameters()
-    assert left == sum(parameter.numel() for parameter in model.parameters())
-    quantized = {row.name: row.shape[0] * row.shape[1] for row in qbert.explain(model).quantized if row.stored_bytes}
-    assert total == left + sum(quantized.values())
-    assert model.num_parameters(exclude_embeddings=True) == left
+    assert (model.num_parameters(), model.num_parameters(exclude_embeddings=True)) == (total, frozen)
+    assert model.bert.num_parameters() == _model().bert.num_parameters()
+    assert model.num_parameters(only_trainable=True) == sum(parameter.numel() for parameter in model.parameters())
     assert dequantize_(model).num_parameters() == total
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_table_that_a_head_computes_with_is_not_exchanged_under_it(family: str) -> None:
+    model = _quantized(family)
+    with pytest.raises(
+        QBertError, match=r"set_input_embeddings: .* is quantized, and .* computes with it; call qbert\.dequantize_"
+    ):
+        model.set_input_embeddings(nn.Embedding(97, 64))
+    output = _output(model)
+    model.set_input_embeddings(model.get_input_embeddings())
+    assert torch.equal(_output(model), output)
+
+
+def test_a_table_that_nothing_is_tied_to_is_exchanged(tmp_path: Path) -> None:
+    model, table = _quantized("Bert", "w8", "Model"), nn.Embedding(97, 64)
+    model.set_input_embeddings(table)
+    assert model.get_input_embeddings() is table
+    qbert.save(model, tmp_path / "saved")
+    assert torch.equal(_output(qbert.load(tmp_path / "saved")), _output(model))

@@ -428,3 +428,20 @@ def test_minilm_takes_the_paper_s_number_of_iterations(bits: int, fewest: int, m
 def test_minilm_two_runs_give_the_same_bytes() -> None:
     for key in list(_encoder_matrices())[::12]:
         _assert_same_bytes(quantize(_encoder_matrices()[key], SCHEMES["gobo4a8"]), _quantized_encoder("gobo4a8")[key])
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096, 4097, 20000])
+def test_sums_and_places_are_those_of_a_float64_for_every_weight(size: int) -> None:
+    """Bit for bit, at the ends of blocks too, though only the weights are kept, as float32."""
+    values = np.sort(np.random.default_rng(size).normal(0, 0.05, size).astype(np.float32))
+    doubles, ordered = values.astype(np.float64), gobo._Ordered(values)
+    prefix = np.concatenate(([0.0], np.cumsum(doubles)))
+    counts = np.unique(np.clip([0, 1, 2, 4095, 4096, 4097, 8192, size - 1, size], 0, size))
+    assert ordered.sums(counts).tobytes() == prefix[counts].tobytes()
+    assert ordered.total() == prefix[-1]
+    assert ordered.sum_of(np.square) == np.cumsum(doubles**2)[-1]
+    bounds = np.concatenate(
+        (doubles[::97], (doubles[1:] + doubles[:-1])[::97] / 2, [-np.inf, np.inf, 1e300, -1e300, 0.0])
+    )
+    for side in ("left", "right"):
+        np.testing.assert_array_equal(ordered.all_below(bounds, side), np.searchsorted(doubles, bounds, side))

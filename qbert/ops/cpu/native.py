@@ -240,15 +240,18 @@ _CODES, _WHOLE = -1, -1  # in place of a float type, and of a window
 
 def attention(a: Attention) -> Tensor:
     qkv, cu_seqlens = dense(a.qkv), dense(a.cu_seqlens)
-    scales, bias, rotary = (None if each is None else dense(each) for each in (a.scales, a.bias, a.rotary))
+    scales, bias, rotary, queries, query_scales = (
+        None if each is None else dense(each) for each in (a.scales, a.bias, a.rotary, a.queries, a.query_scales)
+    )
     t, head_dim = qkv.shape[0], a.head_dim
     _check_terms(cu_seqlens, t, head_dim)
-    context = qkv.new_empty(t, a.heads * head_dim, dtype=checks.out_type(a.out))
+    dtype, width = checks.out_type(a.out), a.heads * head_dim
+    context = qkv.new_empty(t, width, dtype=dtype) if queries is None else torch.zeros(queries.shape, dtype=dtype)
     covers = _cpu.attention(
         qkv.data_ptr(), FLOAT_TYPES.get(qkv.dtype, _CODES), pointer(scales), scales is not None and scales.dim() == 2,
-        cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1, t, a.heads, head_dim, a.softmax_scale,
-        _WHOLE if a.window is None else a.window, pointer(bias), 0 if bias is None else bias.shape[1] // 2, pointer(rotary),
-        0 if rotary is None else rotary.shape[0], context.data_ptr(), out_type(a.out), inverse_scale(a.out),
+        pointer(queries), pointer(query_scales), cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1, t, a.heads, head_dim,
+        a.softmax_scale, _WHOLE if a.window is None else a.window, pointer(bias), 0 if bias is None else bias.shape[1] // 2,
+        pointer(rotary), 0 if rotary is None else rotary.shape[0], context.data_ptr(), out_type(a.out), inverse_scale(a.out),
         torch.get_num_threads(),
     )  # fmt: skip
     if not covers:

@@ -127,6 +127,22 @@ class Heads(NamedTuple):
     inverse_out_scale: Any
 
 
+class Distances(NamedTuple):
+    """What attention makes of the distance of a key from its query, and of positions: see `qbert.ops.operations.Attention`.
+
+    Attributes:
+        window: how far a query sees, or None.
+        bias: (heads, 2 * reach + 1) float32, or None.
+        reach: of the biases, or None.
+        positions: how many have a rotation, or None: longer sequences come out as NaN.
+    """
+
+    window: Any
+    bias: Any
+    reach: Any
+    positions: Any
+
+
 # ---- what a kernel is compiled for ----------------------------------------------------------------------------------
 
 
@@ -236,9 +252,27 @@ class AttentionMeta(NamedTuple):
         BLOCK_D: power of two, at least HEAD_DIM and 32, which is the least K of an int8 wgmma.
         BLOCK_Q: queries of a program.
         PER_TOKEN: whether each token has scales of its own.
+        PER_HEAD: whether each of its heads has.
+        PTX: whether biases are looked up by NVIDIA's instruction.
     """
 
     HEAD_DIM: int
     BLOCK_D: int
     BLOCK_Q: int
     PER_TOKEN: bool
+    PER_HEAD: bool = False
+    PTX: bool = False
+
+
+class HeadsMeta(NamedTuple):
+    """Of the rounding of heads.
+
+    Attributes:
+        HEAD_DIM: channels of a head.
+        HALF: power of two, at least half of them.
+        HEADS: of a program, a power of two.
+    """
+
+    HEAD_DIM: int
+    HALF: int
+    HEADS: int

@@ -1,0 +1,107 @@
+"""Smaller without training: what each plan costs and saves, losing rows too.
+
+    python -m benchmarks.bench_compress --model minilm --task trec --task lee
+
+Every row compresses a fresh copy of the model by a recipe, on texts of none of the tasks, and is scored against the original:
+the paired change in points, its 95% interval, and the milliseconds of the model quantized, calibrated and fused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from qbert.calibrate import default_texts
+from qbert.compress import Compression, CompressionReport, compress
+from qbert.errors import QBertError
+from qbert.evaluate import Baseline, EvalResult, load_fp32, load_tokenizer, prepare_baseline, score
+from qbert.zoo import resolve_model
+
+# Name -> fields of `qbert.Compression` beside the scheme.
+PLANS: dict[str, dict[str, Any]] = {
+    "quantized only": {},
+    "5 layers": {"layers": 5},
+    "4 layers": {"layers": 4},
+    "prune x1.25": {"prune": {"speedup": 1.25}},
+    "prune x1.5": {"prune": {"speedup": 1.5}},
+    "prune x2": {"prune": {"speedup": 2.0}},
+    "prune x1.5, means only": {"prune": {"speedup": 1.5, "refit": False}},
+    "prune x1.5, uniform": {"prune": {"speedup": 1.5, "uniform": True}},
+    "5 layers, prune x1.25": {"layers": 5, "prune": {"speedup": 1.25}},
+    "16,384 words": {"vocabulary": 16384},
+    "8,192 words": {"vocabulary": 8192},
+}
+
+
+class Row(BaseModel):
+    """One plan: its report, and the scores of the finished model on the tasks."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    plan: str
+    report: CompressionReport
+    scores: list[EvalResult]
+
+
+def run_plan(
+    model: nn.Module, tokenizer: Any, plan: str, scheme: str, baselines: list[Baseline], texts: list[str]
+) -> Row:
+    """Compresses a copy of the model and scores it."""
+    recipe = Compression.of(**PLANS[plan], quantize=scheme)
+    small = compress(model, recipe, texts=texts, tokenizer=tokenizer)
+    scores = [score(small.model, small.tokenizer, each) for each in baselines]
+    return Row(plan=plan, report=small.report, scores=scores)
+
+
+def line(row: Row) -> str:
+    """A row of the table: plan, milliseconds, speed-up over the quantized original, and the tasks."""
+    first, last = row.report.steps[0], row.report.steps[-1]
+    macs, parameters = last.size.macs / first.size.macs, last.size.parameters / first.size.parameters
+    faster = "" if last.speedup is None else f"{last.speedup:.2f}x ({last.ms:.0f} ms)"
+    seconds = sum(step.seconds for step in row.report.steps)
+    cells = [row.plan, f"x{macs:.2f}", f"x{parameters:.2f}", faster, f"{last.agreement.mean:.3f}"]
+    for found in row.scores:
+        assert found.comparison is not None
+        low, high = found.comparison.drop_interval
+        cells.append(f"{-found.comparison.drop:+.1f} [{-high:+.1f}, {-low:+.1f}]")
+    return f"| {' | '.join([*cells, f'{seconds:.0f}'])} |"
+
+
+def header(tasks: list[str]) -> str:
+    """The first two lines of the table."""
+    cells = ["plan", "multiply-adds", "parameters", "faster than quantized only", "agreement", *tasks, "s"]
+    return f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}"
+
+
+def main(
+    model: Annotated[str, typer.Option(help="alias, folder or hub id")] = "minilm",
+    task: Annotated[list[str] | None, typer.Option(help="may be repeated")] = None,
+    plan: Annotated[list[str] | None, typer.Option(help="some of the plans, by name; may be repeated")] = None,
+    scheme: Annotated[str, typer.Option(help="of the finished model")] = "w8a8",
+    texts: Annotated[int, typer.Option(help="paragraphs of English prose to compress by")] = 512,
+    out: Annotated[Path | None, typer.Option(help="rows as JSON, written as they come")] = None,
+) -> None:
+    """Run the plans one after the other and print a row for each."""
+    names, tasks = plan or list(PLANS), task or ["trec", "lee"]
+    for name in names:
+        if name not in PLANS:
+            raise QBertError(f"plan {name!r}; allowed: {', '.join(PLANS)}")
+    path = resolve_model(model)
+    original, tokenizer = load_fp32(path), load_tokenizer(path)
+    baselines = [prepare_baseline(original, tokenizer, each) for each in tasks]
+    print(header(tasks))
+    rows: list[Row] = []
+    for name in names:
+        rows.append(run_plan(original, tokenizer, name, scheme, baselines, default_texts(texts)))
+        print(line(rows[-1]), flush=True)
+        if out is not None:
+            out.write_text(json.dumps([row.model_dump(mode="json") for row in rows], indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,15 @@
+"""Encoders made smaller without training: layers, heads, neurons and words taken out of a float model, in place.
+
+Order: words, layers, heads and neurons, then quantize and calibrate. Every function returns a report of what it cost.
+"""
+
+from qbert.compress.layers import drop_layers_
+from qbert.compress.prune import PruneReport, prune_
+from qbert.compress.recipe import Compressed, Compression, CompressionReport, compress
+from qbert.compress.report import Agreement, Report, Size
+from qbert.compress.vocabulary import VocabularyReport, trim_vocabulary_
+
+__all__ = [
+    "Agreement", "Compressed", "Compression", "CompressionReport", "PruneReport", "Report", "Size", "VocabularyReport",
+    "compress", "drop_layers_", "prune_", "trim_vocabulary_",
+]  # fmt: skip

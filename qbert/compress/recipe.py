@@ -1,0 +1,343 @@
+"""All methods one after the other, in the only order in which each leaves the next one possible, and what every step cost."""
+
+from __future__ import annotations
+
+import copy
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor, nn
+
+from qbert.calibrate import calibrate, tokenizer_beside
+from qbert.compress.latency import Load, measured_ms
+from qbert.compress.layers import drop_layers_
+from qbert.compress.prune import prune_
+from qbert.compress.report import Agreement, Size
+from qbert.compress.texts import Texts, agreement, float_encoder, outputs_of, require
+from qbert.compress.vocabulary import trim_vocabulary_
+from qbert.convert import fuse_, quantize_
+from qbert.errors import QBertError
+from qbert.recipe import Recipe
+from qbert.shapes import ShapePlan, plan_of
+
+Progress = Callable[[int, int, str], None]
+AfterStep = Callable[[nn.Module, Any], Any]  # (model, its tokenizer) -> what goes into the step's `scores`
+
+_JUDGED = 8  # one text in eight is given to no step
+_LEAST_JUDGED = 8
+_CALIBRATED_BY = 128  # texts
+
+
+class Pruning(BaseModel):
+    """Arguments of `prune_`: one of speedup, macs, or heads and ffn."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    speedup: float | None = None
+    macs: float | None = None
+    heads: int | list[int] | None = None
+    ffn: int | list[int] | None = None
+    uniform: bool = False
+    refit: bool = True
+
+
+class Compression(BaseModel):
+    """What to take out of a model, and what to quantize the rest to. Steps that are None are left out.
+
+    Attributes:
+        vocabulary: pieces that stay, see `trim_vocabulary_`.
+        layers: how many stay, or which, see `drop_layers_`.
+        prune: how many times faster a forward is to be by fewer heads and neurons, or other arguments of `prune_`.
+        quantize: scheme of the linears; the encoder is calibrated on the texts and fused.
+        embedding: scheme of the embeddings.
+        batch, seq: of the forward that is measured, and that is to be faster.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vocabulary: Annotated[int, Field(strict=True, ge=1)] | None = None
+    layers: Annotated[int, Field(strict=True, ge=1)] | list[int] | None = None
+    prune: float | Pruning | None = None
+    quantize: str | None = None
+    embedding: str | None = None
+    batch: Annotated[int, Field(strict=True, ge=1)] = 8
+    seq: Annotated[int, Field(strict=True, ge=1)] = 128
+
+    @model_validator(mode="after")
+    def _something(self) -> Compression:
+        if not any((self.vocabulary, self.layers, self.prune, self.quantize, self.embedding)):
+            raise ValueError("it says nothing to do; allowed: vocabulary, layers, prune, quantize, embedding")
+        _ = self.scheme  # a QBertError is a ValueError, which pydantic reports as its own
+        return self
+
+    @property
+    def scheme(self) -> Recipe | None:
+        """What to quantize to."""
+        if self.quantize is None and self.embedding is None:
+            return None
+        return Recipe(linear=self.quantize, embedding=self.embedding)
+
+    @property
+    def pruning(self) -> Pruning | None:
+        """Arguments of `prune_`."""
+        return Pruning(speedup=self.prune) if isinstance(self.prune, float) else self.prune
+
+    @classmethod
+    def of(cls, **fields: Any) -> Compression:
+        """The same, with one line for what does not fit.
+
+        Raises:
+            QBertError: a field that is unknown, of the wrong type or out of range.
+        """
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise QBertError(
+                f"compression: {where + ': ' if where else ''}{first['msg']}, got {first['input']!r:.80}"
+            ) from None
+
+    @classmethod
+    def read(cls, path: str | Path) -> Compression:
+        """From a TOML file with these fields.
+
+        Raises:
+            QBertError: no such file, no TOML, or a field that does not fit.
+        """
+        try:
+            fields = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise QBertError(f"recipe {str(path)!r}: {error}") from None
+        return cls.of(**fields)
+
+
+class Step(BaseModel):
+    """A row of the report.
+
+    Attributes:
+        method: what was done.
+        plan: what is left after it.
+        size: after it.
+        agreement: with the original, on texts that no step has seen.
+        ms: of a forward as the finished model runs (quantized if the recipe says so); None where nothing was measured.
+        speedup: how many times as long the original takes that way, measured in turns with it.
+        seconds: the step took.
+        notes: what the method says of itself.
+        scores: what `after_step` returned.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str
+    plan: ShapePlan
+    size: Size
+    agreement: Agreement
+    ms: float | None
+    speedup: float | None
+    seconds: float
+    notes: list[str] = Field(default_factory=list)
+    scores: Any = None
+
+
+class CompressionReport(BaseModel):
+    """Outcome of `compress`: the original, then a row for each step.
+
+    Attributes:
+        recipe: what was asked for.
+        float_ms: milliseconds of the original as it is and of the finished model, in turns; None where nothing was measured.
+        load: of which forward.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    recipe: Compression
+    steps: list[Step]
+    float_ms: tuple[float, float] | None
+    load: str
+
+    def __str__(self) -> str:
+        header = ("step", "parameters", "multiply-adds", "ms", "faster", "agreement", "s", "what is left")
+        rows = [header, *(self._row(step) for step in self.steps)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if self.float_ms is not None:
+            before, after = self.float_ms
+            lines.append(f"x{before / after:.2f} over the float original ({before:.1f} -> {after:.1f} ms; {self.load})")
+        return "\n".join(lines)
+
+    def _row(self, step: Step) -> tuple[str, ...]:
+        low, high = step.agreement.interval
+        ms, faster = (f"{step.ms:.2f}", f"x{step.speedup:.2f}") if step.ms and step.speedup else ("", "")
+        macs = step.size.macs / self.steps[0].size.macs
+        near = f"{step.agreement.mean:.4f} [{low:.4f}, {high:.4f}]"
+        return (
+            step.method, f"{step.size.parameters / 1e6:.2f}M", f"x{macs:.3f}", ms, faster, near, f"{step.seconds:.0f}",
+            str(step.plan),
+        )  # fmt: skip
+
+
+class Compressed(NamedTuple):
+    """A smaller model, its tokenizer (another one where the vocabulary was trimmed), and what it cost."""
+
+    model: Any
+    tokenizer: Any
+    report: CompressionReport
+
+
+def compress(
+    model: nn.Module,
+    recipe: Compression,
+    *,
+    texts: Sequence[str],
+    tokenizer: Any = None,
+    labels: Sequence[int] | None = None,
+    pooling: str = "mean",
+    measure: bool = True,
+    after_step: AfterStep | None = None,
+    progress: Progress | None = None,
+) -> Compressed:
+    """Makes a smaller copy of a model: words, layers, heads and neurons, then calibration and quantization.
+
+    Quantizing comes last: weights are refitted before it, and its static scales are those of what is left. One text in eight is
+    given to no step and says how near each step's model is to the original.
+
+    Args:
+        model: float; left as it is, like the tokenizer.
+        recipe: what to do. Compressed models may be compressed again.
+        texts: of the kind the model is used on, some hundreds or more.
+        tokenizer: by default the one beside the model's files.
+        labels: of a classifier, for pruning, see `prune_`.
+        pooling: of embeddings, ``"mean"`` or ``"cls"``.
+        measure: whether each step's milliseconds are measured.
+        after_step: called with the model and tokenizer after each step; what it returns is in the report.
+        progress: see `prune_`.
+
+    Raises:
+        QBertError: see the methods.
+    """
+    encoder = float_encoder(model, "compressing")
+    tokenizer = tokenizer_beside(encoder.base) if tokenizer is None else tokenizer
+    if labels is not None and len(labels) != len(texts):
+        raise QBertError(f"{len(labels)} labels for {len(texts)} texts; allowed: one for each")
+    chef = _Chef(model, recipe, texts, tokenizer, labels, pooling, measure, after_step, progress)
+    return chef.cooked()
+
+
+class _Chef:
+    """A model on its way through a recipe."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Compression,
+        texts: Sequence[str],
+        tokenizer: Any,
+        labels: Sequence[int] | None,
+        pooling: str,
+        measure: bool,
+        after_step: AfterStep | None,
+        progress: Progress | None,
+    ) -> None:
+        self.original, self.recipe, self.pooling, self.progress = model, recipe, pooling, progress
+        self.model, self.tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
+        self.judging = list(texts)[_JUDGED - 1 :: _JUDGED]
+        given = [place for place in range(len(texts)) if place % _JUDGED != _JUDGED - 1]
+        self.texts = [texts[place] for place in given]
+        self.labels = None if labels is None else [labels[place] for place in given]
+        judged = Texts.of(model, self.judging, tokenizer)
+        require(judged, _LEAST_JUDGED, f"compressing, with one of {_JUDGED} set apart,")
+        self.before = outputs_of(model, judged, pooling)
+        self.load = Load(recipe.batch, recipe.seq, recipe.quantize)
+        self.measure, self.after_step = measure, after_step
+        self.steps: list[Step] = []
+
+    def cooked(self) -> Compressed:
+        recipe, pruning = self.recipe, self.recipe.pruning
+        self._note("original", 0.0, [])
+        if recipe.vocabulary is not None:
+            self._do(
+                lambda: trim_vocabulary_(
+                    self.model, self.tokenizer, self.texts, size=recipe.vocabulary or 0, pooling=self.pooling
+                )
+            )
+        common: dict[str, Any] = {"tokenizer": self.tokenizer, "pooling": self.pooling, "progress": self.progress}
+        if recipe.layers is not None:
+            self._do(lambda: drop_layers_(self.model, self.texts, keep=recipe.layers or 0, **common))
+        if pruning is not None:
+            forward: dict[str, Any] = {
+                "batch": recipe.batch,
+                "seq": recipe.seq,
+                "scheme": recipe.quantize,
+                "labels": self.labels,
+            }
+            wanted: dict[str, Any] = pruning.model_dump()
+            self._do(lambda: prune_(self.model, self.texts, **wanted, **forward, **common))
+        float_ms = self._float_ms()
+        if recipe.scheme is not None:
+            start = time.perf_counter()
+            self._quantize(recipe.scheme)
+            self._note(f"quantize {recipe.quantize or 'embeddings'}", time.perf_counter() - start, [])
+        return Compressed(
+            self.model,
+            self.tokenizer,
+            CompressionReport(recipe=recipe, steps=self.steps, float_ms=float_ms, load=str(self.load)),
+        )
+
+    def _do(self, step: Callable[[], Any]) -> None:
+        report = step()
+        self._note(report.method, report.seconds, str(report).splitlines()[1:])
+
+    def _quantize(self, scheme: Recipe) -> None:
+        calibration = None
+        if scheme.linear is not None:
+            calibration = calibrate(self.model, self.texts[:_CALIBRATED_BY], tokenizer=self.tokenizer)
+        quantize_(self.model, scheme)
+        if calibration is not None:
+            fuse_(self.model, calibration)
+
+    def _float_ms(self) -> tuple[float, float] | None:
+        if not self.measure:
+            return None
+        stays = Load(self.load.batch, self.load.seq, None)
+        ms = measured_ms({"float": (self.original, stays), "now": (self.model, self.load)}, self._batches())
+        return ms["float"], ms["now"]
+
+    def _ms(self) -> tuple[float | None, float | None]:
+        """Milliseconds of the model as the finished one will run, and how many times as long the original takes."""
+        if not self.measure:
+            return None, None
+        if _is_quantized(self.model):  # so it ran already when it was measured last
+            return self.steps[-1].ms, self.steps[-1].speedup
+        models = {"before": self.original, "now": self.model} if self.steps else {"now": self.model}
+        ms = measured_ms({name: (each, self.load) for name, each in models.items()}, self._batches())
+        return ms["now"], ms.get("before", ms["now"]) / ms["now"]
+
+    def _batches(self) -> list[dict[str, Tensor]]:
+        given = Texts.of(self.model, self.texts[:_CALIBRATED_BY], self.tokenizer)
+        return [batch for _, batch in given.batches(next(self.model.parameters()).device)]
+
+    def _note(self, method: str, seconds: float, notes: list[str]) -> None:
+        judged = Texts.of(self.model, self.judging, self.tokenizer)
+        after: Tensor = outputs_of(self.model, judged, self.pooling)
+        near = Agreement.of(agreement(self.original, self.before, after))
+        plan = plan_of(self.model)
+        scores = None if self.after_step is None else self.after_step(self.model, self.tokenizer)
+        ms, speedup = self._ms()
+        size = self.steps[-1].size if self.steps and _is_quantized(self.model) else Size.of(self.model)
+        self.steps.append(
+            Step(
+                method=method, plan=plan, size=size, agreement=near, ms=ms, speedup=speedup, seconds=seconds, notes=notes,
+                scores=scores,
+            )
+        )  # fmt: skip
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    from qbert.modules import QuantizedModule
+
+    return any(isinstance(module, QuantizedModule) for module in model.modules())

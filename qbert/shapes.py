@@ -1,0 +1,366 @@
+"""The shapes of a compressed encoder as data: what was kept of the original, and how a model is brought to those shapes.
+
+After layers, heads, neurons or words were taken out, a model has other shapes than its class builds. A `ShapePlan` says which;
+it stands in a checkpoint's record, and the skeleton of a model is resized by it before weights are put in. Classes and the
+names in a `state_dict` stay what they were. Layers and words are counted in the model's configuration as well; a plan with all
+heads and one width of all feed-forward networks is `plain`: such a model is an ordinary one of transformers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from qbert.encoder import encoders
+from qbert.encoder.build import head_size
+from qbert.errors import CheckpointError, QBertError
+from qbert.families import EncoderFamily
+from qbert.families.family import Reshaping
+from qbert.families.mpnet import KEPT_HEADS, narrowed_bias
+
+_MOST = 2**31 - 1
+_PLAN = "_qbert_shapes"  # attribute of a bare encoder
+_WHERE = "quantization_config.shapes"
+
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+Index = Annotated[int, Field(ge=0, le=_MOST)]
+
+
+class Original(BaseModel):
+    """What the uncompressed model had: layers, heads of a layer, width of its feed-forward network, rows of the word table."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    layers: Count
+    heads: Count
+    ffn: Count
+    vocabulary: Count
+
+
+class LayerShape(BaseModel):
+    """One layer that was kept.
+
+    Attributes:
+        source: its index in the original.
+        heads: which of its heads are left, by their indexes in the original, ascending.
+        ffn: how many neurons its feed-forward network has left.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    source: Index
+    heads: Annotated[tuple[Index, ...], Field(strict=False, min_length=1)]
+    ffn: Count
+
+    @model_validator(mode="after")
+    def _ascending(self) -> LayerShape:
+        if any(a >= b for a, b in itertools.pairwise(self.heads)):
+            raise ValueError(f"heads must ascend, got {list(self.heads)[:20]}")
+        return self
+
+
+class ShapePlan(BaseModel):
+    """What is left of an encoder.
+
+    Attributes:
+        of: the original's sizes.
+        layers: those that were kept, in order.
+        vocabulary: rows of the word table.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    of: Original
+    layers: Annotated[tuple[LayerShape, ...], Field(strict=False, min_length=1)]
+    vocabulary: Count
+
+    @model_validator(mode="after")
+    def _within_the_original(self) -> ShapePlan:
+        sources = [each.source for each in self.layers]
+        if any(a >= b for a, b in itertools.pairwise(sources)) or sources[-1] >= self.of.layers:
+            raise ValueError(f"layers must ascend below {self.of.layers}, got {sources[:20]}")
+        for each in self.layers:
+            if each.heads[-1] >= self.of.heads:
+                raise ValueError(f"layer {each.source} keeps head {each.heads[-1]}; there were {self.of.heads}")
+            if each.ffn > self.of.ffn:
+                raise ValueError(f"layer {each.source} has {each.ffn} neurons; there were {self.of.ffn}")
+        if self.vocabulary > self.of.vocabulary:
+            raise ValueError(f"a vocabulary of {self.vocabulary}; there were {self.of.vocabulary} words")
+        return self
+
+    @property
+    def plain(self) -> bool:
+        """Whether transformers' own class builds these shapes from a configuration."""
+        whole = all(len(each.heads) == self.of.heads for each in self.layers)
+        return whole and len({each.ffn for each in self.layers}) == 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is gone."""
+        return self.plain and (len(self.layers), self.layers[0].ffn, self.vocabulary) == (
+            self.of.layers, self.of.ffn, self.of.vocabulary,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        heads, ffn = ([len(each.heads) for each in self.layers], [each.ffn for each in self.layers])
+        kept = " ".join(str(each.source) for each in self.layers)
+        layers = f"{len(self.layers)} of {self.of.layers} layers" + (
+            f" ({kept})" if len(self.layers) < self.of.layers else ""
+        )
+        words = f"vocabulary {self.vocabulary:,} of {self.of.vocabulary:,}"
+        return f"{layers}, heads {_run(heads, self.of.heads)}, FFN {_run(ffn, self.of.ffn)}, {words}"
+
+
+def _run(counts: Sequence[int], of: int) -> str:
+    """`12 of 12` where all layers have as many, else one a layer."""
+    return f"{counts[0]} of {of}" if len(set(counts)) == 1 else f"{' '.join(map(str, counts))} of {of}"
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """The one encoder of a model whose shapes can be changed.
+
+    Attributes:
+        base: the bare encoder.
+        paths: of its layers, in order.
+        where: where it says its sizes.
+    """
+
+    base: Any
+    family: EncoderFamily
+    where: Reshaping
+    paths: tuple[str, ...]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The list of layers."""
+        return cast(nn.ModuleList, self.base.get_submodule(self.family.layers))
+
+    def attention(self, layer: Any) -> Any:
+        """The module that a layer's queries come from."""
+        return layer.get_submodule(self.family.layer.qkv[0].rpartition(".")[0])
+
+    def head_dim(self, layer: Any) -> int:
+        """Channels of one head."""
+        attention, query = self.attention(layer), layer.get_submodule(self.family.layer.qkv[0])
+        heads = int(self.family.setting(self.base.config, "heads"))
+        return head_size(attention, int(query.out_features), heads)
+
+    def words(self) -> Any:
+        """The word table."""
+        return self.base.get_submodule(self.family.embeddings.words)
+
+
+def shaped(model: nn.Module) -> Shaped:
+    """The encoder of a model, to be compressed.
+
+    Raises:
+        QBertError: none or several, or one of a family whose layers cannot be changed.
+    """
+    found = list(encoders(model))
+    if len(found) != 1:
+        raise QBertError(f"{type(model).__name__} has {len(found)} encoders of a known family; needed: one")
+    _, base, family = found[0]
+    if isinstance(family.reshaping, str):
+        raise QBertError(f"{family.name} cannot be taken apart: {family.reshaping}")
+    return Shaped(base, family, family.reshaping, tuple(family.calls(base, family.layers).values()))
+
+
+def plan_of(model: nn.Module) -> ShapePlan:
+    """What is left of the original in a model; of one that was never compressed, everything.
+
+    Raises:
+        QBertError: see `shaped`.
+    """
+    encoder = shaped(model)
+    held = encoder.base.__dict__.get(_PLAN)
+    return held if isinstance(held, ShapePlan) else _whole(encoder)
+
+
+def recorded_plan(model: nn.Module) -> ShapePlan | None:
+    """The plan that a checkpoint of this model must carry; None where nothing was taken out, or of models with no plan."""
+    plans = [base.__dict__.get(_PLAN) for _, base, _ in encoders(model)]
+    held = plans[0] if len(plans) == 1 else None
+    return held if isinstance(held, ShapePlan) and not held.whole else None
+
+
+def _whole(encoder: Shaped) -> ShapePlan:
+    heads = int(encoder.family.setting(encoder.base.config, "heads"))
+    widths = [_ffn_of(encoder, layer) for layer in encoder.layers]
+    words = _rows(encoder.words())
+    shapes = (LayerShape(source=index, heads=tuple(range(heads)), ffn=width) for index, width in enumerate(widths))
+    of = Original(layers=len(widths), heads=heads, ffn=max(widths), vocabulary=words)
+    return ShapePlan(of=of, layers=tuple(shapes), vocabulary=words)
+
+
+def _ffn_of(encoder: Shaped, layer: Any) -> int:
+    return int(layer.get_submodule(encoder.family.layer.ffn_in).out_features)
+
+
+def _rows(table: Any) -> int:
+    return int(table.num_embeddings)
+
+
+def note(encoder: Shaped, plan: ShapePlan) -> None:
+    """Writes down what is left: in the model's configuration what transformers reads there, the rest beside the encoder."""
+    config = encoder.base.config
+    setattr(config, encoder.where.layers, len(plan.layers))
+    setattr(config, encoder.where.ffn, max(each.ffn for each in plan.layers))
+    config.vocab_size = plan.vocabulary
+    encoder.base.__dict__[_PLAN] = plan
+
+
+# ---- a skeleton brought to a plan's shapes --------------------------------------------------------------------------
+
+
+def resize_(model: nn.Module, plan: ShapePlan) -> None:
+    """Gives a model that was built from a compressed model's configuration the shapes of its plan; values are not set.
+
+    Raises:
+        CheckpointError: a plan of another model: other layers, heads, widths or words than the configuration builds.
+    """
+    try:
+        encoder = shaped(model)
+    except QBertError as error:
+        raise CheckpointError(_WHERE, "must be of a model whose shapes can change", str(error)) from None
+    _check_fits(encoder, plan)
+    for layer, shape in zip(encoder.layers, plan.layers, strict=True):
+        head_dim = encoder.head_dim(layer)
+        paths = encoder.family.layer
+        for path in paths.qkv:
+            _resize(layer.get_submodule(path), rows=len(shape.heads) * head_dim)
+        _resize(layer.get_submodule(paths.attention_output), columns=len(shape.heads) * head_dim)
+        _resize(layer.get_submodule(paths.ffn_in), rows=shape.ffn)
+        _resize(layer.get_submodule(paths.ffn_out), columns=shape.ffn)
+        _count_heads(encoder, layer, shape.heads, plan.of.heads, head_dim)
+    note(encoder, plan)
+
+
+def _check_fits(encoder: Shaped, plan: ShapePlan) -> None:
+    heads, rows = int(encoder.family.setting(encoder.base.config, "heads")), _rows(encoder.words())
+    widths = {_ffn_of(encoder, layer) for layer in encoder.layers}
+    largest = max(each.ffn for each in plan.layers)
+    for name, found, built in (
+        ("layers", len(plan.layers), len(encoder.layers)),
+        ("of.heads", plan.of.heads, heads),
+        ("layers: the largest ffn", largest, max(widths, default=0)),
+        ("vocabulary", plan.vocabulary, rows),
+    ):
+        if found != built:
+            raise CheckpointError(f"{_WHERE}.{name}", f"must be the {built} of the configuration", found)
+
+
+def _resize(linear: Any, rows: int | None = None, columns: int | None = None) -> None:
+    n, k = rows or linear.out_features, columns or linear.in_features
+    if (n, k) == (linear.out_features, linear.in_features):
+        return
+    linear.weight = _like(linear.weight, linear.weight.new_empty(n, k))
+    if linear.bias is not None and len(linear.bias) != n:
+        linear.bias = _like(linear.bias, linear.bias.new_empty(n))
+    linear.out_features, linear.in_features = n, k
+
+
+def _like(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.detach(), requires_grad=old.requires_grad)
+
+
+def _count_heads(encoder: Shaped, layer: Any, heads: Sequence[int], of: int, head_dim: int) -> None:
+    """What an attention module says of its heads, and which biases are theirs.
+
+    Args:
+        heads: those left, by their indexes in the table of biases.
+        of: how many there were.
+    """
+    attention = encoder.attention(layer)
+    setattr(attention, encoder.where.heads, len(heads))
+    if encoder.where.width is not None:
+        setattr(attention, encoder.where.width, len(heads) * head_dim)
+    if not encoder.where.biased or len(heads) == of:
+        return
+    setattr(attention, KEPT_HEADS, tuple(heads))
+    outer = layer.attention
+    if narrowed_bias not in outer._forward_pre_hooks.values():
+        outer.register_forward_pre_hook(narrowed_bias, with_kwargs=True)
+
+
+# ---- parts taken out of a model -------------------------------------------------------------------------------------
+
+
+def keep_layers_(model: nn.Module, keep: Sequence[int]) -> ShapePlan:
+    """Leaves those layers of an encoder, by their places in it, ascending. Returns the new plan."""
+    encoder, plan = shaped(model), plan_of(model)
+    layers = encoder.layers
+    kept = [layers[index] for index in keep]
+    for index, layer in enumerate(kept):
+        layers[index] = layer
+        if hasattr(encoder.attention(layer), "layer_idx"):
+            encoder.attention(layer).layer_idx = index
+    for _ in range(len(layers) - len(kept)):
+        del layers[-1]
+    plan = plan.model_copy(update={"layers": tuple(plan.layers[index] for index in keep)})
+    note(encoder, plan)
+    return plan
+
+
+@torch.no_grad()
+def keep_heads_(model: nn.Module, place: int, keep: Sequence[int]) -> ShapePlan:
+    """Leaves those heads of the layer at that place, by their places among its heads now, ascending. Returns the new plan."""
+    encoder, plan = shaped(model), plan_of(model)
+    layer, shape, paths = encoder.layers[place], plan.layers[place], encoder.family.layer
+    head_dim = encoder.head_dim(layer)
+    channels = (torch.tensor(list(keep))[:, None] * head_dim + torch.arange(head_dim)).flatten()
+    for path in paths.qkv:
+        _select(layer.get_submodule(path), rows=channels)
+    _select(layer.get_submodule(paths.attention_output), columns=channels)
+    heads = tuple(shape.heads[index] for index in keep)
+    _count_heads(encoder, layer, heads, plan.of.heads, head_dim)
+    return _changed(encoder, plan, place, {"heads": heads})
+
+
+@torch.no_grad()
+def keep_neurons_(model: nn.Module, place: int, keep: Sequence[int]) -> ShapePlan:
+    """Leaves those neurons of the feed-forward network of the layer at that place, ascending. Returns the new plan."""
+    encoder, plan = shaped(model), plan_of(model)
+    layer, paths, neurons = encoder.layers[place], encoder.family.layer, torch.tensor(list(keep))
+    _select(layer.get_submodule(paths.ffn_in), rows=neurons)
+    _select(layer.get_submodule(paths.ffn_out), columns=neurons)
+    return _changed(encoder, plan, place, {"ffn": len(neurons)})
+
+
+@torch.no_grad()
+def keep_words_(model: nn.Module, keep: Sequence[int]) -> ShapePlan:
+    """Leaves those rows of the word table, ascending. Returns the new plan."""
+    encoder, plan = shaped(model), plan_of(model)
+    table, rows = encoder.words(), torch.tensor(list(keep))
+    table.weight = _like(table.weight, table.weight[rows.to(table.weight.device)].clone())
+    table.num_embeddings = len(rows)
+    plan = plan.model_copy(update={"vocabulary": len(rows)})
+    note(encoder, plan)
+    return plan
+
+
+def _select(linear: Any, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    weight = linear.weight
+    if rows is not None:
+        rows = rows.to(weight.device)
+        weight = weight[rows]
+        if linear.bias is not None:
+            linear.bias = _like(linear.bias, linear.bias[rows].clone())
+    if columns is not None:
+        weight = weight[:, columns.to(weight.device)].contiguous()
+    linear.weight = _like(linear.weight, weight.clone())
+    linear.out_features, linear.in_features = weight.shape
+
+
+def _changed(encoder: Shaped, plan: ShapePlan, place: int, fields: dict[str, Any]) -> ShapePlan:
+    layers = list(plan.layers)
+    layers[place] = layers[place].model_copy(update=fields)
+    plan = plan.model_copy(update={"layers": tuple(layers)})
+    note(encoder, plan)
+    return plan

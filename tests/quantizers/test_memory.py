@@ -1,0 +1,35 @@
+"""Quantizing takes at most the memory of the largest weight beside the model, as the kernel counts a fresh process's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PEAK = """
+import torch
+from torch import nn
+import qbert
+
+def peak():  # KiB that were ever resident since the last reset
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+
+qbert.quantize_(nn.Sequential(nn.Embedding(64, 64)), qbert.Recipe(None, "gobo4"))  # what is imported late
+for scheme in ("w8", "w4", "gobo4"):
+    model = nn.Sequential(nn.Embedding(120000, 128))
+    open("/proc/self/clear_refs", "w").write("5")
+    before = peak()
+    qbert.quantize_(model, qbert.Recipe(None, scheme))
+    print(scheme, (peak() - before) / (120000 * 128 * 4 / 1024))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+def test_no_scheme_takes_more_than_the_weight_again() -> None:
+    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    peaks = {scheme: float(tables) for scheme, tables in (line.split() for line in run.stdout.splitlines())}
+    assert peaks.keys() == {"w8", "w4", "gobo4"}
+    assert max(peaks.values()) < 1.2, peaks  # and a few megabytes for the rows at hand
