@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qbert.emulation import Emulation
 from qbert.encoder import Calibration, check_calibration, encoders, fused_forward, obstacle
 from qbert.errors import CheckpointError, QBertError
 from qbert.families import KEEP_FLOAT
@@ -28,14 +29,16 @@ from qbert.modules import GUARD, ModuleSpec, collect_specs
 from qbert.ops import FLOAT_DTYPES
 from qbert.recipe import Recipe
 from qbert.shapes import ShapePlan, recorded_plan
-from qbert.weight.tensor import TensorSpec, plain_specs
+from qbert.weight.specs import TensorSpec
+from qbert.weight.tensor import plain_specs
 from qbert.weight.validate import check_finite, check_plain_tensors, check_spec
 
-# 3: records with shapes. 2: with a calibration, which names slots, where version 1 had five fields. Without either nothing
-# differs, and older versions of qbert read it.
-FORMAT_VERSION: Final = 3
+# 4: records with block formats. 3: with shapes. 2: with a calibration, which names slots, where version 1 had five fields.
+# Without any of these nothing differs, and older versions of qbert read it.
+FORMAT_VERSION: Final = 4
+_WITH_SHAPES: Final = 3
 _WITH_CALIBRATION: Final = 2
-_WITH_NEITHER: Final = 1
+_WITH_NONE: Final = 1
 METHOD: Final = "qbert"
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 _MAX_JSON_BYTES = 16 * 2**20  # a configuration is a few hundred kilobytes at most; more is an attack or a mistake
@@ -48,6 +51,7 @@ class Record(BaseModel):
         linear, embedding, exclude, overrides, keep_float: the recipe (see `qbert.Recipe`); the overrides are pairs, because
             their order decides and transformers sorts the keys of the objects that it writes.
         modules: qualified name -> what stands there; none in a float model that was compressed.
+        emulation: block formats, as `qbert.Emulation` spells them, where the recipe is one.
         shapes: what was taken out of the encoder; None where nothing was.
         fuse: the encoder runs fused.
         calibration: its static scales; None where scales are taken token by token.
@@ -58,12 +62,13 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     quant_method: Literal["qbert"]
-    format_version: Literal[1, 2, 3]
+    format_version: Literal[1, 2, 3, 4]
     linear: str | None
     embedding: str | None
     exclude: list[str] = []
     overrides: list[Annotated[tuple[str, str | None], Field(strict=False)]] = []
     keep_float: list[str] = list(KEEP_FLOAT)
+    emulation: dict[str, Any] | None = None
     shapes: ShapePlan | None = None
     modules: dict[str, ModuleSpec]
     fuse: bool = False
@@ -85,8 +90,17 @@ class Record(BaseModel):
 
     @model_validator(mode="after")
     def _shapes_are_of_version_3(self) -> Record:
-        if self.shapes is not None and self.format_version < FORMAT_VERSION:
-            raise ValueError(f"shapes are of format_version {FORMAT_VERSION}, and this one is {self.format_version}")
+        if self.shapes is not None and self.format_version < _WITH_SHAPES:
+            raise ValueError(f"shapes are of format_version {_WITH_SHAPES}, and this one is {self.format_version}")
+        return self
+
+    @model_validator(mode="after")
+    def _only_emulations_are_of_their_version(self) -> Record:
+        if (self.format_version == FORMAT_VERSION) != (self.emulation is not None):
+            there = "no emulation" if self.emulation is None else "one"
+            raise ValueError(
+                f"format_version {FORMAT_VERSION} is of emulated models; this is {self.format_version} with {there}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -100,7 +114,7 @@ class Record(BaseModel):
         """The record of a quantized or compressed model."""
         fields = {**recipe.to_dict(), "overrides": list(recipe.overrides.items()), **_fusion(model)}
         shapes, modules = recorded_plan(model), collect_specs(model)
-        version = format_version(fields["calibration"], shapes)
+        version = format_version(fields["calibration"], shapes, fields.get("emulation"))
         return cls(quant_method=METHOD, format_version=version, **fields, modules=modules, shapes=shapes, source=source)
 
     @classmethod
@@ -120,11 +134,12 @@ class Record(BaseModel):
     @property
     def recipe(self) -> Recipe:
         """The recipe as an object."""
-        return Recipe(self.linear, self.embedding, tuple(self.exclude), dict(self.overrides), tuple(self.keep_float))
+        recipe = Recipe(self.linear, self.embedding, tuple(self.exclude), dict(self.overrides), tuple(self.keep_float))
+        return recipe if self.emulation is None else Emulation.from_dict(recipe, self.emulation)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a configuration file. What says nothing is left out, so that older versions read it too."""
-        unused = {name for name in ("fuse", "calibration", "shapes") if not getattr(self, name)}
+        unused = {name for name in ("fuse", "calibration", "emulation", "shapes") if not getattr(self, name)}
         data = self.model_dump(mode="json", exclude=unused)
         if self.calibration is not None:  # as its version and its age spelled it: that is what its digest is of
             old = self.format_version == 1
@@ -137,11 +152,15 @@ class Record(BaseModel):
         return json.dumps({name: data[name] for name in data.keys() - {"source", "digest"}}, sort_keys=True)
 
 
-def format_version(calibration: Calibration | None, shapes: ShapePlan | None = None) -> Literal[1, 2, 3]:
-    """Of a record with that calibration and those shapes."""
-    if shapes is not None:
+def format_version(
+    calibration: Calibration | None, shapes: ShapePlan | None = None, emulation: Mapping[str, Any] | None = None
+) -> Literal[1, 2, 3, 4]:
+    """Of a record with that calibration, those shapes and that emulation."""
+    if emulation is not None:
         return FORMAT_VERSION
-    return _WITH_NEITHER if calibration is None else _WITH_CALIBRATION
+    if shapes is not None:
+        return _WITH_SHAPES
+    return _WITH_NONE if calibration is None else _WITH_CALIBRATION
 
 
 def check_fusion(record: Record, skeleton: nn.Module) -> None:

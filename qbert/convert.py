@@ -9,14 +9,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qbert.emulation import Emulation
 from qbert.encoder import Calibration, check_calibration, encoders, obstacle, remove_fused, set_fused
 from qbert.encoder.stock import is_stock
 from qbert.errors import CheckpointError, QBertError
-from qbert.formats import Role, Scheme
-from qbert.modules import ModuleSpec, QEmbedding, QLinear, QTiedLinear, QuantizedModule
+from qbert.formats import EmulatedScheme, Role, Scheme
+from qbert.modules import (
+    EmulatedEmbedding,
+    EmulatedLinear,
+    EmulatedModule,
+    EmulatedTiedLinear,
+    ModuleSpec,
+    QEmbedding,
+    QLinear,
+    QTiedLinear,
+    QuantizedModule,
+)  # fmt: skip
+from qbert.modules.attention import round_attention
+from qbert.modules.sites import (
+    describe_sites,
+    remove_sites,
+    round_activation_functions,
+    round_inputs,
+    round_norms,
+)
 from qbert.quantizers import quantize
 from qbert.quantizers.registry import check_weight
 from qbert.recipe import Decision, Recipe, as_recipe
+from qbert.weight import Weight
 from qbert.weight.codec import decode
 
 log = logging.getLogger(__name__)
@@ -72,7 +92,7 @@ def quantize_(
 
     Args:
         model: any module with `nn.Linear` or `nn.Embedding` in it.
-        recipe: which module gets which scheme; a scheme's name stands for all linears.
+        recipe: which module gets which scheme; a scheme's name stands for all linears; or `qbert.emulate(...)`.
         fuse: run encoders of known families by fused operators on packed tokens (see `fuse_`).
         calibration: static scales for the fused encoder, from `qbert.calibrate`.
         progress: called with (done, total, name) for every module.
@@ -85,10 +105,12 @@ def quantize_(
             calibration that is not of this model.
     """
     recipe = as_recipe(recipe)
+    if fuse and isinstance(recipe, Emulation):
+        raise QBertError("fuse=True with an emulation: fused encoders run kernels, and there are none for it")
     _check_fusing(model, fuse, calibration)
     entries = plan(model, recipe)
     todo = [entry for entry in entries if entry.decision.scheme is not None]
-    if not todo:
+    if not todo and not (isinstance(recipe, Emulation) and recipe.sites):
         reasons = sorted({entry.decision.reason for entry in entries}) or ["it has no nn.Linear or nn.Embedding"]
         raise QBertError(f"nothing to quantize in {type(model).__name__}: {'; '.join(reasons)}")
     owners = [entry for entry in todo if entry.owner is None]
@@ -99,13 +121,15 @@ def quantize_(
     for done, entry in enumerate(owners):
         if progress:
             progress(done, len(owners), entry.name)
-        by_name[entry.name] = replacements[entry.module] = _quantized_module(entry)
+        by_name[entry.name] = replacements[entry.module] = _quantized_module(entry, recipe)
     for entry in todo:
         if entry.owner is not None:
-            replacements[entry.module] = QTiedLinear(by_name[entry.owner], entry.owner, _bias(entry.module))
+            replacements[entry.module] = _tied(by_name[entry.owner], entry.owner, entry.module)
     if progress:
         progress(len(owners), len(owners), "")
     _replace(model, replacements)
+    if isinstance(recipe, Emulation):
+        round_sites_(model, recipe)
     if fuse:
         _fuse(model, calibration)
     _finish(model, recipe, {entry.name: entry.decision.reason for entry in entries if entry.decision.scheme is None})
@@ -153,7 +177,7 @@ def unfuse_(model: nn.Module) -> nn.Module:
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Puts float modules back in place, with the weights that the quantized ones stood for.
+    """Puts float modules back in place, with the weights that the quantized ones stood for; nothing is emulated any more.
 
     Args:
         model: a quantized model.
@@ -166,7 +190,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         QBertError: a model with nothing quantized in it.
     """
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
-    if not quantized:
+    emulated = remove_sites(model)
+    if not quantized and not emulated:
         raise QBertError(f"{type(model).__name__} has no quantized module; nothing to dequantize")
     unfuse_(model)
     if dtype is None:
@@ -202,7 +227,7 @@ def install_(model: nn.Module, specs: Mapping[str, ModuleSpec], recipe: Recipe) 
                 f"modules.{name}.tied_to", "must name a quantized module of the same shape", spec.tied_to
             )
         else:
-            replacements[module] = QTiedLinear(installed[spec.tied_to], spec.tied_to, _bias(module))
+            replacements[module] = _tied(installed[spec.tied_to], spec.tied_to, module)
     reasons = {}
     for name, module in _candidates(model):
         if module not in replacements:
@@ -210,6 +235,30 @@ def install_(model: nn.Module, specs: Mapping[str, ModuleSpec], recipe: Recipe) 
             reasons[name] = decision.reason if decision.scheme is None else "float in the checkpoint"
     _replace(model, replacements)
     setattr(model, _REASONS, reasons)
+
+
+def round_sites_(model: nn.Module, emulation: Emulation) -> None:
+    """Makes a model round what an emulation rounds beside its quantized modules. Nothing is changed on an error.
+
+    Raises:
+        QBertError: a model without attention, norms or activation functions to round.
+    """
+    try:
+        round_attention(model, emulation.attention)
+        if emulation.norms is not None:
+            round_norms(model, emulation.norms)
+        if emulation.gelu is not None:
+            round_activation_functions(model, emulation.gelu)
+    except QBertError:
+        remove_sites(model)
+        raise
+    if emulation.activations is not None:
+        linears = (
+            module
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear and emulation.rounds_input_of(name)
+        )
+        round_inputs(linears, emulation.activations)
 
 
 def plan(model: nn.Module, recipe: Recipe) -> list[PlanEntry]:
@@ -225,6 +274,8 @@ def plan(model: nn.Module, recipe: Recipe) -> list[PlanEntry]:
         other = _quantized_by_another(module)
         if other is not None:
             raise QBertError(f"{name or type(model).__name__} is quantized already: {other}; allowed: a float model")
+    if describe_sites(model):
+        raise QBertError(f"{type(model).__name__} is emulated already; call qbert.dequantize_ first")
     if type(model) in _ROLES:
         raise QBertError(f"the model is itself an {type(model).__name__}, which cannot be replaced in place; wrap it")
     direct = _directly_read(model)
@@ -387,20 +438,29 @@ def _check_names_match(recipe: Recipe, names: list[str]) -> None:
                 )
 
 
-def _quantized_module(entry: PlanEntry) -> QLinear | QEmbedding:
+def _quantized_module(entry: PlanEntry, recipe: Recipe) -> QLinear | QEmbedding:
     module, scheme = entry.module, entry.decision.scheme
     assert scheme is not None
-    weight = _named(entry.name, quantize, module.weight, scheme)
-    if isinstance(module, nn.Embedding):
-        return QEmbedding(weight, module.padding_idx, module.weight.dtype)
-    return QLinear(weight, module.bias, module.weight.dtype)
+    made = _holding(_named(entry.name, quantize, module.weight, scheme), module)
+    if isinstance(recipe, Emulation) and recipe.trainable and isinstance(made, EmulatedModule):
+        made.train_from(module.weight)
+    return made
 
 
 def _empty_module(module: nn.Linear | nn.Embedding, spec: ModuleSpec) -> QLinear | QEmbedding:
-    weight = spec.empty_weight(module.weight.device)
+    return _holding(spec.empty_weight(module.weight.device), module)
+
+
+def _holding(weight: Weight, module: nn.Linear | nn.Embedding) -> QLinear | QEmbedding:
+    """The module that computes with a quantized weight in a float one's place."""
+    emulated = isinstance(weight.scheme, EmulatedScheme)
     if isinstance(module, nn.Embedding):
-        return QEmbedding(weight, module.padding_idx, module.weight.dtype)
-    return QLinear(weight, module.bias, module.weight.dtype)
+        return (EmulatedEmbedding if emulated else QEmbedding)(weight, module.padding_idx, module.weight.dtype)
+    return (EmulatedLinear if emulated else QLinear)(weight, module.bias, module.weight.dtype)
+
+
+def _tied(owner: QLinear | QEmbedding, name: str, module: nn.Linear | nn.Embedding) -> QTiedLinear:
+    return (EmulatedTiedLinear if isinstance(owner, EmulatedModule) else QTiedLinear)(owner, name, _bias(module))
 
 
 def _float_module(module: Quantized, weights: dict[nn.Module, nn.Parameter]) -> nn.Linear | nn.Embedding:

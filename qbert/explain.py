@@ -8,7 +8,8 @@ from torch import nn
 
 from qbert.convert import float_reasons
 from qbert.encoder import FusedForward, GraphReport, encoders, fused_forward, obstacle
-from qbert.modules import QTiedLinear, QuantizedModule
+from qbert.modules import EmulatedModule, QTiedLinear, QuantizedModule
+from qbert.modules.sites import describe_sites
 from qbert.ops.cuda import missing_extension
 from qbert.shapes import recorded_plan
 from qbert.target import target_of
@@ -78,7 +79,7 @@ class Explanation:
     @property
     def quantized(self) -> list[Row]:
         """The rows of quantized modules."""
-        return [row for row in self.rows if not row.scheme.startswith(("float", "bfloat"))]
+        return [row for row in self.rows if "/" in row.scheme or not row.scheme.startswith(("float", "bfloat"))]
 
     @property
     def bits_per_weight(self) -> float:
@@ -112,12 +113,14 @@ def explain(model: nn.Module) -> Explanation:
     quantized = [module for module in model.modules() if isinstance(module, QuantizedModule)]
     plan = recorded_plan(model)
     shapes = [] if plan is None else [f"compressed: {plan}"]
-    return Explanation(rows, _encoder_rows(model) if quantized else [], [*shapes, *_notes(quantized)])
+    notes = [*shapes, *_notes(quantized), *describe_sites(model)]
+    return Explanation(rows, _encoder_rows(model) if quantized else [], notes)
 
 
 def _notes(quantized: list[QuantizedModule]) -> list[str]:
     """What is to be said once for all rows: that this GPU's compiled kernels are not here."""
-    targets = {target_of(module.get_buffer("qdata").device) for module in quantized}
+    native = [module for module in quantized if not isinstance(module, EmulatedModule)]
+    targets = {target_of(module.get_buffer("qdata").device) for module in native}
     missing = sorted({reason for target in targets if (reason := missing_extension(target)) is not None})
     return [f"Triton kernels alone: {reason}" for reason in missing]
 

@@ -218,6 +218,27 @@ def test_formats_lists_all_schemes():
     assert [row["format"] for row in listed["formats"]] == list(FORMATS)
 
 
+def test_formats_shows_one_whole():
+    shown = run("formats", "--show", "nvfp4", "--show", "gobo3").stdout
+    assert "-6 -4 -3 -2 -1.5 -1 -0.5 0 0.5 1 1.5 2 3 4 6" in shown
+    assert "16 x 4 + 8 = 72" in shown
+    assert "learned from each matrix" in shown
+    assert json.loads(run("formats", "--show", "mxint8", "--json").stdout)[0]["largest"] == 1.984375
+
+
+def test_an_emulated_folder_is_a_checkpoint_like_any_other(tiny, tmp_path):
+    out = tmp_path / "emulated"
+    report = json.loads(
+        run("quantize", tiny, "--emulate", "weights=mxfp4 activations=mxfp8", "-o", out, "--json").stdout
+    )
+    assert report["bits_per_weight"] == 4.25
+    inspected = json.loads(run("inspect", out, "--json").stdout)
+    assert {row["kernel"] for row in inspected["modules"] if row["scheme"] == "mxfp4/mxfp8"} == {"emulated"}
+    assert all(
+        row["sqnr_db"] > 10 for row in json.loads(run("verify", out, "--against", tiny, "--json").stdout)["sqnr"]
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -248,6 +269,15 @@ def test_formats_lists_all_schemes():
         (["advise", "{tiny}", "--target", "abacus"], "abacus"),
         (["advise", "{tiny}", "--batch", "0"], "batch 0"),
         (["advise", "{tiny}", "--results", "{out}/none.json"], "none.json"),
+        (["quantize", "{tiny}", "--emulate", "weights=mxfp5", "-o", "{out}"], "mxfp5"),
+        (["quantize", "{tiny}", "--emulate", "bias=int8", "-o", "{out}"], "bias=int8"),
+        (["quantize", "{tiny}", "--emulate", "weights=int8", "--embedding", "w8", "-o", "{out}"], "--embedding"),
+        (["formats", "--show", "mxfp5"], "mxfp5"),
+        (["formats", "--show", "{out}/none.py:mine"], "none.py"),
+        (["study", "{tiny}"], "no format"),
+        (["study", "{tiny}", "--format", "mxfp5"], "mxfp5"),
+        (["study", "{tiny}", "--format", "int4", "--sites", "biases"], "biases"),
+        (["study", "{tiny}", "--sweep", "element=int9"], "int9"),
         (["bench", "gemm", "--target", "abacus"], "abacus"),
         (["bench", "gemm", "--predict", "--target", "abacus"], "abacus"),
         (["bench", "attention", "--model", "huge"], "huge"),

@@ -49,6 +49,7 @@ def test_walk_runs_as_it_stands(heading, code, as_they_were):
 def test_every_walk_is_there():
     assert [heading for heading, _ in python_blocks("CONTRIBUTING.md")] == [
         "Add a format",
+        "Study a format",
         "Add a format that runs",
         "Add a quantizer",
         "Add a kernel",

@@ -29,6 +29,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "finetune": quality.finetune,
     "analyze": cost.analyze,
     "compare": quality.compare,
+    "study": quality.study,
     "advise": cost.advise,
     "formats": cost.formats,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from qbert.cli import terminal
 from qbert.cli.terminal import Json, PlotFile
-from qbert.formats import FORMATS, SCHEMES, Kind
+from qbert.formats import FORMATS, NAMED, SCHEMES, BlockFormat, Kind, describe, load_format
 
 
 def analyze(
@@ -81,14 +82,25 @@ def advise(
         terminal.out.print(line, soft_wrap=True, highlight=False)
 
 
-def formats(as_json: Json = False) -> None:
-    """The schemes that --scheme and --embedding take, and the number formats they are made of."""
-    if as_json:
-        terminal.out.print_json(
-            data={"schemes": [_scheme_row(name) for name in SCHEMES], "formats": [_format_row(n) for n in FORMATS]}
-        )
+def formats(
+    show: Annotated[
+        list[str] | None, typer.Option("--show", metavar="FORMAT", help="all of one block format, or of FILE.py:NAME")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The schemes that --scheme and --embedding take, the block formats of `qbert study`, and the elements they are made of."""
+    if show:
+        _show([load_format(name) for name in show], as_json)
         return
-    for title, rows in (("schemes", map(_scheme_row, SCHEMES)), ("element formats", map(_format_row, FORMATS))):
+    tables = {
+        "schemes": [_scheme_row(name) for name in SCHEMES],
+        "block formats": [_block_row(fmt) for fmt in NAMED.values()],
+        "formats": [_format_row(name) for name in FORMATS],
+    }
+    if as_json:
+        terminal.out.print_json(data=tables)
+        return
+    for title, rows in tables.items():
         listed = list(rows)
         table = Table(title=title, title_justify="left")
         for header in listed[0]:
@@ -96,6 +108,40 @@ def formats(as_json: Json = False) -> None:
         for row in listed:
             table.add_row(*("" if value is None else str(value) for value in row.values()))
         terminal.out.print(table)
+
+
+def _show(chosen: list[BlockFormat], as_json: bool) -> None:
+    """What `formats.describe` says, with every value and the steps between them."""
+    described = [describe(fmt) for fmt in chosen]
+    if as_json:
+        terminal.out.print_json(data=described)
+        return
+    for rows in described:
+        table = Table(title=str(rows["format"]), title_justify="left", show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in rows.items():
+            if name == "values":
+                table.add_row(
+                    name, "learned from each matrix" if value is None else " ".join(f"{each:g}" for each in value)
+                )
+                if value is not None:
+                    steps = sorted({high - low for low, high in itertools.pairwise(value)})
+                    table.add_row("steps between them", f"{len(steps)} sizes, {steps[0]:g} to {steps[-1]:g}")
+            elif name != "format" and value is not None:
+                table.add_row(name, str(value))
+        terminal.out.print(table)
+
+
+def _block_row(fmt: BlockFormat) -> dict[str, Any]:
+    bits = f"{fmt.bits_per_value(768, 768):.3f}"
+    return {
+        "format": fmt.name,
+        "element": fmt.element.name,
+        "scale": fmt.scale,
+        "granularity": fmt.granularity,
+        "bits": bits,
+    }
 
 
 def _scheme_row(name: str) -> dict[str, Any]:

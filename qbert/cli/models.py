@@ -10,6 +10,7 @@ from rich.table import Table
 
 from qbert.cli import terminal
 from qbert.cli.terminal import Embedding, Exclude, Json, Linear, Model, Override, Tasks
+from qbert.emulation import parse_emulation
 from qbert.errors import QBertError
 from qbert.recipe import Recipe
 
@@ -21,6 +22,10 @@ def quantize(
     embedding: Embedding = None,
     exclude: Exclude = None,
     override: Override = None,
+    emulate: Annotated[
+        str | None,
+        typer.Option("--emulate", help="block formats in place of a scheme: 'weights=mxfp4 activations=mxfp8'"),
+    ] = None,
     fuse: Annotated[
         bool, typer.Option("--fuse", help="run BERT-type encoders fused: few operators, no padding")
     ] = False,
@@ -35,7 +40,9 @@ def quantize(
     """Quantize MODEL into the folder OUT, which AutoModel.from_pretrained loads after `import qbert`."""
     from qbert.workflow import quantize_checkpoint
 
-    recipe = _recipe(scheme, embedding, exclude, override)
+    recipe = _recipe(scheme, embedding, exclude, override) if emulate is None else parse_emulation(emulate)
+    if emulate is not None and (embedding or exclude or override):
+        raise QBertError("--emulate takes no --embedding, --exclude or --override; allowed in it: embeddings=FORMAT")
     with terminal.progress("quantizing", as_json) as progress:
         report = quantize_checkpoint(model, output, recipe, fuse=fuse, calibrate_with=calibrate, progress=progress)
     terminal.emit(report, as_json)

@@ -141,3 +141,44 @@ def _split_scheme(text: str) -> tuple[str, str | None, str | None]:
     schemes, _, fused = text.partition(":")
     linear, _, embedding = schemes.partition("+")
     return linear, embedding or None, fused or None
+
+
+def study(
+    model: Model,
+    fmt: Annotated[
+        list[str] | None, typer.Option("--format", help="a block format, or FILE.py:NAME of your own; may be repeated")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option("--sweep", help="all of: 'element=fp4_e2m1,int4 block=16,32 scale=e8m0,bf16'")
+    ] = None,
+    sites: Annotated[
+        str, typer.Option("--sites", help="where: weights,embeddings,activations,attention,norms,gelu")
+    ] = "weights",
+    task: Tasks = None,
+    data: Data = None,
+    by_part: Annotated[
+        bool, typer.Option("--parts/--no-parts", help="measure each linear and table alone, too")
+    ] = True,
+    store: Annotated[
+        Path | None, typer.Option("--store", help="folder of finished formats, by default in qbert's cache")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="a page (.html) or a picture (.png, .svg, .pdf)")] = None,
+    as_json: Json = False,
+) -> None:
+    """What number formats do to MODEL: error by site, accuracy with intervals, true size. Goes on where it was killed."""
+    from qbert import study as studying
+    from qbert.formats import load_format
+    from qbert.formats import sweep as swept
+
+    chosen = [load_format(each) for each in fmt or ()] + [each for text in sweep or () for each in swept(text)]
+    with terminal.err.status("loading") as status:
+        step = lambda text: status.update(text)
+        result = studying.run_study(
+            model, chosen, terminal.tasks(task, data), sites=sites.split(","), store=store, by_part=by_part, step=step
+        )
+    terminal.emit(result, as_json)
+    if not as_json:
+        terminal.out.print(studying.to_table(result))
+    if plot is not None:
+        studying.plot(result, plot)
+        terminal.err.print(f"page or picture: {plot}", soft_wrap=True)

@@ -16,7 +16,8 @@ from qbert.encoder.stock import stock_obstacle
 from qbert.errors import QBertError
 from qbert.families import FAMILIES, EncoderFamily, family_of
 from qbert.families.mpnet import KEPT_HEADS
-from qbert.modules import QEmbedding, QLinear
+from qbert.modules import EmulatedModule, QEmbedding, QLinear
+from qbert.modules.sites import describe_sites
 from qbert.ops import FLOAT_DTYPES, Activation
 from qbert.ops.kernel import Pattern, Problem
 from qbert.ops.reference_kernels import REFERENCE
@@ -92,6 +93,8 @@ def obstacle(base: nn.Module) -> str | None:
     if family is None:
         known = ", ".join(each.name for each in FAMILIES)
         return f"{type(base).__name__} is of no family that can be fused ({known})"
+    if any(isinstance(module, EmulatedModule) for module in base.modules()) or describe_sites(base):
+        return "it is emulated, in float; fused encoders run kernels"
     try:
         reason = _configuration_obstacle(base.config, family) or _module_obstacle(base, family) or family.obstacle(base)
         return reason or stock_obstacle(base, family)

@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qbert import checkpoint, convert
 from qbert.checkpoint import METHOD, Record
+from qbert.emulation import Emulation
 from qbert.encoder import Calibration
 from qbert.errors import CheckpointError, QBertError
 from qbert.families import KEEP_FLOAT
@@ -51,6 +52,7 @@ class QBertConfig(QuantizationConfigMixin):
         modules, shapes: what stands in a checkpoint, and what was taken out of it; written on save, never given by hand.
         source: the model that was quantized, for reports.
         digest: of a checkpoint's contents; written on save.
+        emulation: block formats, as in a record; `QBertConfig.of_recipe(qbert.emulate(...))` writes it.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class QBertConfig(QuantizationConfigMixin):
         shapes: Mapping[str, Any] | None = None,
         source: str | None = None,
         digest: str | None = None,
+        emulation: Mapping[str, Any] | None = None,
         **rest: Any,
     ) -> None:
         self.quant_method = METHOD
@@ -74,16 +77,24 @@ class QBertConfig(QuantizationConfigMixin):
             raise QBertError(f"QBertConfig has no argument {sorted(unknown)[0]!r}; allowed: those of qbert.Recipe")
         self.record: Record | None = None
         if modules is None and shapes is None:
+            linear = None if emulation is not None and linear == "w8a8" else linear
             self.recipe = Recipe(linear, embedding, exclude, dict(overrides), keep_float)
+            if emulation is not None:
+                self.recipe = Emulation.from_dict(self.recipe, emulation)
             self.fuse, self.calibration = _fusing(fuse, calibration)
             return
         fields: dict[str, Any] = {"linear": linear, "embedding": embedding, "modules": modules, "source": source}
-        fields |= {"fuse": fuse, "calibration": calibration, "shapes": shapes}
+        fields |= {"emulation": emulation, "fuse": fuse, "calibration": calibration, "shapes": shapes}
         for name, value in (("exclude", exclude), ("overrides", overrides), ("keep_float", keep_float)):
             fields[name] = list(value) if isinstance(value, tuple) else value  # a default; files hold lists
         self.record = Record.parse({"quant_method": METHOD, "digest": digest, **fields, **rest})
         self.recipe = self.record.recipe
         self.fuse, self.calibration = self.record.fuse, self.record.calibration
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> QBertConfig:
+        """The configuration that asks for a recipe, `qbert.emulate(...)` among them."""
+        return cls(**recipe.to_dict())
 
     @classmethod
     def of_record(cls, record: Record) -> QBertConfig:
@@ -93,8 +104,9 @@ class QBertConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         if self.record is not None:
             return self.record.to_dict()
-        version = checkpoint.format_version(self.calibration)
-        data = {"quant_method": METHOD, "format_version": version, **self.recipe.to_dict()}
+        recipe = self.recipe.to_dict()
+        version = checkpoint.format_version(self.calibration, emulation=recipe.get("emulation"))
+        data = {"quant_method": METHOD, "format_version": version, **recipe}
         if self.fuse:
             data |= {"fuse": True, "calibration": self.calibration and self.calibration.to_dict()}
         return data
@@ -136,6 +148,9 @@ class QBertHfQuantizer(HfQuantizer):
             for module in model.modules():
                 if isinstance(module, QuantizedModule):
                     module.use_best_layout()
+            recipe = self.quantization_config.recipe
+            if isinstance(recipe, Emulation):
+                convert.round_sites_(model, recipe)
             if self.quantization_config.fuse:
                 convert.fuse_loaded_(model, self.quantization_config.calibration)
             record = Record.of(model, self.quantization_config.recipe, self.quantization_config.record.source)

@@ -121,11 +121,20 @@ class QTiedLinear(nn.Module):
 
 def _linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     n, k = weight.shape
+    return product(as_linear_input(x, k).reshape(-1, k), weight, bias).view(*x.shape[:-1], n)
+
+
+def as_linear_input(x: Tensor, k: int) -> Tensor:
+    """`x` (..., k) as a linear takes it.
+
+    Raises:
+        QBertError: another shape, or no float.
+    """
     x = _autocast(x)
     if x.dtype not in ops.FLOAT_DTYPES or x.shape[-1:] != (k,):
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in ops.FLOAT_DTYPES)
         raise QBertError(f"input is {x.dtype} of shape {tuple(x.shape)}; allowed: {allowed} of shape (..., {k})")
-    return product(x.reshape(-1, k), weight, bias).view(*x.shape[:-1], n)
+    return x
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import nn
 
-from qbert.formats import Role, Scheme, get_scheme, scheme_names
+from qbert.errors import QBertError
+from qbert.formats import BlockFormat, EmulatedScheme, Role, Scheme, emulated_scheme, get_scheme, scheme_names
 from qbert.modules.base import QuantizedModule
 from qbert.modules.embedding import QEmbedding
 from qbert.modules.linear import QLinear, QTiedLinear
 from qbert.weight import Layout, Weight, plain_specs
 
 _MAX_DIMENSION = 2**31 - 1
+_FORMATS = ("weights", "activations")
 
 
 class ModuleSpec(BaseModel):
@@ -26,6 +28,7 @@ class ModuleSpec(BaseModel):
         shape: (n, k) of the weight.
         outliers: weights kept exactly (dictionary schemes).
         tied_to: qualified name of the module that holds a tied linear's weight.
+        weights, activations: block formats of an emulated module, whole, as `BlockFormat.to_dict` spells them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -35,6 +38,13 @@ class ModuleSpec(BaseModel):
     shape: tuple[int, int] = Field(strict=False)
     outliers: int = Field(default=0, ge=0, le=_MAX_DIMENSION)
     tied_to: str | None = None
+    weights: dict[str, Any] | None = None
+    activations: dict[str, Any] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_formats(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)  # what says nothing is left out: older versions read it, digests stay
+        return {name: value for name, value in data.items() if name not in _FORMATS or value is not None}
 
     @model_validator(mode="after")
     def _consistent(self) -> ModuleSpec:
@@ -46,13 +56,19 @@ class ModuleSpec(BaseModel):
         scheme = self.resolved_scheme
         if scheme.group_size and k % scheme.group_size:
             raise ValueError(f"k is {k}, which groups of {scheme.group_size} do not divide")
-        if self.outliers and not scheme.has_dictionary:
+        if self.outliers and not scheme.keeps_outliers:
             raise ValueError(f"{self.outliers} outliers, but scheme {scheme.name} keeps none")
         return self
 
     @property
     def resolved_scheme(self) -> Scheme:
         """The scheme itself."""
+        if self.weights is not None:
+            activations = None if self.activations is None else BlockFormat.from_dict(self.activations)
+            emulated = emulated_scheme(BlockFormat.from_dict(self.weights), activations)
+            if self.scheme != emulated.name:
+                raise QBertError(f"scheme {self.scheme!r} has the formats {emulated.name}")
+            return emulated
         if self.kind == "tied_linear":  # the owner may be of either kind, and its own spec is checked where it stands
             role = Role.LINEAR if self.scheme in scheme_names(Role.LINEAR) else Role.EMBEDDING
             return get_scheme(self.scheme, role)
@@ -68,15 +84,29 @@ class ModuleSpec(BaseModel):
 def spec_of(module: nn.Module) -> ModuleSpec | None:
     """The spec of a quantized module, None for any other."""
     if isinstance(module, QTiedLinear):
+        formats = formats_of(module.owner.scheme)
         return ModuleSpec(
-            kind="tied_linear", scheme=module.owner.scheme.name, shape=module.shape, tied_to=module.owner_name
+            kind="tied_linear",
+            scheme=module.owner.scheme.name,
+            shape=module.shape,
+            tied_to=module.owner_name,
+            **formats,
         )
     if not isinstance(module, QuantizedModule):
         return None
     kind: Literal["linear", "embedding"] = "linear" if isinstance(module, QLinear) else "embedding"
     assert isinstance(module, QLinear | QEmbedding)
     weight = module.quantized
-    return ModuleSpec(kind=kind, scheme=module.scheme.name, shape=module.shape, outliers=weight.outliers)
+    formats = formats_of(module.scheme)
+    return ModuleSpec(kind=kind, scheme=module.scheme.name, shape=module.shape, outliers=weight.outliers, **formats)
+
+
+def formats_of(scheme: Scheme) -> dict[str, Any]:
+    """The block formats of an emulated scheme, as data; nothing of any other."""
+    if not isinstance(scheme, EmulatedScheme):
+        return {}
+    activations = None if scheme.activations is None else scheme.activations.to_dict()
+    return {"weights": scheme.weights.to_dict(), "activations": activations}
 
 
 def collect_specs(model: nn.Module) -> dict[str, ModuleSpec]:

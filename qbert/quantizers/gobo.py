@@ -27,7 +27,7 @@ from qbert.formats import INT8, Scheme
 from qbert.quantizers.portions import in_portions
 from qbert.weight.codec import MIN_ABSMAX
 from qbert.weight.layout import pack_codes
-from qbert.weight.tensor import column_dtype
+from qbert.weight.specs import column_dtype
 
 LOG_DENSITY_THRESHOLD = -4.0  # the paper's: natural logarithm of the fitted Gaussian's density
 # The threshold depends on the scale of the weights: at a standard deviation of 21.8 it calls every weight an outlier. Weights
@@ -61,7 +61,7 @@ def quantize_gobo(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     """(n, k) float32 to the PLAIN tensors of a dictionary scheme; outliers come back bit for bit."""
     device, values = weight.device, weight.cpu().contiguous()
     learned = learn_dictionary(values.numpy(), scheme.weight_bits)
-    centroids = _without_duplicates(torch.from_numpy(learned.centroids).to(torch.float32))
+    centroids = without_duplicates(torch.from_numpy(learned.centroids).to(torch.float32))
     tensors, decoded, merged = {"codebook": centroids}, centroids, None
     if scheme.activation is not None:
         tensors["codebook"], tensors["scale"] = _snap_to_int8(centroids)
@@ -70,14 +70,14 @@ def quantize_gobo(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
         decoded = tensors["codebook"].to(torch.float32) * tensors["scale"]
     packed, counts, columns, deltas = [], [], [], []
     for rows in in_portions(values):
-        codes = _nearest(rows, centroids)
+        codes = nearest_centroids(rows, centroids)
         if merged is not None:
             codes = merged[codes]
-        is_outlier = _is_outlier(rows, learned)
-        at = is_outlier.nonzero(as_tuple=True)
+        outlying = is_outlier(rows, learned)
+        at = outlying.nonzero(as_tuple=True)
         codes[at], delta = _exact_deltas(rows[at], codes[at], decoded)
         packed.append(pack_codes(codes, scheme.weight))
-        counts.append(is_outlier.sum(dim=1))
+        counts.append(outlying.sum(dim=1))
         columns.append(at[1].to(column_dtype(values.shape[1])))
         deltas.append(delta)
     rowptr = torch.zeros(values.shape[0] + 1, dtype=torch.int32)
@@ -91,7 +91,8 @@ def quantize_gobo(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def _is_outlier(values: Tensor, learned: Dictionary) -> Tensor:
+def is_outlier(values: Tensor, learned: Dictionary) -> Tensor:
+    """Bool of each weight that a dictionary leaves out, in float64."""
     doubles = values.to(torch.float64)
     return (doubles < learned.low) | (doubles > learned.high)
 
@@ -241,13 +242,13 @@ def _l1(ordered: _Ordered, cells: NDArray[np.int64], centroids: Float64) -> floa
     return float(np.sum(below + above))
 
 
-def _without_duplicates(centroids: Tensor) -> Tensor:
+def without_duplicates(centroids: Tensor) -> Tensor:
     """Centroids that are equal become one, and 0 takes the free entries: any outlier is a float32 away from it."""
     distinct = centroids.unique()
     return torch.cat((distinct, centroids.new_zeros(centroids.numel() - distinct.numel()))).sort().values
 
 
-def _nearest(values: Tensor, centroids: Tensor) -> Tensor:
+def nearest_centroids(values: Tensor, centroids: Tensor) -> Tensor:
     """Index (n, k) int64 of the nearest centroid, a tie to the lower one."""
     exact = centroids.to(torch.float64)
     middles = (exact[1:] + exact[:-1]) / 2

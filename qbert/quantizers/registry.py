@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from qbert.errors import QBertError
-from qbert.formats import Kind, PerGroup, Scheme
+from qbert.formats import EmulatedScheme, Kind, PerGroup, Scheme
 from qbert.ops import FLOAT_DTYPES, MAX_K
 from qbert.quantizers.absmax import quantize_absmax
+from qbert.quantizers.emulated import quantize_emulated
 from qbert.quantizers.gobo import quantize_gobo
 from qbert.quantizers.portions import in_portions
 from qbert.weight.layout import Layout
@@ -37,7 +38,8 @@ def quantize(weight: Tensor, scheme: Scheme) -> Weight:
         QBertError: a weight that is not a non-empty finite float matrix, or whose k the scheme's groups do not divide.
     """
     check_weight(weight, scheme)
-    tensors = _QUANTIZERS[scheme.weight.kind](weight.detach().to(torch.float32), scheme)
+    quantizer = quantize_emulated if isinstance(scheme, EmulatedScheme) else _QUANTIZERS[scheme.weight.kind]
+    tensors = quantizer(weight.detach().to(torch.float32), scheme)
     n, k = weight.shape
     quantized = Weight(scheme, (n, k), Layout.PLAIN, tensors)
     specs = plain_specs(scheme, (n, k), quantized.outliers)

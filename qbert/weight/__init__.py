@@ -2,6 +2,7 @@
 one from outside must keep (`validate`). No operation stands here."""
 
 from qbert.weight.layout import Layout
-from qbert.weight.tensor import Outliers, TensorSpec, Weight, plain_specs
+from qbert.weight.specs import TensorSpec
+from qbert.weight.tensor import Outliers, Weight, plain_specs
 
 __all__ = ["Layout", "Outliers", "TensorSpec", "Weight", "plain_specs"]

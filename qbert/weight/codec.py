@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from qbert.errors import QBertError
-from qbert.formats import Kind
+from qbert.formats import EmulatedScheme, Kind
+from qbert.numerics import dequantize
+from qbert.weight.emulated import unpack_blocks
 from qbert.weight.layout import Layout, look_up, read_codes, read_rows
 from qbert.weight.tensor import Outliers, Weight
 
@@ -26,6 +28,9 @@ def decode(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     Args:
         dtype: of the result; float64 keeps the product of an int8 code and a float32 scale exact.
     """
+    if isinstance(weight.scheme, EmulatedScheme):
+        fmt = weight.scheme.weights
+        return dequantize(unpack_blocks(weight.tensors, fmt, weight.shape), fmt).to(dtype)
     if weight.scheme.activation is not None:
         return _with_outliers(operand(weight).to(dtype) * row_scales(weight).to(dtype)[:, None], weight.sparse)
     codes = read_codes(weight.qdata, weight.scheme.weight, *weight.shape, weight.layout)

@@ -11,26 +11,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from qbert.formats import SCHEMES, PerGroup, PerRow, Scheme
+from qbert.formats import SCHEMES, EmulatedScheme, PerGroup, PerRow, Scheme
 from qbert.weight import layout as _layout
+from qbert.weight.emulated import block_specs
 from qbert.weight.layout import Layout
+from qbert.weight.specs import TensorSpec, column_dtype
 
-_INT16_MAX = torch.iinfo(torch.int16).max
 OUTLIER_TENSORS = ("outlier_rowptr", "outlier_col", "outlier_delta")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Data type and shape that a tensor must have."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-def column_dtype(k: int) -> torch.dtype:
-    """Type of outlier columns: 16 bits where every column fits."""
-    return torch.int16 if k - 1 <= _INT16_MAX else torch.int32
 
 
 def plain_specs(scheme: Scheme, shape: tuple[int, int], outliers: int = 0) -> dict[str, TensorSpec]:
@@ -48,7 +36,10 @@ def plain_specs(scheme: Scheme, shape: tuple[int, int], outliers: int = 0) -> di
         codebook        (2**bits,) ascending, float32, or int8 times `scale` where activations are int8
         outlier_rowptr  (n + 1,) int32, outlier_col (outliers,) int16 or int32, outlier_delta (outliers,) float32:
                         compressed sparse rows of weight - codebook[code]
+        Of a block format's: see `qbert.weight.emulated.block_specs`.
     """
+    if isinstance(scheme, EmulatedScheme):
+        return block_specs(scheme.weights, shape, outliers)
     n, k = shape
     fmt = scheme.weight
     qdata = TensorSpec(torch.int8, (n, k))
@@ -169,7 +160,7 @@ class Weight:
     @property
     def sparse(self) -> Outliers | None:
         """The outliers, None where a scheme keeps none."""
-        if "outlier_rowptr" not in self.tensors:
+        if "outlier_delta" not in self.tensors:
             return None
         return Outliers(*(self.tensors[name] for name in OUTLIER_TENSORS))
 
@@ -181,7 +172,7 @@ class Weight:
     @property
     def outliers(self) -> int:
         """How many weights are kept exactly."""
-        return self.tensors["outlier_delta"].numel() if "outlier_delta" in self.tensors else 0
+        return self.tensors["outlier_col"].numel() if "outlier_col" in self.tensors else 0
 
     @property
     def nbytes(self) -> int:

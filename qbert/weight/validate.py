@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from qbert.errors import CheckpointError
-from qbert.formats import INT8, W4A8_GROUP_SCALE_MAX, Kind, Scheme
-from qbert.weight.layout import unpack_codes
-from qbert.weight.tensor import TensorSpec, plain_specs
+from qbert.formats import INT8, W4A8_GROUP_SCALE_MAX, BlockFormat, EmulatedScheme, Kind, Scheme, usable_codes
+from qbert.weight.layout import unpack_bits, unpack_codes
+from qbert.weight.specs import TensorSpec
+from qbert.weight.tensor import plain_specs
 
 
 def check_spec(name: str, spec: TensorSpec, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -40,6 +41,9 @@ def check_plain_tensors(scheme: Scheme, shape: tuple[int, int], tensors: dict[st
         raise CheckpointError(prefix + name, f"scheme {scheme.name} has no such tensor", name)
     for name, spec in specs.items():
         check_spec(prefix + name, spec, tensors[name].dtype, tuple(tensors[name].shape))
+    if isinstance(scheme, EmulatedScheme):
+        _check_blocks(prefix, tensors, scheme.weights, shape)
+        return
     if "scale" in tensors:
         check_positive(prefix + "scale", tensors["scale"])
     if scheme.has_dictionary:
@@ -66,7 +70,7 @@ def _check_integer_codes(prefix: str, tensors: dict[str, Tensor], scheme: Scheme
         codes = unpack_codes(qdata, fmt, k)
         allowed = f"codes must be {-fmt.qmax} ... {fmt.qmax}"
         _require(prefix + "qdata", allowed, codes, codes >= -fmt.qmax)
-    _check_spare_bits(prefix, qdata, fmt.bits, k)
+    _check_spare_bits(prefix + "qdata", qdata, fmt.bits, k)
     if "group_scale" in tensors:
         scales = tensors["group_scale"]
         rule = f"every value must be 1 ... {W4A8_GROUP_SCALE_MAX} (so that code * scale fits int8)"
@@ -84,7 +88,7 @@ def _check_codebook(prefix: str, codebook: Tensor) -> None:
 
 def _check_dictionary_codes(prefix: str, tensors: dict[str, Tensor], scheme: Scheme, k: int) -> None:
     """Codes are in range by their width; equal int8 centroids must be named by the lowest of their codes."""
-    _check_spare_bits(prefix, tensors["qdata"], scheme.weight_bits, k)
+    _check_spare_bits(prefix + "qdata", tensors["qdata"], scheme.weight_bits, k)
     codebook = tensors["codebook"]
     if scheme.activation is None or bool((codebook[1:] > codebook[:-1]).all()):
         return
@@ -93,19 +97,52 @@ def _check_dictionary_codes(prefix: str, tensors: dict[str, Tensor], scheme: Sch
     _require(prefix + "qdata", "a code must be the lowest of those with its centroid", codes, lowest[codes] == codes)
 
 
-def _check_spare_bits(prefix: str, qdata: Tensor, bits: int, k: int) -> None:
+def _check_blocks(prefix: str, tensors: dict[str, Tensor], fmt: BlockFormat, shape: tuple[int, int]) -> None:
+    """Codes that quantizing gives, scales that are finite and positive, zero points and outliers in range."""
+    n, k = shape
+    blocks, bits = fmt.grid(n, k)[1], fmt.element.bits
+    _check_spare_bits(prefix + "qdata", tensors["qdata"], bits, k)
+    if fmt.is_learned:
+        _check_codebook(prefix, tensors["codebook"])
+    else:
+        allowed = torch.zeros(256, dtype=torch.bool)
+        allowed[usable_codes(fmt)] = True
+        codes = unpack_bits(tensors["qdata"], bits, k)
+        _require(prefix + "qdata", f"codes must be those of {fmt.element.name}", codes, allowed[codes.to(torch.int64)])
+    if "outer_scale" in tensors:
+        check_positive(prefix + "outer_scale", tensors["outer_scale"])
+    if "scale" in tensors:
+        _check_block_scales(prefix + "scale", tensors["scale"], fmt, blocks)
+    if "zero" in tensors:  # every value of its bits is one
+        _check_spare_bits(prefix + "zero", tensors["zero"], bits, blocks)
+    if fmt.keeps_outliers:
+        _check_outliers(prefix, tensors, k, "outlier_value")
+
+
+def _check_block_scales(name: str, scale: Tensor, fmt: BlockFormat, blocks: int) -> None:
+    if fmt.scale_format.is_integer:
+        _check_spare_bits(name, scale, fmt.scale_format.bits, blocks)
+        integers = unpack_bits(scale, fmt.scale_format.bits, blocks)
+        _require(name, "every value must be at least 1", integers, integers >= 1)
+    elif fmt.scale == "e8m0":
+        _require(name, "codes of E8M0 must be 0 ... 254", scale, scale < 255)
+    elif fmt.scale == "e4m3":
+        _require(name, "codes of E4M3 must be 1 ... 126, positive and finite", scale, (scale >= 1) & (scale <= 126))
+    else:
+        check_positive(name, scale)
+
+
+def _check_spare_bits(name: str, packed: Tensor, bits: int, k: int) -> None:
     used = k * bits % 8
     if bits != 8 and used:
-        last = qdata[:, -1]
-        _require(
-            prefix + "qdata", f"the {8 - used} spare bits of a row must be 0", last, (last.to(torch.int32) >> used) == 0
-        )
+        last = packed[:, -1]
+        _require(name, f"the {8 - used} spare bits of a row must be 0", last, (last.to(torch.int32) >> used) == 0)
 
 
-def _check_outliers(prefix: str, tensors: dict[str, Tensor], k: int) -> None:
-    rowptr, columns, delta = tensors["outlier_rowptr"], tensors["outlier_col"], tensors["outlier_delta"]
+def _check_outliers(prefix: str, tensors: dict[str, Tensor], k: int, values: str = "outlier_delta") -> None:
+    rowptr, columns, delta = tensors["outlier_rowptr"], tensors["outlier_col"], tensors[values]
     if delta.numel() != columns.numel():  # check_spec has seen to it; kept beside the indexing that relies on it
-        raise CheckpointError(prefix + "outlier_delta", f"must have {columns.numel()} values", delta.numel())
+        raise CheckpointError(prefix + values, f"must have {columns.numel()} values", delta.numel())
     counts = rowptr.to(torch.int64).diff()
     if int(rowptr[0]) != 0:
         raise CheckpointError(prefix + "outlier_rowptr", "must start at 0", int(rowptr[0]))
@@ -116,7 +153,7 @@ def _check_outliers(prefix: str, tensors: dict[str, Tensor], k: int) -> None:
     rows = torch.arange(counts.numel()).repeat_interleave(counts)
     ascending = (columns[1:] > columns[:-1]) | (rows[1:] != rows[:-1])
     _require(prefix + "outlier_col", "columns must ascend within a row", columns[1:], ascending)
-    check_finite(prefix + "outlier_delta", delta)
+    check_finite(prefix + values, delta)
 
 
 def _require(name: str, rule: str, values: Tensor, holds: Tensor) -> None:

@@ -176,7 +176,7 @@ def test_weights_in_the_middle_of_two_centroids_take_the_lower(seed: int) -> Non
     middle = ((centroids[1:].to(torch.float64) + centroids[:-1].to(torch.float64)) / 2).to(torch.float32)
     near = torch.stack([middle, middle.nextafter(torch.tensor(1.0)), middle.nextafter(torch.tensor(-1.0))])
     distance = (near.to(torch.float64)[:, :, None] - centroids.to(torch.float64)).abs()
-    assert torch.equal(gobo._nearest(near, centroids), distance.argmin(dim=2))
+    assert torch.equal(gobo.nearest_centroids(near, centroids), distance.argmin(dim=2))
 
 
 def test_the_paper_s_cut_depends_on_the_deviation() -> None:

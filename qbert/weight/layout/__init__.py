@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qbert.errors import QBertError
-from qbert.formats import DICT3, DICT4, INT4, INT8, Format, Kind, Role, Scheme
+from qbert.formats import DICT3, DICT4, INT4, INT8, EmulatedScheme, Format, Kind, Role, Scheme
 from qbert.weight.layout import fragments, panels, rows, words
 from qbert.weight.layout.bits import pack_bits, pack_codes, packed_width, signed, unpack_bits, unpack_codes
 
@@ -102,6 +102,8 @@ def _fragments_for(fmt: Format, int8_activations: bool) -> tuple[Layout, ...]:
 
 def layouts_of(scheme: Scheme) -> tuple[Layout, ...]:
     """The layouts that a scheme's weight can be in."""
+    if isinstance(scheme, EmulatedScheme):  # no kernel reads it
+        return (Layout.PLAIN,)
     layouts = layouts_for(scheme.weight, scheme.activation is not None)
     if Role.LINEAR in scheme.roles:
         return layouts

@@ -1,167 +1,18 @@
-"""Number formats and quantization schemes as data: every number stands here once, everything else is derived.
+"""Quantization schemes as data: what kernels compute with. Every number stands here once, everything else is derived.
 
-A `Format` says what the bits of one element mean, a `Granularity` how many elements share a scale, and a `Scheme` puts
-both together into what a user names: ``"w8a8"``, ``"gobo3"``. Element formats take the names that ml_dtypes gives them.
+A `Granularity` says how many elements share a scale, and a `Scheme` puts it together with element formats into what a user
+names: ``"w8a8"``, ``"gobo3"``.
 """
 
 from __future__ import annotations
 
 import enum
-import functools
 from dataclasses import dataclass
 
 from qbert.errors import QBertError
-
-
-class Kind(enum.Enum):
-    """How a code becomes a value."""
-
-    INTEGER = "integer"  # two's complement
-    FLOAT = "float"  # sign, exponent, mantissa
-    TABLE = "table"  # a fixed list of values
-    DICTIONARY = "dictionary"  # a list of values learned from the matrix and stored with it
-
-
-class Specials(enum.Enum):
-    """What a float format keeps out of its finite values."""
-
-    NONE = "none"  # every code is finite (OCP MX: FP6, FP4)
-    NAN_ONLY = "nan_only"  # the all-ones code of either sign is NaN, there is no infinity (e4m3fn)
-    IEEE = "ieee"  # the top exponent holds infinity and NaN (e5m2)
-
-
-@dataclass(frozen=True)
-class Format:
-    """One element format.
-
-    Attributes:
-        name: as in ml_dtypes where it has the format.
-        bits: bits of one code.
-        kind: how a code becomes a value.
-        exponent_bits, mantissa_bits, bias, specials: of float formats only; the bits left over are the sign.
-        table: values of codes 0 ... 2**bits - 1, of table formats only.
-    """
-
-    name: str
-    bits: int
-    kind: Kind
-    exponent_bits: int = 0
-    mantissa_bits: int = 0
-    bias: int = 0
-    specials: Specials = Specials.NONE
-    table: tuple[float, ...] = ()
-
-    @property
-    def codes(self) -> int:
-        """How many codes there are."""
-        return 1 << self.bits
-
-    @property
-    def qmin(self) -> int:
-        """Smallest code of an integer format (two's complement)."""
-        self._require(Kind.INTEGER, "qmin")
-        return -(1 << (self.bits - 1))
-
-    @property
-    def qmax(self) -> int:
-        """Largest code of an integer format; symmetric quantization uses -qmax ... qmax."""
-        self._require(Kind.INTEGER, "qmax")
-        return (1 << (self.bits - 1)) - 1
-
-    @functools.cached_property
-    def values(self) -> tuple[float, ...]:
-        """Value of every code 0 ... 2**bits - 1; NaN and infinity where the format has them."""
-        if self.kind is Kind.INTEGER:
-            half = self.codes // 2
-            return tuple(float(code - self.codes if code >= half else code) for code in range(self.codes))
-        if self.kind is Kind.FLOAT:
-            return tuple(self._decode_float(code) for code in range(self.codes))
-        if self.kind is Kind.TABLE:
-            return self.table
-        raise QBertError(f"format {self.name}: a dictionary format has no values of its own; each matrix learns them")
-
-    @functools.cached_property
-    def finite_values(self) -> tuple[float, ...]:
-        """The distinct finite values, ascending (+0 and -0 are one)."""
-        return tuple(sorted({value for value in self.values if abs(value) != float("inf") and value == value}))
-
-    @property
-    def max(self) -> float:
-        """Largest finite magnitude."""
-        return max(abs(value) for value in self.finite_values)
-
-    def _decode_float(self, code: int) -> float:
-        mantissa = code & ((1 << self.mantissa_bits) - 1)
-        exponent = (code >> self.mantissa_bits) & ((1 << self.exponent_bits) - 1)
-        sign = -1.0 if code >> (self.mantissa_bits + self.exponent_bits) else 1.0
-        top = (1 << self.exponent_bits) - 1
-        if self.specials is Specials.IEEE and exponent == top:
-            return sign * float("inf") if mantissa == 0 else float("nan")
-        if self.specials is Specials.NAN_ONLY and exponent == top and mantissa == (1 << self.mantissa_bits) - 1:
-            return float("nan")
-        if exponent == 0:  # subnormal: no hidden one
-            return sign * mantissa * 2.0 ** (1 - self.bias - self.mantissa_bits)
-        return sign * (1 + mantissa / (1 << self.mantissa_bits)) * 2.0 ** (exponent - self.bias)
-
-    def _require(self, kind: Kind, what: str) -> None:
-        if self.kind is not kind:
-            raise QBertError(f"format {self.name} is a {self.kind.value} format; {what} needs a {kind.value} format")
-
-
-def integer(bits: int) -> Format:
-    """Two's complement integer of `bits` bits."""
-    return Format(f"int{bits}", bits, Kind.INTEGER)
-
-
-def minifloat(name: str, exponent_bits: int, mantissa_bits: int, specials: Specials) -> Format:
-    """Signed float with the IEEE bias 2**(e-1) - 1."""
-    bias = (1 << (exponent_bits - 1)) - 1
-    return Format(name, 1 + exponent_bits + mantissa_bits, Kind.FLOAT, exponent_bits, mantissa_bits, bias, specials)
-
-
-def dictionary(bits: int) -> Format:
-    """2**bits values learned from each matrix (GOBO, Zadeh et al., MICRO 2020)."""
-    return Format(f"dict{bits}", bits, Kind.DICTIONARY)
-
-
-INT8, INT4, INT3, INT2 = integer(8), integer(4), integer(3), integer(2)
-FLOAT8_E4M3FN = minifloat("float8_e4m3fn", 4, 3, Specials.NAN_ONLY)
-FLOAT8_E5M2 = minifloat("float8_e5m2", 5, 2, Specials.IEEE)
-FLOAT6_E2M3FN = minifloat("float6_e2m3fn", 2, 3, Specials.NONE)
-FLOAT6_E3M2FN = minifloat("float6_e3m2fn", 3, 2, Specials.NONE)
-FLOAT4_E2M1FN = minifloat("float4_e2m1fn", 2, 1, Specials.NONE)
-# NF4: quantiles of the normal distribution, scaled to [-1, 1], with an exact zero (Dettmers et al., QLoRA, 2023, appendix E).
-NF4 = Format(
-    "nf4",
-    4,
-    Kind.TABLE,
-    table=(
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ),
-)
-DICT3, DICT4 = dictionary(3), dictionary(4)
-
-FORMATS: dict[str, Format] = {
-    each.name: each
-    for each in (
-        INT8, INT4, INT3, INT2, FLOAT8_E4M3FN, FLOAT8_E5M2, FLOAT6_E2M3FN, FLOAT6_E3M2FN, FLOAT4_E2M1FN, NF4, DICT3, DICT4,
-    )
-}  # fmt: skip
+from qbert.formats.blocks import BlockFormat
+from qbert.formats.elements import DICT3, DICT4, FORMATS, INT4, INT8, Format, Kind
+from qbert.formats.named import get_format
 
 
 @dataclass(frozen=True)
@@ -233,6 +84,11 @@ class Scheme:
         return self.weight.kind is Kind.DICTIONARY
 
     @property
+    def keeps_outliers(self) -> bool:
+        """Whether some weights are kept exactly, beside their codes."""
+        return self.has_dictionary
+
+    @property
     def weight_bits(self) -> int:
         """Bits of one weight code, without scales and outliers."""
         return self.weight.bits
@@ -242,6 +98,60 @@ class Scheme:
         """Bits of one activation, or None where activations stay float."""
         return self.activation.bits if self.activation else None
 
+
+@dataclass(frozen=True)
+class EmulatedScheme(Scheme):
+    """A weight in any block format, computed with in float: no kernel reads it. It stands in no table; a file spells it out.
+
+    Attributes:
+        weights: how the weight is stored.
+        activations: how a linear's input is rounded, or None to leave it float.
+    """
+
+    weights: BlockFormat
+    activations: BlockFormat | None
+
+    def __hash__(self) -> int:  # defined anew: a dataclass replaces what it inherits
+        return hash(self.name)
+
+    @property
+    def keeps_outliers(self) -> bool:
+        """Whether some weights are kept exactly."""
+        return self.weights.keeps_outliers
+
+
+def emulated_scheme(weights: BlockFormat, activations: BlockFormat | None = None) -> EmulatedScheme:
+    """The scheme of weights in one format under activations in another.
+
+    Raises:
+        QBertError: a format that is not for activations.
+    """
+    check_activations(activations)
+    name = f"{weights.name}/{activations.name if activations else 'float'}"
+    roles = frozenset({Role.LINEAR, Role.EMBEDDING})
+    return EmulatedScheme(name, weights.element, PerRow(), None, roles, "emulated in float", weights, activations)
+
+
+def check_activations(fmt: BlockFormat | None) -> None:
+    """Raises QBertError for a format that is not for activations."""
+    problem = fmt.obstacle_for_activations() if fmt else None
+    if fmt and problem:
+        raise QBertError(f"activations {fmt.name}: {problem}; allowed: one scale a token, blocks of one row, or none")
+
+
+def native_scheme(scheme: EmulatedScheme) -> str | None:
+    """The scheme whose kernels compute the same; None where there is none."""
+    for native, (weights, activations) in _NATIVE.items():
+        if (scheme.weights, scheme.activations) == (get_format(weights), activations and get_format(activations)):
+            return native
+    return None
+
+
+# Scheme -> the names of the formats that it stores weights in and rounds activations to.
+_NATIVE: dict[str, tuple[str, str | None]] = {
+    "w8a8": ("int8", "int8"), "w8a16": ("int8", None), "w4a16": ("int4-g64", None), "w4a16-g32": ("int4-g32", None),
+    "w4a16-g128": ("int4-g128", None), "gobo3": ("gobo3", None), "gobo4": ("gobo4", None),
+}  # fmt: skip
 
 _LINEAR, _EMBEDDING = frozenset({Role.LINEAR}), frozenset({Role.EMBEDDING})
 # The largest group scale such that code * scale still fits int8: the integer sums then stay exact over the whole row.
@@ -329,6 +239,8 @@ def tied_linear_scheme(embedding: Scheme) -> Scheme:
     Raises:
         QBertError: no scheme for linears stores a weight so.
     """
+    if isinstance(embedding, EmulatedScheme):
+        return embedding
     alike = (embedding.weight, embedding.granularity, None)
     for scheme in SCHEMES.values():
         if Role.LINEAR in scheme.roles and (scheme.weight, scheme.granularity, scheme.activation) == alike:
