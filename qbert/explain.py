@@ -10,7 +10,7 @@ from qbert.convert import float_reasons
 from qbert.encoder import FusedForward, GraphReport, encoders, fused_forward, obstacle
 from qbert.modules import QTiedLinear, QuantizedModule
 from qbert.ops.cuda import missing_extension
-from qbert.target import target_of
+from qbert.target import cpu_missing, target_of
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,13 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _notes(quantized: list[QuantizedModule]) -> list[str]:
-    """What is to be said once for all rows: that this GPU's compiled kernels are not here."""
+    """What is to be said once for all rows: that this CPU's or this GPU's compiled kernels are not here."""
     targets = {target_of(module.get_buffer("qdata").device) for module in quantized}
     missing = sorted({reason for target in targets if (reason := missing_extension(target)) is not None})
-    return [f"Triton kernels alone: {reason}" for reason in missing]
+    notes = [f"Triton kernels alone: {reason}" for reason in missing]
+    if any(target.device == "cpu" and not target.native for target in targets):
+        notes.append(f"torch's kernels alone: {cpu_missing()}")
+    return notes
 
 
 _VARIANTS = {"static": "calibrated scales", "dynamic": "scales token by token; calibration makes it faster"}
