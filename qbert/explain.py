@@ -12,7 +12,7 @@ from qbert.modules import EmulatedModule, QTiedLinear, QuantizedModule
 from qbert.modules.sites import describe_sites
 from qbert.ops.cuda import missing_extension
 from qbert.shapes import recorded_plan
-from qbert.target import target_of
+from qbert.target import cpu_missing, target_of
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,14 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _notes(quantized: list[QuantizedModule]) -> list[str]:
-    """What is to be said once for all rows: that this GPU's compiled kernels are not here."""
+    """What is to be said once for all rows: that this CPU's or this GPU's compiled kernels are not here."""
     native = [module for module in quantized if not isinstance(module, EmulatedModule)]
     targets = {target_of(module.get_buffer("qdata").device) for module in native}
     missing = sorted({reason for target in targets if (reason := missing_extension(target)) is not None})
-    return [f"Triton kernels alone: {reason}" for reason in missing]
+    notes = [f"Triton kernels alone: {reason}" for reason in missing]
+    if any(target.device == "cpu" and not target.native for target in targets):
+        notes.append(f"torch's kernels alone: {cpu_missing()}")
+    return notes
 
 
 _VARIANTS = {"static": "calibrated scales", "dynamic": "scales token by token; calibration makes it faster"}

@@ -58,6 +58,22 @@ def native_cpu() -> Any | None:
     return _cpu
 
 
+def cpu_missing() -> str | None:
+    """Why there is no `qbert._cpu` here; None where there is one."""
+    if os.environ.get("QBERT_CPU_ISA") == "torch":
+        return "QBERT_CPU_ISA=torch does without qbert._cpu"
+    try:
+        importlib.import_module("qbert._cpu")
+    except ModuleNotFoundError:
+        return (
+            "qbert was installed without its CPU kernels (qbert._cpu), for want of a C++ compiler; to build them: get one (g++ "
+            "or clang++) and install again, with pip's --no-cache-dir"
+        )
+    except ImportError as error:
+        return f"qbert._cpu does not load: {error}"
+    return None
+
+
 def load_cuda() -> Any:
     """The compiled extension `qbert._cuda`.
 
@@ -87,14 +103,17 @@ def cuda_missing() -> str | None:
 def extensions() -> dict[str, str]:
     """What this installation was built with: extension -> what it runs on, or why it is not there. Asks no GPU."""
     extension = native_cpu()
-    cpu = "missing; torch's kernels run" if extension is None else extension.isa()
+    cpu = f"missing; torch's kernels run: {cpu_missing()}" if extension is None else extension.isa()
     return {"qbert._cpu": cpu, "qbert._cuda": cuda_missing() or "built"}
 
 
 @functools.cache
 def cpu_target() -> Target:
-    """This machine's CPU. Without the extension the instruction set is not asked for: nothing here could use it."""
+    """This machine's CPU. Without the extension the instruction set is not asked for: nothing here could use it. That it is
+    missing is said in the log, once."""
     extension = native_cpu()
+    if extension is None and os.environ.get("QBERT_CPU_ISA") != "torch":
+        log.warning("torch's kernels run, several times slower: %s", cpu_missing())
     isa = extension.isa() if extension is not None else "generic"
     return Target("cpu", isa, native=extension is not None, int_mm_exact=_int_mm_is_exact())
 

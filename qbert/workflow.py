@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from qbert.metrics import sqnr_db
 from qbert.modules import QuantizedModule
 from qbert.recipe import Recipe
 from qbert.shapes import recorded_plan
-from qbert.target import extensions
+from qbert.target import cpu_target, extensions, native_cpu, physical_cores
 from qbert.weight.codec import decode
 from qbert.zoo import resolve_model
 
@@ -37,6 +39,7 @@ _SENTENCE_FILES = (
     "1_Pooling",
     "2_Normalize",
 )
+_PACKAGES = ("torch", "transformers", "triton", "sentence-transformers", "peft")
 _FLOAT32_BYTES = 4
 DEFAULT_TEXTS = "default"  # calibrate with Python's own language reference
 CALIBRATION_TEXTS = 128
@@ -92,6 +95,16 @@ class InspectReport(_Report):
     percent_of_float32: float
 
 
+class InfoReport(_Report):
+    """What qbert has here: versions of packages, None of those that are not installed; the CPU; extensions, see
+    `target.extensions`; the GPUs' names."""
+
+    versions: dict[str, str | None]
+    cpu: dict[str, Any]
+    extensions: dict[str, str]
+    gpus: list[str]
+
+
 class ModuleSqnr(_Report):
     """One quantized weight against the original."""
 
@@ -110,6 +123,32 @@ class VerifyReport(_Report):
     modules: int
     against: str | None
     sqnr: list[ModuleSqnr]
+
+
+def info() -> InfoReport:
+    """What is installed here and what would run."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    cpu = {"isa": cpu_target().isa if native_cpu() is not None else None, "cores": physical_cores()}
+    versions = {
+        "python": platform.python_version(),
+        "qbert": qbert_version(),
+        **{name: _version(name) for name in _PACKAGES},
+    }
+    return InfoReport(versions=versions, cpu=cpu, extensions=extensions(), gpus=gpus)
+
+
+def qbert_version() -> str:
+    """Of the code that runs, which may lie in a clone."""
+    import qbert
+
+    return qbert.__version__
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def load_float(source: str) -> nn.Module:

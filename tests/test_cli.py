@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from transformers import BertConfig, BertModel
 
+import qbert
 from qbert import cli, target
 from qbert.cli import bench, terminal
 from qbert.errors import QBertError
@@ -365,3 +366,16 @@ def _tokenizer_folder():
         return resolve_model("minilm")
     except QBertError as error:
         pytest.skip(str(error))
+
+
+def test_version_and_info_say_what_is_here():
+    assert run("--version").stdout.strip() == f"qbert {qbert.__version__}"
+    report = json.loads(run("info", "--json").stdout)
+    assert report["versions"]["qbert"] == qbert.__version__
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["extensions"] == target.extensions()
+    printed = run("info").stdout
+    for extension, state in report["extensions"].items():
+        assert f"{extension}: {state}" in printed
+    assert f"transformers: {report['versions']['transformers']}" in printed
+    assert "GPU: " in printed

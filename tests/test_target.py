@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+import qbert
 from qbert import target
 from qbert.errors import QBertError
 from qbert.formats import SCHEMES
@@ -194,5 +195,25 @@ def test_extensions_say_what_is_there_and_why_not(monkeypatch: pytest.MonkeyPatc
     assert target.extensions()["qbert._cuda"] == "built"
     monkeypatch.setitem(sys.modules, "qbert._cuda", None)
     assert target.extensions()["qbert._cuda"] == target.cuda_missing()
-    monkeypatch.setattr(target, "native_cpu", lambda: None)
-    assert target.extensions()["qbert._cpu"] == "missing; torch's kernels run"
+    monkeypatch.setenv("QBERT_CPU_ISA", "torch")
+    assert (
+        target.extensions()["qbert._cpu"] == "missing; torch's kernels run: QBERT_CPU_ISA=torch does without qbert._cpu"
+    )
+
+
+def test_a_missing_cpu_extension_is_said_once_in_the_log_and_in_explain(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("QBERT_CPU_ISA", raising=False)
+    monkeypatch.setitem(sys.modules, "qbert._cpu", None)
+    monkeypatch.delattr("qbert._cpu", raising=False)
+    cpu_target.cache_clear()
+    try:
+        model = qbert.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 64)))
+        (note,) = qbert.explain(model).notes
+        assert note == f"torch's kernels alone: {target.cpu_missing()}"
+        assert "get one (g++ or clang++) and install again" in note
+        model(torch.ones(1, 64))
+        assert caplog.text.count("torch's kernels run, several times slower: qbert was installed without") == 1
+    finally:
+        cpu_target.cache_clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
@@ -14,7 +15,6 @@ EXIT_BAD_INPUT = 2
 
 app = typer.Typer(
     name="qbert",
-    help="BERT-family encoders, small and actually faster. MODEL is a local folder, a hub id, or an alias: minilm, mpnet.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,10 +32,28 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "study": quality.study,
     "advise": cost.advise,
     "formats": cost.formats,
+    "info": models.info,
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
 app.add_typer(bench.app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from qbert.workflow import qbert_version
+
+        terminal.out.print(f"qbert {qbert_version()}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """BERT-family encoders, small and actually faster. MODEL is a local folder, a hub id, or an alias: minilm, mpnet."""
 
 
 def main() -> None:

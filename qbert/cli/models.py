@@ -1,4 +1,4 @@
-"""Commands about checkpoints: quantize, inspect, verify."""
+"""Commands about checkpoints: quantize, inspect, verify; and about this installation: info."""
 
 from __future__ import annotations
 
@@ -159,6 +159,22 @@ def explain(model: Model) -> None:
     from qbert.workflow import load_any
 
     terminal.out.print(str(explained(load_any(model))), soft_wrap=True, highlight=False, markup=False)
+
+
+def info(as_json: Json = False) -> None:
+    """What is installed here and what would run: versions, instruction set, extensions or why not, GPUs."""
+    from qbert.workflow import info as ask
+
+    report = ask()
+    terminal.emit(report, as_json)
+    if as_json:
+        return
+    lines = [f"{name}: {version or 'not installed'}" for name, version in report.versions.items()]
+    lines.append(f"CPU: {report.cpu['isa'] or 'instruction set not asked for'}, {report.cpu['cores']} cores")
+    lines += [f"{extension}: {state}" for extension, state in report.extensions.items()]
+    lines += [f"GPU: {name}" for name in report.gpus] or ["GPU: none"]
+    for line in lines:
+        terminal.out.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def verify(

@@ -581,14 +581,25 @@ def _refuse_others(model: nn.Module) -> Mapping[nn.Module, str]:
     return {}
 
 
+def _open_to_others(folder: Path) -> None:
+    """safetensors closes its files to all other users; they get what the user's umask gave the configuration."""
+    config = folder / checkpoint.CONFIG_FILE
+    if config.is_file():
+        for file in folder.glob("*.safetensors"):
+            file.chmod(config.stat().st_mode)
+
+
 def _extend_transformers() -> None:
     """What every transformers model does in other words where something in it is quantized, whichever part that was."""
     save, count = PreTrainedModel.save_pretrained, PreTrainedModel.num_parameters
 
     @functools.wraps(save)
-    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         _keep_in_step(self)
-        return save(self, *args, **kwargs)
+        result = save(self, save_directory, *args, **kwargs)
+        if isinstance(getattr(self, "hf_quantizer", None), QBertHfQuantizer):
+            _open_to_others(Path(save_directory))
+        return result
 
     @functools.wraps(count)
     def num_parameters(self: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

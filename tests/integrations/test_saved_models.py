@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +89,18 @@ def test_a_part_that_was_quantized_by_itself_is_forgotten_with_the_whole(tmp_pat
     assert not hasattr(model.bert, "hf_quantizer")
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_files_are_open_to_whom_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        model = quantize_(float_model(HEAD), "w8a8")
+        model.save_pretrained(tmp_path / "transformers")
+        qbert.save(model, tmp_path / "qbert")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.glob("*/*")}
+    assert modes == {0o640}
 
 
 # ---- other heads ----------------------------------------------------------------------------------------------------

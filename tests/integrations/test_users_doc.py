@@ -14,7 +14,8 @@ DOC = Path(__file__).resolve().parents[2] / "docs/users.md"
 
 
 def test_the_examples_run_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("peft", reason="needs peft; requirements.txt has it")
+    for package in ("peft", "sentence_transformers"):
+        pytest.importorskip(package, reason=f"needs {package}; requirements.txt has it")
     try:
         resolve_model("minilm")
     except QBertError as error:
