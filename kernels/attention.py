@@ -29,7 +29,7 @@ PROBABILITY_MAX = tl.constexpr(255.0)
 QMAX = tl.constexpr(127.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Below every score: the largest of none so far, of which none so far are taken off without infinity minus infinity.
+# Stands for the largest of no scores where a row may see none of a block: minus infinity less itself would be NaN.
 LOWEST = tl.constexpr(-3.0e38)
 # Added to a float32 this rounds it half to even and leaves the integer in its lowest bits: from 0 on, and of either sign.
 UNSIGNED_BITS = tl.constexpr(2.0**23)
@@ -68,7 +68,7 @@ def attention_int8_kernel(tokens, cu_seqlens_ptr, out_ptr, t, sequences, heads, 
         scales_ptr += head.to(tl.int64) * t * 3
     scales = scales_ptr + start.to(tl.int64) * 3 if PER_TOKEN else scales_ptr
     keys = (qkv, scales, length - 1, width)
-    sight = (head, first, distances)
+    sight = (head, first, distances)  # what a key's distance is counted from, and what it does
     q = _rows(qkv, first, length - 1, 3 * width, BLOCK_Q, HEAD_DIM, META.BLOCK_D)
     factor = _score_factor(first, keys, heads.softmax_scale, distances, BLOCK_Q, PER_TOKEN)
     factor = tl.where(_others_seen(length - 1, distances) < MAX_KEYS, factor, float("nan"))

@@ -157,7 +157,7 @@ class Attention(NamedTuple):
             (T5, Raffel et al., 2020). None for none.
         rotary: (positions, head_dim) float32: cosines (head_dim / 2), then sines (head_dim / 2) of each position in its
             sequence. The halves (a, b) of a head's query and key become (a cos - b sin, b cos + a sin) in float32 (RoFormer,
-            Su et al., 2021). Of floats only; positions no less than the longest sequence (on a GPU tokens beyond are NaN:
+            Su et al., 2021). Of floats only; positions no less than the longest sequence (on a GPU longer ones are NaN:
             nobody looks). None for none.
         out: of the result (t, heads * head_dim).
         queries: (sequences, heads * head_dim) of each sequence's first token, where no other result is wanted: the result has

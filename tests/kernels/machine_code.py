@@ -51,6 +51,12 @@ def main() -> None:
         scales = "a token's" if per_token else "static"
         name = f"attention {tile.block_t} x {tile.block_n}, heads of {tile.block_k}, {scales} scales, int8"
         show(name, attention.compiled(tile, tile.block_k, "i8", per_token))
+    for name, distances in {"a window": attention.WINDOW, "biases": attention.BIAS, "both": attention.BOTH}.items():
+        for per_token in (False, True):
+            scales = "a token's" if per_token else "static"
+            built = attention.compiled(attention.NARROW[0], 64, "i8", per_token, distances)
+            show(f"attention with {name}, 64 x 64, heads of 64, {scales} scales, int8", built)
+    show("round_heads, 12 heads of 64, rotary, bf16", attention.compiled_rounding("bf16", 12, 64, True, True))
     for k in (768, 1024):
         show(f"add_layer_norm_quantize, {k} columns, bf16", rows.compiled_norm("bf16", "bf16", k))
 

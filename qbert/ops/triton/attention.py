@@ -21,8 +21,8 @@ MAX_HEAD_DIM = 128
 _MIN_BLOCK_D = 32  # the least K of an int8 product on Hopper's matrix units
 _MAX_GRID_Y = 65_535
 _MAX_WINDOW = 2**30 - 1  # twice that and one is an int32; no sequence is longer
-_MIN_HALF = 16  # channels of half a head: with 16 heads of 64 a program of one warp has 1024 elements
-_PROGRAM_HEADS = 16
+_MIN_HALF = 16  # channels of half a head: fewer would leave a warp's lanes idle
+_PROGRAM_HEADS = 16  # that a program rounds: of 64 channels they are the elements that one warp holds
 _PTX = torch.version.hip is None and not INTERPRETED
 PLAIN = Distances(None, None, None, None)
 
