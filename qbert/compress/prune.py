@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from qbert.shapes import LayerShape, Shaped, keep_heads_, keep_neurons_, plan_of
 Progress = Callable[[int, int, str], None]
 Counts = int | Sequence[int]
 
-_LEAST_TEXTS = 32
+_LEAST_TEXTS, _JUDGE_BY = 32, 512
 _LOOK_TOKENS, _CHECK_TOKENS = 4096, 2048  # whose gradients are looked at; that choose ridges
 _FIT_TOKENS = 8  # for each column that is refitted, at most: more change nothing
 _LEAST_SHARE = 8  # an eighth of a layer's neurons stays: below, taking the layer out is the better way
@@ -260,6 +261,7 @@ class _Parts:
             raise QBertError(f"{len(labels)} labels for {len(given)} texts; allowed: one for each")
         fit, rest = given.halves()
         check, held_out = rest.halves()
+        held_out = held_out.first(_JUDGE_BY)
         widest = max(layer.ffn for layer in plan_of(model).layers)
         look = check.within(_LOOK_TOKENS)
         look_labels = None if labels is None else list(labels)[1::4][: len(look)]
@@ -435,8 +437,6 @@ class _Milliseconds:
 
     @classmethod
     def before(cls, model: nn.Module, table: Table, load: Load, parts: _Parts) -> _Milliseconds:
-        import copy
-
         device = next(model.parameters()).device
         batches = [batch for _, batch in parts.look.first(64).batches(device)]
         return cls(table, load, table.total(plan_of(model).layers), copy.deepcopy(model), batches)

@@ -28,7 +28,7 @@ Progress = Callable[[int, int, str], None]
 AfterStep = Callable[[nn.Module, Any], Any]  # (model, its tokenizer) -> what goes into the step's `scores`
 
 _JUDGED = 8  # one text in eight is given to no step
-_LEAST_JUDGED = 8
+_LEAST_JUDGED, _JUDGE_BY = 8, 512
 _CALIBRATED_BY = 128  # texts
 
 
@@ -175,10 +175,8 @@ class CompressionReport(BaseModel):
         ms, faster = (f"{step.ms:.2f}", f"x{step.speedup:.2f}") if step.ms and step.speedup else ("", "")
         macs = step.size.macs / self.steps[0].size.macs
         near = f"{step.agreement.mean:.4f} [{low:.4f}, {high:.4f}]"
-        return (
-            step.method, f"{step.size.parameters / 1e6:.2f}M", f"x{macs:.3f}", ms, faster, near, f"{step.seconds:.0f}",
-            str(step.plan),
-        )  # fmt: skip
+        size = f"{step.size.parameters / 1e6:.2f}M", f"x{macs:.3f}"
+        return step.method, *size, ms, faster, near, f"{step.seconds:.0f}", str(step.plan)
 
 
 class Compressed(NamedTuple):
@@ -224,11 +222,11 @@ def compress(
     tokenizer = tokenizer_beside(encoder.base) if tokenizer is None else tokenizer
     if labels is not None and len(labels) != len(texts):
         raise QBertError(f"{len(labels)} labels for {len(texts)} texts; allowed: one for each")
-    chef = _Chef(model, recipe, texts, tokenizer, labels, pooling, measure, after_step, progress)
-    return chef.cooked()
+    run = _Run(model, recipe, texts, tokenizer, labels, pooling, measure, after_step, progress)
+    return run.finished()
 
 
-class _Chef:
+class _Run:
     """A model on its way through a recipe."""
 
     def __init__(
@@ -245,7 +243,7 @@ class _Chef:
     ) -> None:
         self.original, self.recipe, self.pooling, self.progress = model, recipe, pooling, progress
         self.model, self.tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
-        self.judging = list(texts)[_JUDGED - 1 :: _JUDGED]
+        self.judging = list(texts)[_JUDGED - 1 :: _JUDGED][:_JUDGE_BY]
         given = [place for place in range(len(texts)) if place % _JUDGED != _JUDGED - 1]
         self.texts = [texts[place] for place in given]
         self.labels = None if labels is None else [labels[place] for place in given]
@@ -256,7 +254,7 @@ class _Chef:
         self.measure, self.after_step = measure, after_step
         self.steps: list[Step] = []
 
-    def cooked(self) -> Compressed:
+    def finished(self) -> Compressed:
         recipe, pruning = self.recipe, self.recipe.pruning
         self._note("original", 0.0, [])
         if recipe.vocabulary is not None:
