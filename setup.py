@@ -28,6 +28,7 @@ from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext, has_flag
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 FLAGS = ["-O3", "-Wall", "-Wextra", "-Wno-psabi"]
 # Every instruction set computes the same bits: no fused multiply-add that the source does not ask for.
@@ -205,6 +206,17 @@ class BuildExt(build_ext):
         super().build_extensions()
 
 
+class BdistWheel(bdist_wheel):
+    """A wheel without an extension is for any machine, and says so: pip keeps what it builds, and under this machine's tag it
+    would go on installing it as if it were whole when there is a compiler."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        package = Path(self.bdist_dir) / "qbert"
+        if package.is_dir() and not any(path.suffix in (".so", ".pyd") for path in package.glob("_c*")):
+            return "py3", "none", "any"
+        return super().get_tag()
+
+
 def extension() -> Pybind11Extension:
     """qbert._cpu."""
     cpu = Pybind11Extension(
@@ -251,4 +263,4 @@ if __name__ == "__main__":  # tests read the flags
     if CUDA is not None:
         extensions.append(cuda_extension(CUDA))
     ParallelCompile("QBERT_BUILD_JOBS", needs_recompile=needs_recompile).install()
-    setup(ext_modules=extensions, cmdclass={"build_ext": BuildExt})
+    setup(ext_modules=extensions, cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel})
