@@ -16,10 +16,10 @@ import typer
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from qbert.calibrate import default_texts
 from qbert.compress import Compression, CompressionReport, compress
 from qbert.errors import QBertError
 from qbert.evaluate import Baseline, EvalResult, load_fp32, load_tokenizer, prepare_baseline, score
+from qbert.workflow import compression_texts
 from qbert.zoo import resolve_model
 
 # Name -> fields of `qbert.Compression` beside the scheme.
@@ -83,7 +83,8 @@ def main(
     task: Annotated[list[str] | None, typer.Option(help="may be repeated")] = None,
     plan: Annotated[list[str] | None, typer.Option(help="some of the plans, by name; may be repeated")] = None,
     scheme: Annotated[str, typer.Option(help="of the finished model")] = "w8a8",
-    texts: Annotated[int, typer.Option(help="paragraphs of English prose to compress by")] = 512,
+    texts: Annotated[str, typer.Option(help="to compress by, see `qbert compress`")] = "sms,amazon,rt,movie",
+    count: Annotated[int, typer.Option(help="of those texts, at most; words take as many as they get")] = 1024,
     out: Annotated[Path | None, typer.Option(help="rows as JSON, written as they come")] = None,
 ) -> None:
     """Run the plans one after the other and print a row for each."""
@@ -95,9 +96,9 @@ def main(
     original, tokenizer = load_fp32(path), load_tokenizer(path)
     baselines = [prepare_baseline(original, tokenizer, each) for each in tasks]
     print(header(tasks))
-    rows: list[Row] = []
+    rows, given = list[Row](), compression_texts(texts)[:count]
     for name in names:
-        rows.append(run_plan(original, tokenizer, name, scheme, baselines, default_texts(texts)))
+        rows.append(run_plan(original, tokenizer, name, scheme, baselines, given))
         print(line(rows[-1]), flush=True)
         if out is not None:
             out.write_text(json.dumps([row.model_dump(mode="json") for row in rows], indent=1))

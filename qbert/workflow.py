@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import shutil
 import time
 from collections.abc import Sequence
@@ -264,7 +265,7 @@ def compress_checkpoint(
     folder: str | Path,
     recipe: Compression,
     *,
-    texts: str = DEFAULT_TEXTS,
+    texts: str,
     tasks: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> CompressReport:
@@ -273,12 +274,12 @@ def compress_checkpoint(
     Args:
         source: local folder, hub id or alias of a float model.
         folder: new, empty, or holding an older checkpoint.
-        texts: to choose and refit by, see `calibration_texts`.
+        texts: to choose and refit by, see `compression_texts`.
         tasks: whose test texts score each step against the original; none of their texts is seen unless `texts` names them.
     """
     from qbert.compress import compress
 
-    given = calibration_texts(texts, COMPRESSION_TEXTS)
+    given = compression_texts(texts)
     model, tokenizer = load_float(source), load_tokenizer(resolve_model(source))
     baselines = [prepare_baseline(model, tokenizer, task) for task in tasks]
     scored = lambda small, its: [score(small, its, baseline).model_dump(mode="json") for baseline in baselines]
@@ -295,6 +296,17 @@ def compress_checkpoint(
         file_bytes=_file_bytes(folder),
         report=small.report,
     )
+
+
+def compression_texts(names: str) -> list[str]:
+    """Texts to compress by: of one source, see `calibration_texts`, or of several, by commas; mixed.
+
+    Texts that are not of the kind a model is used on cost it far more here than in calibration: weights are refitted to them.
+    """
+    found = [calibration_texts(name, COMPRESSION_TEXTS) for name in names.split(",")]
+    mixed = [text for texts in found for text in texts]
+    random.Random(0).shuffle(mixed)  # every method takes every other text, or every fourth, for something else
+    return mixed
 
 
 def calibration_texts(name: str, count: int = CALIBRATION_TEXTS) -> list[str]:

@@ -58,6 +58,13 @@ def quantize(
 def compress(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="folder to write")],
+    texts: Annotated[
+        str,
+        typer.Option(
+            "--texts",
+            help="of the kind the model is used on: a .txt, .tsv or .jsonl, tasks (a,b,c), or default (prose)",
+        ),
+    ],
     recipe: Annotated[
         Path | None, typer.Option("--recipe", metavar="FILE", help=".toml with what the options below say")
     ] = None,
@@ -78,9 +85,6 @@ def compress(
     embedding: Embedding = None,
     batch: Annotated[int, typer.Option("--batch", help="rows of the forward that is measured")] = 8,
     seq: Annotated[int, typer.Option("--seq", help="tokens of each")] = 128,
-    texts: Annotated[
-        str, typer.Option("--texts", help="to choose and refit by: default, a task, a .txt, .tsv or .jsonl")
-    ] = "default",
     task: Tasks = None,
     as_json: Json = False,
 ) -> None:
