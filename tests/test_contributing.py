@@ -1,7 +1,6 @@
 """The walks in CONTRIBUTING.md and the Python in README.md run as they stand."""
 
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,7 +48,6 @@ def test_walk_runs_as_it_stands(heading, code, as_they_were):
 def test_every_walk_is_there():
     assert [heading for heading, _ in python_blocks("CONTRIBUTING.md")] == [
         "Add a format",
-        "Study a format",
         "Add a format that runs",
         "Add a quantizer",
         "Add a kernel",
@@ -58,7 +56,6 @@ def test_every_walk_is_there():
 
 def test_readme_python_runs_as_it_stands(tmp_path, monkeypatch):
     """In one namespace, as a reader would type it, in a folder of its own."""
-    from qbert.calibrate import default_texts
     from qbert.errors import QBertError
     from qbert.zoo import resolve_model
 
@@ -67,8 +64,6 @@ def test_readme_python_runs_as_it_stands(tmp_path, monkeypatch):
     except QBertError as error:
         pytest.skip(str(error))
     monkeypatch.chdir(tmp_path)
-    calibrate, few = sys.modules["qbert.calibrate"], default_texts(16)  # for time
-    monkeypatch.setattr(calibrate, "default_texts", lambda count=8: few[:count])
     namespace = {}
     for heading, code in python_blocks("README.md"):
         exec(compile(code, f"README.md: {heading}", "exec"), namespace)
