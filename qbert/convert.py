@@ -72,7 +72,8 @@ def quantize_(
 
     Args:
         model: any module with `nn.Linear` or `nn.Embedding` in it.
-        recipe: which module gets which scheme; a scheme's name stands for all linears.
+        recipe: which module gets which scheme. A word stands for one (see `qbert.recipe.as_recipe`): a scheme's name for all
+            linears, ``"w8a8"`` for 8-bit embeddings too, ``"w8a8+none"`` for 8-bit linears alone.
         fuse: run encoders of known families by fused operators on packed tokens (see `fuse_`).
         calibration: static scales for the fused encoder, from `qbert.calibrate`.
         progress: called with (done, total, name) for every module.
