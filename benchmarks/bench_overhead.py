@@ -23,6 +23,7 @@ from qbert.analyze import AnalyzeResult, analyze
 from qbert.analyze.result import StepResult
 from qbert.calibrate import calibrate
 from qbert.convert import quantize_
+from qbert.recipe import Recipe
 from qbert.target import physical_cores
 
 from . import options
@@ -94,7 +95,7 @@ def fused_encoder(shape: Shape, static: bool) -> Any:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(shape.vocabulary, _CALIBRATION, generator=generator)
         calibration = calibrate(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
-    return quantize_(model, _SCHEME, fuse=True, calibration=calibration)
+    return quantize_(model, Recipe(_SCHEME), fuse=True, calibration=calibration)
 
 
 def measure(

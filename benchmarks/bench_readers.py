@@ -18,6 +18,7 @@ from rich.table import Table
 from qbert.calibrate import calibrate
 from qbert.convert import quantize_
 from qbert.errors import QBertError
+from qbert.recipe import Recipe
 from qbert.target import physical_cores
 from qbert.timing import Rules, Sample, measure, ratio
 
@@ -52,7 +53,7 @@ def classifier(shape: Shape, static: bool) -> Any:
     model, calibration = random_model(shape, classifies=True), None
     if static:
         calibration = calibrate(model, [_batch(shape, *_CALIBRATION)])
-    return quantize_(model, "w8a8", fuse=True, calibration=calibration)
+    return quantize_(model, Recipe("w8a8"), fuse=True, calibration=calibration)
 
 
 def _batch(shape: Shape, sequences: int, tokens: int) -> dict[str, torch.Tensor]:

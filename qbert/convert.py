@@ -92,7 +92,9 @@ def quantize_(
 
     Args:
         model: any module with `nn.Linear` or `nn.Embedding` in it.
-        recipe: which module gets which scheme; a scheme's name stands for all linears; or `qbert.emulate(...)`.
+        recipe: which module gets which scheme, or `qbert.emulate(...)`. A word stands for a recipe (see
+            `qbert.recipe.as_recipe`): a scheme's name for all linears, ``"w8a8"`` for 8-bit embeddings too, ``"w8a8+none"`` for
+            8-bit linears alone.
         fuse: run encoders of known families by fused operators on packed tokens (see `fuse_`).
         calibration: static scales for the fused encoder, from `qbert.calibrate`.
         progress: called with (done, total, name) for every module.

@@ -11,6 +11,11 @@ from qbert.errors import QBertError
 from qbert.families import KEEP_FLOAT
 from qbert.formats import SCHEME_ALIASES, Role, Scheme, get_scheme, scheme_names
 
+NONE = "none"  # in place of a scheme: what it is for stays float
+# Embeddings beside linears that are named alone: 8-bit tables make the file a quarter of float32's, and no loss by them could
+# be measured. Beside other schemes they stay float.
+_TABLES = {"w8a8": "w8"}
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -90,8 +95,21 @@ class Recipe:
 
 
 def as_recipe(recipe: Recipe | str) -> Recipe:
-    """A recipe as it is, or the recipe that gives all linears the scheme of that name."""
-    return recipe if isinstance(recipe, Recipe) else Recipe(linear=recipe)
+    """A recipe as it is, or what a word stands for: ``"gobo3"`` gives all linears that scheme, ``"gobo3+gobo4"`` the embeddings
+    theirs, too. ``"w8a8"`` alone takes the embeddings to 8 bits, ``"w8a8+none"`` leaves them float.
+
+    Raises:
+        QBertError: a scheme that is none, or is not for linears or embeddings.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    linear, _, embedding = (recipe if "+" in recipe else f"{recipe}+{_TABLES.get(recipe, NONE)}").partition("+")
+    return Recipe(None if linear == NONE else linear, None if embedding == NONE else embedding)
+
+
+def in_words(linear: str | None, embedding: str | None) -> Recipe:
+    """`as_recipe` of two words, where either may be missing."""
+    return as_recipe(linear or NONE if embedding is None else f"{linear or NONE}+{embedding}")
 
 
 def matches(name: str, pattern: str) -> bool:

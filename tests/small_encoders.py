@@ -92,7 +92,7 @@ def calibrated(name: str, changes: tuple[tuple[str, Any], ...]) -> Calibration:
 
 
 def fused_model(
-    name: str = "BertModel", variant: str = "dynamic", recipe: Recipe | str = "w8a8", **changes: Any
+    name: str = "BertModel", variant: str = "dynamic", recipe: Recipe | str = "w8a8+none", **changes: Any
 ) -> Any:
     calibration = calibrated(name, tuple(changes.items())) if variant == "static" else None
     return quantize_(float_model(name, **changes), recipe, fuse=True, calibration=calibration)

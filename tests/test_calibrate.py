@@ -136,7 +136,7 @@ def test_giant_neurons_are_kept_apart() -> None:
     with torch.no_grad():
         expected = model(**batch)[0][there]
         apart, together = (
-            quantize_(copy.deepcopy(model), fuse=True, calibration=each)(**batch)[0][there]
+            quantize_(copy.deepcopy(model), "w8a8+none", fuse=True, calibration=each)(**batch)[0][there]
             for each in (calibration, without)
         )
     assert sqnr_db(expected, apart) > sqnr_db(expected, together) + 2
@@ -156,9 +156,9 @@ def test_float_quantized_and_fused_models_are_calibrated_alike_and_left_alone() 
     exact = calibrate(model, batches)
     assert model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    quantized = quantize_(copy.deepcopy(model).eval())
-    fused = quantize_(copy.deepcopy(model).eval(), fuse=True)
-    static = quantize_(copy.deepcopy(model).eval(), fuse=True, calibration=exact)
+    quantized = quantize_(copy.deepcopy(model).eval(), "w8a8+none")
+    fused = quantize_(copy.deepcopy(model).eval(), "w8a8+none", fuse=True)
+    static = quantize_(copy.deepcopy(model).eval(), "w8a8+none", fuse=True, calibration=exact)
     for other in (quantized, fused, static):
         before = fused_forward(other.bert)
         found = calibrate(other, batches)
@@ -324,10 +324,15 @@ def _calibration(scales: dict[str, float] = SCALES, **overflow: Overflow) -> Cal
 )
 def test_slots_that_the_encoder_has_not_are_refused(calibration: Calibration, words: str) -> None:
     model = _model()
-    quantize_(copy.deepcopy(model), fuse=True, calibration=_calibration())
-    quantize_(copy.deepcopy(model), fuse=True, calibration=_calibration(inner=Overflow(neurons=(5, 127), scale=0.1)))
+    quantize_(copy.deepcopy(model), "w8a8+none", fuse=True, calibration=_calibration())
+    quantize_(
+        copy.deepcopy(model),
+        "w8a8+none",
+        fuse=True,
+        calibration=_calibration(inner=Overflow(neurons=(5, 127), scale=0.1)),
+    )
     with pytest.raises(QBertError, match=f"calibration: {words}"):
-        quantize_(model, fuse=True, calibration=calibration)
+        quantize_(model, "w8a8+none", fuse=True, calibration=calibration)
     assert all(type(module).__module__.partition(".")[0] != "qbert" for module in model.modules())
 
 
@@ -424,7 +429,7 @@ def test_dead_tensors_get_a_scale() -> None:
             module.weight.zero_()
             module.bias.zero_()
     calibration = calibrate(model, _batches())
-    fused = quantize_(model, fuse=True, calibration=calibration)
+    fused = quantize_(model, "w8a8+none", fuse=True, calibration=calibration)
     with torch.no_grad():
         assert fused(**_batches(1)[0])[0].isfinite().all()
 

@@ -393,3 +393,13 @@ def test_version_and_info_say_what_is_here():
         assert f"{extension}: {state}" in printed
     assert f"transformers: {report['versions']['transformers']}" in printed
     assert "GPU: " in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "table"), [((), "w8"), (("--embedding", "none"), "float32")], ids=("default", "none")
+)
+def test_quantize_takes_the_embeddings_to_8_bits_unless_told_not_to(tiny, tmp_path, arguments, table):
+    run("quantize", tiny, *arguments, "-o", tmp_path / "out")
+    report = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
+    assert {row["scheme"] for row in report["modules"] if "embeddings" in row["name"]} == {table}
+    assert {row["scheme"] for row in report["modules"] if "encoder" in row["name"]} == {"w8a8"}

@@ -116,7 +116,7 @@ def _assert_untouched(model: nn.Module, before: dict[str, Tensor], modules: list
 def test_encoder_linears_are_quantized_and_heads_stay_float(name: str) -> None:
     model = _model(name)
     linears, expected = _linears(model), _outputs(model)
-    assert quantize_(model) is model
+    assert quantize_(model, "w8a8+none") is model
     assert _linears(model) == _heads(name)
     quantized = {each for each, module in model.named_modules() if isinstance(module, QLinear)}
     assert quantized == linears - _heads(name)
@@ -178,7 +178,7 @@ def test_models_in_half_precision(dtype: torch.dtype) -> None:
 
 def test_quantizing_a_part_leaves_the_rest() -> None:
     model = _model("BertForSequenceClassification")
-    quantize_(model.bert.encoder.layer[1])
+    quantize_(model.bert.encoder.layer[1], "w8a8+none")
     assert isinstance(model.bert.encoder.layer[0].output.dense, nn.Linear)
     assert isinstance(model.bert.encoder.layer[1].output.dense, QLinear)
     assert _outputs(model)[0].isfinite().all()
@@ -236,7 +236,7 @@ def test_a_module_that_stands_in_several_places_stays_one() -> None:
     model = nn.Sequential(shared, nn.ReLU(), shared, nn.Sequential(shared, nn.Linear(16, 4)))
     x = torch.randn(3, 16)
     exact = model(x)
-    quantize_(model)
+    quantize_(model, "w8a8+none")
     assert isinstance(model[0], QLinear)
     assert model[0] is model[2] is model[3][0]
     assert len([module for module in model.modules() if isinstance(module, QLinear)]) == 2
@@ -258,7 +258,7 @@ def test_linears_that_share_a_weight_stay_tied() -> None:
     torch.manual_seed(0)
     model = _TiedLinears()
     biases = model.first.bias, model.second.bias
-    quantize_(model, "w8a8")
+    quantize_(model, "w8a8+none")
     assert isinstance(model.first, QLinear)
     assert isinstance(model.second, QTiedLinear)
     assert isinstance(model.third, QTiedLinear)
@@ -340,7 +340,7 @@ def test_torchs_own_transformer_blocks_stay_float() -> None:
     model = nn.ModuleDict({"blocks": nn.TransformerEncoder(layer, 2), "last": nn.Linear(16, 16)}).eval()
     x = torch.randn(2, 5, 16)
     exact = model["blocks"](x)
-    quantize_(model)
+    quantize_(model, "w8a8+none")
     assert isinstance(model["last"], QLinear)
     assert torch.equal(model["blocks"](x), exact)
     reasons = float_reasons(model)
@@ -354,7 +354,7 @@ def test_multihead_attention_stays_float() -> None:
     model = nn.ModuleList([nn.MultiheadAttention(16, 2), nn.Linear(16, 16)]).eval()
     x = torch.randn(5, 1, 16)
     exact = model[0](x, x, x)[0]
-    quantize_(model)
+    quantize_(model, "w8a8+none")
     assert isinstance(model[1], QLinear)
     assert torch.equal(model[0](x, x, x)[0], exact)
 
@@ -364,7 +364,7 @@ def test_a_weight_shared_with_torchs_own_block_stays_float() -> None:
     outside, other = nn.Linear(16, 32), nn.Linear(16, 16)
     outside.weight = block.linear1.weight
     model = nn.ModuleDict({"outside": outside, "block": block, "other": other})
-    quantize_(model)
+    quantize_(model, "w8a8+none")
     assert type(block.linear1) is type(model["outside"]) is nn.Linear
     assert block.linear1.weight is model["outside"].weight
     assert isinstance(model["other"], QLinear)
@@ -381,7 +381,7 @@ def test_weights_that_are_computed_stay_float() -> None:
     model = nn.Sequential(pruned, normed, parametrized, nn.Linear(16, 16))
     x = torch.randn(2, 16)
     exact = model[:3](x)
-    quantize_(model)
+    quantize_(model, "w8a8+none")
     assert isinstance(model[3], QLinear)
     assert torch.equal(model[:3](x), exact)
     reason = "its weight is computed from others (weight norm, pruning)"
@@ -393,7 +393,7 @@ def test_subclasses_are_left_alone() -> None:
         pass
 
     model = nn.Sequential(OwnLinear(8, 8), nn.Linear(8, 8))
-    quantize_(model)
+    quantize_(model, "w8a8+none")
     assert type(model[0]) is OwnLinear
     assert isinstance(model[1], QLinear)
 
@@ -430,7 +430,7 @@ def test_forward_hooks_are_carried_over() -> None:
     )
     x = torch.randn(1, 8)
     model(x)
-    quantize_(model)(x)
+    quantize_(model, "w8a8+none")(x)
     dequantize_(model)(x)
     assert seen == ["before Linear", "after Linear", "before QLinear", "after QLinear", "before Linear", "after Linear"]
     before.remove()
@@ -501,7 +501,7 @@ def _one(module_class: type[nn.Module], *arguments: int, **keywords: Any) -> nn.
         (lambda: _one(nn.Linear, 0, 8), "w8a8", "0: weight has shape (8, 0)"),
         (lambda: _one(nn.Linear, 8, 0), "w8a8", "0: weight has shape (0, 8)"),
         (lambda: _one(nn.ReLU), "w8a8", "nothing to quantize in Sequential: it has no nn.Linear or nn.Embedding"),
-        (lambda: _one(nn.Embedding, 8, 8), "w8a8", "nothing to quantize in Sequential: the recipe leaves"),
+        (lambda: _one(nn.Embedding, 8, 8), "w8a8+none", "nothing to quantize in Sequential: the recipe leaves"),
         (lambda: _one(nn.Linear, 8, 8), Recipe(exclude=["*"]), "nothing to quantize in Sequential: excluded by '*'"),
         (lambda: _one(nn.Linear, 8, 8, device="meta"), "w8a8", "its weight is on the meta device"),
         (lambda: nn.Linear(8, 8), "w8a8", "the model is itself an Linear"),
@@ -531,11 +531,11 @@ def test_integer_weights_are_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     model[0].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
     with pytest.raises(QBertError, match="0: weight is int8"):
-        quantize_(model)
+        quantize_(model, "w8a8+none")
 
 
 def test_quantizing_twice_is_refused() -> None:
-    model = quantize_(_model())
+    model = quantize_(_model(), "w8a8+none")
     before = _snapshot(model)
     with pytest.raises(QBertError, match=r"is quantized already; call qbert\.dequantize_ first"):
         quantize_(model, "w4a8")

@@ -177,7 +177,7 @@ def test_own_embeddings_are_the_same_bits_as_ids() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_half_precision_models(variant: str, dtype: torch.dtype) -> None:
     calibration = calibrated("BertModel", ()) if variant == "static" else None
-    model = quantize_(float_model().to(dtype), fuse=True, calibration=calibration)
+    model = quantize_(float_model().to(dtype), "w8a8+none", fuse=True, calibration=calibration)
     batch = padded_batch()
     with torch.no_grad():
         found = model(**batch, output_hidden_states=True)
@@ -196,7 +196,7 @@ def test_a_residual_stream_of_the_models_type(
     """As on a GPU, by the CPU's operators."""
     monkeypatch.setattr("qbert.encoder.build.residual_dtype", lambda target, dtype: dtype)
     calibration = calibrated(f"{family}Model", ()) if variant == "static" else None
-    model = quantize_(float_model(f"{family}Model").to(dtype), fuse=True, calibration=calibration)
+    model = quantize_(float_model(f"{family}Model").to(dtype), "w8a8+none", fuse=True, calibration=calibration)
     batch = padded_batch()
     there = batch["attention_mask"].bool()
     expected = hidden_of(unfuse_(copy.deepcopy(model)), **batch)[there].float()
@@ -451,7 +451,7 @@ def test_changes_of_the_model_are_followed() -> None:
         model.encoder.layer[1].attention.self.key.bias.add_(1.0)  # in place
     first = changed()
     assert not torch.equal(first, before)
-    other = quantize_(float_model(seed=5))
+    other = quantize_(float_model(seed=5), "w8a8+none")
     model.load_state_dict(other.state_dict())
     loaded = changed()
     assert torch.equal(loaded, hidden_of(fuse_(other), **batch))
@@ -489,13 +489,13 @@ def test_dequantize_and_quantize_again() -> None:
     assert fused_forward(encoder_of(model)) is None
     assert "forward" not in encoder_of(model).__dict__
     plain = copy.deepcopy(model)
-    quantize_(model, "w8a8", fuse=True)
+    quantize_(model, "w8a8+none", fuse=True)
     assert fused_forward(encoder_of(model)).variant == "dynamic"
-    assert torch.equal(hidden_of(model, **batch), hidden_of(quantize_(plain, "w8a8", fuse=True), **batch))
+    assert torch.equal(hidden_of(model, **batch), hidden_of(quantize_(plain, "w8a8+none", fuse=True), **batch))
 
 
 def test_fuse_and_unfuse_a_quantized_model() -> None:
-    model, batch = quantize_(float_model()), padded_batch()
+    model, batch = quantize_(float_model(), "w8a8+none"), padded_batch()
     plain = hidden_of(model, **batch)
     assert fuse_(model) is model
     dynamic = hidden_of(model, **batch)
@@ -520,7 +520,7 @@ def test_an_encoder_inside_something_else() -> None:
             takes = inspect.signature(self.auto_model.forward).parameters
             return self.auto_model(**{name: each for name, each in batch.items() if name in takes})[0][:, 0]
 
-    model = quantize_(Sentence(), fuse=True).eval()
+    model = quantize_(Sentence(), "w8a8+none", fuse=True).eval()
     assert fused_forward(model.auto_model) is not None
     batch = padded_batch() | {"token_type_ids": torch.zeros(4, 11, dtype=torch.int64)}
     with torch.no_grad():
@@ -540,7 +540,7 @@ def test_hooks_of_transformers_own_do_not_hinder() -> None:
     model = float_model()
     with torch.no_grad():
         model(**padded_batch(), output_hidden_states=True)  # installs hooks on every layer
-    quantize_(model, fuse=True)
+    quantize_(model, "w8a8+none", fuse=True)
     assert fused_forward(model) is not None
     with torch.no_grad():
         assert len(model(**padded_batch(), output_hidden_states=True).hidden_states) == 3
@@ -688,11 +688,13 @@ def test_a_subclass_is_not_its_family() -> None:
     class Own(transformers.BertModel):
         pass
 
-    assert "Own is of no family" in str(obstacle(quantize_(Own(copy.deepcopy(CONFIGS["Bert"])), fuse=True)))
+    assert "Own is of no family" in str(
+        obstacle(quantize_(Own(copy.deepcopy(CONFIGS["Bert"])), "w8a8+none", fuse=True))
+    )
 
 
 def test_explain_says_what_runs() -> None:
-    model = quantize_(float_model("BertForSequenceClassification"))
+    model = quantize_(float_model("BertForSequenceClassification"), "w8a8+none")
     assert [(row.name, row.fused) for row in explain(model).encoders] == [("bert", "no")]
     assert "not asked for" in explain(model).encoders[0].reason
     fuse_(model)
@@ -712,11 +714,11 @@ def test_arguments_of_quantize_that_do_not_fit() -> None:
     calibration = calibration_of(model)
     other = calibration_of(float_model(num_hidden_layers=3))
     with pytest.raises(QBertError, match="a calibration is for the fused encoder; pass fuse=True"):
-        quantize_(model, calibration=calibration)
+        quantize_(model, "w8a8+none", calibration=calibration)
     with pytest.raises(QBertError, match=r"has a layer 'encoder\.layer\.2'; BertModel has"):
-        quantize_(model, fuse=True, calibration=other)
+        quantize_(model, "w8a8+none", fuse=True, calibration=other)
     with pytest.raises(QBertError, match=r"lacks layer 'encoder\.layer\.2'; it has 2 of 3"):
-        quantize_(float_model(num_hidden_layers=3), fuse=True, calibration=calibration)
+        quantize_(float_model(num_hidden_layers=3), "w8a8+none", fuse=True, calibration=calibration)
     with pytest.raises(QBertError, match="is of one encoder; ModuleList has 2"):
-        quantize_(nn.ModuleList([float_model(), float_model()]), fuse=True, calibration=calibration)
+        quantize_(nn.ModuleList([float_model(), float_model()]), "w8a8+none", fuse=True, calibration=calibration)
     assert not any(isinstance(module, QuantizedModule) for module in model.modules())

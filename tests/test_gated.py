@@ -221,6 +221,6 @@ def test_an_unfused_linear_asks_for_no_activation(monkeypatch: pytest.MonkeyPatc
     records: list[Linear] = []
     monkeypatch.setattr(ops, "call", lambda a: records.append(a) or call(a))
     model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.SiLU(), torch.nn.Linear(32, 16))
-    quantize_(model, "w8a8")(torch.randn(3, 64))
+    quantize_(model, "w8a8+none")(torch.randn(3, 64))
     linears = [a for a in records if isinstance(a, Linear)]
     assert [(a.activation, a.gated) for a in linears] == [(Activation.NONE, False)] * 2

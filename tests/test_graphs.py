@@ -292,7 +292,7 @@ def test_every_scheme(linear: str, variant: str, recorders: list[_Recorder]) -> 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["right", "left", "holes"])
 def test_types_of_models_and_padding_anywhere(kind: str, dtype: torch.dtype, recorders: list[_Recorder]) -> None:
-    model = quantize_(float_model().to(dtype), fuse=True)
+    model = quantize_(float_model().to(dtype), "w8a8+none", fuse=True)
     batch = padded_batch(kind=kind)
     expected = hidden_of(model, **batch)
     for _ in range(2):
@@ -539,7 +539,7 @@ def test_changes_of_the_model_drop_its_graphs(recorders: list[_Recorder]) -> Non
         model.encoder.layer[1].attention.self.key.bias.add_(1.0)
     assert not torch.equal(check(), before)
     assert [recorder.waits for recorder in recorders] == [1, 0]
-    model.load_state_dict(quantize_(float_model(seed=5)).state_dict())
+    model.load_state_dict(quantize_(float_model(seed=5), "w8a8+none").state_dict())
     check()
     model.encoder.layer[0].output.LayerNorm = nn.LayerNorm(64)
     check()
@@ -583,7 +583,7 @@ def test_saved_and_loaded(recorders: list[_Recorder], tmp_path: Any) -> None:
 
 
 def test_unfusing_takes_graphs_away_and_fusing_again_keeps_them(recorders: list[_Recorder]) -> None:
-    model, batch = quantize_(float_model(), fuse=True), padded_batch()
+    model, batch = quantize_(float_model(), "w8a8+none", fuse=True), padded_batch()
     qbert.compile(model, max_graphs=5)
     dynamic = hidden_of(model, **batch)
     fuse_(model, calibration_of(model))  # the calibration runs it module by module
@@ -646,7 +646,7 @@ def test_compile_refuses_by_name() -> None:
     with pytest.raises(QBertError, match=r"BertModel is on cpu; allowed: cuda\. qbert\.compile captures CUDA graphs"):
         qbert.compile(model)
     assert _forwards(model)[0].graphs is None
-    unfused = quantize_(float_model("BertForSequenceClassification"))
+    unfused = quantize_(float_model("BertForSequenceClassification"), "w8a8+none")
     with pytest.raises(
         QBertError, match=r"bert is not fused: call qbert\.fuse_\(model\) first.*torch\.compile for others"
     ):

@@ -6,10 +6,12 @@ import dataclasses
 import json
 
 import pytest
+from torch import nn
 
-from qbert import QBertError, Recipe
+from qbert import QBertError, Recipe, quantize_
 from qbert.families import KEEP_FLOAT
 from qbert.formats import SCHEMES, Role, scheme_names
+from qbert.modules import collect_specs
 from qbert.recipe import as_recipe, matches
 
 QUERY = "bert.encoder.layer.1.attention.self.query"
@@ -120,7 +122,7 @@ def test_the_skip_list_can_be_emptied() -> None:
 
 @pytest.mark.parametrize("name", scheme_names(Role.LINEAR))
 def test_a_schemes_name_stands_for_all_linears(name: str) -> None:
-    assert as_recipe(name) == Recipe(linear=name)
+    assert as_recipe(f"{name}+none") == Recipe(linear=name)
     recipe = Recipe(exclude=("x",))
     assert as_recipe(recipe) is recipe
 
@@ -171,3 +173,32 @@ def test_plain_data_round_trip_through_json() -> None:
 def test_recipes_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Recipe().linear = "w4a8"  # type: ignore[misc]
+
+
+# ---- words ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "linear", "embedding"),
+    [
+        ("w8a8", "w8a8", "w8"),
+        ("w8a8+none", "w8a8", None),
+        ("w8a8+gobo4", "w8a8", "gobo4"),
+        ("gobo3", "gobo3", None),
+        ("gobo3+gobo4", "gobo3", "gobo4"),
+        ("none+w8", None, "w8"),
+    ],
+)
+def test_a_word_stands_for_a_recipe(word: str, linear: str | None, embedding: str | None) -> None:
+    assert as_recipe(word) == Recipe(linear, embedding)
+
+
+@pytest.mark.parametrize(("word", "wrong"), [("w9a9", "w9a9"), ("w8a8+w9", "w9"), ("w8a8+", "''"), ("", "''")])
+def test_a_word_that_stands_for_nothing_is_refused(word: str, wrong: str) -> None:
+    with pytest.raises(QBertError, match=wrong):
+        as_recipe(word)
+
+
+def test_who_asks_for_8_bits_gets_them_for_the_tables_too() -> None:
+    model = quantize_(nn.ModuleDict({"table": nn.Embedding(8, 8), "linear": nn.Linear(8, 8)}))
+    assert {name: spec.scheme for name, spec in collect_specs(model).items()} == {"table": "w8", "linear": "w8a8"}

@@ -209,7 +209,7 @@ def test_a_missing_cpu_extension_is_said_once_in_the_log_and_in_explain(
     monkeypatch.delattr("qbert._cpu", raising=False)
     cpu_target.cache_clear()
     try:
-        model = qbert.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 64)))
+        model = qbert.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 64)), "w8a8+none")
         (note,) = qbert.explain(model).notes
         assert note == f"torch's kernels alone: {target.cpu_missing()}"
         assert "get one (g++ or clang++) and install again" in note

@@ -282,7 +282,9 @@ def calibration_of(family: str, variant: str) -> Any:
     return qbert.Calibration.from_dict({"layers": {f"{prefix}.layer.{index}": layer for index in range(2)}})
 
 
-def fused(family: str, variant: str, recipe: Any = "w8a8", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def fused(
+    family: str, variant: str, recipe: Any = "w8a8+none", dtype: torch.dtype = torch.float32, **changes: Any
+) -> Any:
     """A fused encoder without a head."""
     import qbert
 
@@ -384,7 +386,7 @@ def models() -> Iterator[Case]:
         yield case(f"{linear}+{embedding}/bfloat16", "BertModel", Recipe(linear, embedding), torch.bfloat16)
     for family in FAMILIES:
         yield case(f"{family}/w8a8+w8", f"{family}Model", Recipe("w8a8", "w8"))
-        yield case(f"{family}/fused", f"{family}Model", "w8a8", fuse=True)
+        yield case(f"{family}/fused", f"{family}Model", "w8a8+none", fuse=True)
     for family in ("Bert", "Roberta"):
         for embedding in ("w8", "w4", "gobo3"):
             tied = Recipe("w8a8", embedding, keep_float=())
@@ -400,7 +402,7 @@ def _calibrated(family: str, start: str) -> Any:
 
     model = model_of(f"{family}Model")
     if start != "float":
-        qbert.quantize_(model, start, fuse=True)
+        qbert.quantize_(model, f"{start}+none", fuse=True)
     return calls.calibration_data(qbert.calibrate(model, [batch(kind, 8, 17) for kind in ("right", "holes")]))
 
 

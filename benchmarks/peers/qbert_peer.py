@@ -45,7 +45,7 @@ class QBert(TorchPeer):
             calibration = qbert.Calibration.from_dict(json.loads(self._calibration_file.read_text()))
         # On the device already: each device's kernels read another layout of the weights.
         model = model.to(self.job.device, getattr(torch, self.job.options.get("dtype", "float32")))
-        model = qbert.quantize_(model, self.job.options["scheme"], fuse=fuse, calibration=calibration)
+        model = qbert.quantize_(model, qbert.Recipe(self.job.options["scheme"]), fuse=fuse, calibration=calibration)
         if fuse:
             check_fused(model)
         return model

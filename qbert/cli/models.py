@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from qbert.cli import terminal
 from qbert.cli.terminal import Embedding, Exclude, Json, Linear, Model, Override, Tasks
 from qbert.emulation import parse_emulation
 from qbert.errors import QBertError
-from qbert.recipe import Recipe
+from qbert.recipe import NONE, Recipe, in_words
 
 
 def quantize(
@@ -212,5 +213,5 @@ def _recipe(scheme: str, embedding: str | None, exclude: list[str] | None, overr
         pattern, equals, value = each.partition("=")
         if not (pattern and equals and value):
             raise QBertError(f"override {each!r}; allowed: PATTERN=SCHEME, or PATTERN=none to leave it float")
-        overrides[pattern] = None if value == "none" else value
-    return Recipe(None if scheme == "none" else scheme, embedding, tuple(exclude or ()), overrides)
+        overrides[pattern] = None if value == NONE else value
+    return replace(in_words(scheme, embedding), exclude=tuple(exclude or ()), overrides=overrides)

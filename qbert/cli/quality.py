@@ -11,7 +11,7 @@ from rich.table import Table
 
 from qbert.cli import terminal
 from qbert.cli.terminal import Data, Embedding, Json, Model, PlotFile, Tasks
-from qbert.recipe import Recipe
+from qbert.recipe import in_words
 
 
 def evaluate_command(
@@ -104,7 +104,7 @@ def _evaluate_one(
     path = resolve_model(model)
     subject: Any = model
     if scheme is not None or embedding is not None:
-        subject = quantize_(workflow.load_any(model), Recipe(linear=scheme, embedding=embedding))
+        subject = quantize_(workflow.load_any(model), in_words(scheme, embedding))
         against = against or model
     elif against is None and Path(path).is_dir() and checkpoint.is_checkpoint(path):
         against = workflow.source_of(path)

@@ -26,7 +26,9 @@ Data = Annotated[
 ]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="write a picture (.png, .svg, .pdf)")]
 Linear = Annotated[str, typer.Option("--scheme", help="scheme of the linears, or none; see `qbert formats`")]
-Embedding = Annotated[str | None, typer.Option("--embedding", help="scheme of the embeddings")]
+Embedding = Annotated[
+    str | None, typer.Option("--embedding", help="scheme of the embeddings, or none; w8 with w8a8, else none")
+]
 Exclude = Annotated[
     list[str] | None, typer.Option("--exclude", help="pattern of modules that stay float; may be repeated")
 ]

@@ -28,7 +28,7 @@ PRODUCTS = (
 BATCH, SEQ = 3, 9
 
 
-def fused(name: str, static: bool = False, scheme: str = "w8a8", **changes: Any) -> Any:
+def fused(name: str, static: bool = False, scheme: str = "w8a8+none", **changes: Any) -> Any:
     calibration = calibrated(name, tuple(changes.items())) if static else None
     return qbert.quantize_(float_model(name, **changes), scheme, fuse=True, calibration=calibration)
 
@@ -55,7 +55,7 @@ def measured() -> AnalyzeResult:
 def test_products_are_those_of_the_float_and_of_the_unfused_model(family: str, head: str) -> None:
     name = family + head
     before = products(analyzed(float_model(name)))
-    assert products(analyzed(qbert.quantize_(float_model(name), "w8a8"))) == before
+    assert products(analyzed(qbert.quantize_(float_model(name), "w8a8+none"))) == before
     result = analyzed(fused(name))
     assert products(result) == before
     (program,) = result.programs
@@ -104,7 +104,7 @@ def test_a_batch_that_goes_in_portions_has_the_same_products(monkeypatch: pytest
 
 
 def test_weights_and_parameters_are_the_unfused_models() -> None:
-    before, after = analyzed(qbert.quantize_(float_model("BertModel"), "w8a8")), analyzed(fused("BertModel"))
+    before, after = analyzed(qbert.quantize_(float_model("BertModel"), "w8a8+none")), analyzed(fused("BertModel"))
     for component in Component:
         rows = before.component(component), after.component(component)
         assert rows[0].parameters == rows[1].parameters

@@ -204,15 +204,15 @@ def test_a_calibration_of_another_model_is_refused_before_anything_is_done() -> 
     model, other = transformers.BertModel(CONFIGS["Bert"]).eval(), transformers.BertModel(CONFIGS["Bert"]).eval()
     foreign = calibration_of(other)  # biases are zeros and gains are ones in both: the weights tell
     with pytest.raises(QBertError, match="its model's weights are others"):
-        quantize_(model, fuse=True, calibration=foreign)
+        quantize_(model, "w8a8+none", fuse=True, calibration=foreign)
     assert type(model.encoder.layer[0].output.dense) is nn.Linear
-    quantize_(other, fuse=True, calibration=foreign)
+    quantize_(other, "w8a8+none", fuse=True, calibration=foreign)
 
 
 def test_calibrations_of_older_files_are_taken_and_said() -> None:
     old = Calibration.from_dict({"layers": _calibration(0).to_dict()["layers"]})
     assert "fingerprint" not in old.to_dict()
-    model = quantize_(float_model(seed=5), fuse=True, calibration=old)
+    model = quantize_(float_model(seed=5), "w8a8+none", fuse=True, calibration=old)
     assert "does not say of which model" in explain(model).encoders[0].reason
     assert "does not say" not in explain(fused_model("BertModel", "static")).encoders[0].reason
 
@@ -233,7 +233,7 @@ def test_a_linear_with_a_forward_of_its_own_stays_float() -> None:
         dense, old = layer.output.dense, layer.output.dense.forward
         dense.forward = lambda x, old=old: old(x) * 0.5
     expected = hidden_of(model, **batch)
-    quantize_(model, fuse=True)
+    quantize_(model, "w8a8+none", fuse=True)
     assert obstacle(model) == "encoder.layer.0.output.dense is float"
     assert sqnr_db(expected, hidden_of(model, **batch)) > 20
 
@@ -248,7 +248,7 @@ def test_an_exclusion_that_matches_nothing_is_refused() -> None:
 
 def test_calls_during_a_load_give_old_or_new_answers() -> None:
     model, batch = fused_model(), padded_batch()
-    states = [copy.deepcopy(quantize_(float_model(seed=seed)).state_dict()) for seed in (0, 1)]
+    states = [copy.deepcopy(quantize_(float_model(seed=seed), "w8a8+none").state_dict()) for seed in (0, 1)]
     answers = []
     for state in states:
         model.load_state_dict(state)

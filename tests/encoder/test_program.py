@@ -143,7 +143,7 @@ def test_every_family_has_the_same_steps(name: str) -> None:
         calibration = None
         if variant == "static":
             calibration = _calibrated(model, 0)
-        program = _program(quantize_(model, fuse=True, calibration=calibration))
+        program = _program(quantize_(model, "w8a8+none", fuse=True, calibration=calibration))
         expected = ROTATED[variant] if name == "ModernBert" else names
         assert all([step.name for step in layer.steps] == expected for layer in program.layers)
         assert {layer.static for layer in program.layers} == {variant == "static"}
@@ -210,7 +210,7 @@ def test_macs_are_the_closed_formula(name: str, variant: str) -> None:
     h, f, layers = 64, 128, 2
     model = float_model(name)
     calibration = _calibrated(model, 0) if variant == "static" else None
-    program = _program(quantize_(model, fuse=True, calibration=calibration))
+    program = _program(quantize_(model, "w8a8+none", fuse=True, calibration=calibration))
     for lengths in (LENGTHS, [1], [40] * 3, []):
         t, pairs = sum(lengths), sum(length**2 for length in lengths)
         parts = program.cost_by_part(lengths)
@@ -257,7 +257,7 @@ def test_static_codes_cost_less_than_floats() -> None:
 
 
 def test_cost_of_overflow() -> None:
-    model = quantize_(_with_a_giant(float_model()), fuse=True, calibration=_scales(1))
+    model = quantize_(_with_a_giant(float_model()), "w8a8+none", fuse=True, calibration=_scales(1))
     program = _program(model)
     steps = {step.name: step.cost([10]).macs for step in program.layers[0].steps}
     assert (steps["overflow in"], steps["overflow out"], steps["overflow sum"]) == (10 * 64, 10 * 64, 0)
@@ -287,7 +287,7 @@ def test_no_slot_outlives_its_last_reader(name: str, case: str) -> None:
     calibration = None
     if case != "dynamic":
         calibration = _calibrated(model, 16 if case == "overflow" else 0)
-    program = _program(quantize_(model, fuse=True, calibration=calibration))
+    program = _program(quantize_(model, "w8a8+none", fuse=True, calibration=calibration))
     slots = _Slots(
         ids=torch.tensor([5, 6, 7]), position_ids=torch.arange(3), token_type_ids=torch.zeros(3, dtype=torch.int64)
     )
@@ -445,7 +445,7 @@ def test_layers_with_heads_and_neurons_of_their_own(family: str, linear: str, va
 @pytest.mark.parametrize("family", FOUR)
 def test_modules_narrowed_after_fusing_are_followed(family: str) -> None:
     """QLinears put in the places of QLinears: the next call prepares itself anew from them."""
-    model = quantize_(float_model(f"{family}Model", **dict([NAMES[family]])), fuse=True)
+    model = quantize_(float_model(f"{family}Model", **dict([NAMES[family]])), "w8a8+none", fuse=True)
     batch = padded_batch(4, 11)
     before = hidden_of(model, **batch)
     assert [layer.heads for layer in _program(model).layers] == [2, 2, 2]
@@ -464,7 +464,7 @@ def test_modules_narrowed_after_fusing_are_followed(family: str) -> None:
 
 
 def test_the_same_bits_in_every_batch_and_portion(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = quantize_(_narrowed("Bert"), fuse=True), padded_batch(7, 23)
+    model, batch = quantize_(_narrowed("Bert"), "w8a8+none", fuse=True), padded_batch(7, 23)
     expected = hidden_of(model, **batch)
     for tokens in (1, 20, 1000):
         monkeypatch.setattr("qbert.encoder.run.tokens_at_once", lambda _, tokens=tokens: tokens)
@@ -480,10 +480,10 @@ def test_calibration_knows_each_layers_own_neurons() -> None:
         spoiled = LayerScales(scales=last.scales, overflow={"inner": {"neurons": (neuron,), "scale": 0.1}})
         given = Calibration(layers={**layers, "encoder.layer.0": spoiled})
         if allowed:
-            quantize_(copy.deepcopy(model), fuse=True, calibration=given)
+            quantize_(copy.deepcopy(model), "w8a8+none", fuse=True, calibration=given)
         else:
             with pytest.raises(QBertError, match=r"encoder\.layer\.0 has no neuron 64; allowed: 0 \.\.\. 63"):
-                quantize_(copy.deepcopy(model), fuse=True, calibration=given)
+                quantize_(copy.deepcopy(model), "w8a8+none", fuse=True, calibration=given)
 
 
 def test_how_wide_a_head_is() -> None:
@@ -534,11 +534,11 @@ def test_widths_that_do_not_fit_are_not_fused(case: str) -> None:
     change, words = MISFITS[case]
     model = float_model()
     change(model)
-    quantize_(model, fuse=True)
+    quantize_(model, "w8a8+none", fuse=True)
     (row,) = explain(model).encoders
     assert row.fused == "no"
     assert words in row.reason
-    fused = quantize_(float_model(), fuse=True)
+    fused = quantize_(float_model(), "w8a8+none", fuse=True)
     hidden_of(fused, **padded_batch())
     change(fused)
     with pytest.raises(QBertError, match=r"BertModel is fused, but now .*; undo that or call qbert\.unfuse_"):
@@ -546,7 +546,7 @@ def test_widths_that_do_not_fit_are_not_fused(case: str) -> None:
 
 
 def test_a_quantized_module_that_does_not_fit_is_refused_at_the_call() -> None:
-    model = quantize_(float_model(), fuse=True)
+    model = quantize_(float_model(), "w8a8+none", fuse=True)
     hidden_of(model, **padded_batch())
     narrow = _linear(32, 64, 0)
     model.encoder.layer[1].attention.self.key = QLinear(quantize(narrow.weight, SCHEMES["w8a8"]), narrow.bias)
@@ -559,12 +559,12 @@ def test_a_quantized_module_that_does_not_fit_is_refused_at_the_call() -> None:
 def test_a_projection_that_does_not_fit_is_refused() -> None:
     model = float_model("ElectraModel")
     model.embeddings_project = nn.Linear(48, 64)
-    quantize_(model, fuse=True)
+    quantize_(model, "w8a8+none", fuse=True)
     assert "embeddings_project takes 48 channels, not 32" in explain(model).encoders[0].reason
 
 
 def test_layers_are_where_the_program_says() -> None:
-    model = fuse_(quantize_(float_model("DistilBertModel")))
+    model = fuse_(quantize_(float_model("DistilBertModel"), "w8a8+none"))
     program = _program(model)
     assert [layer.name for layer in program.layers] == ["transformer.layer.0", "transformer.layer.1"]
     names = [name for name, _ in itertools.groupby(name for name, _ in program.steps())]

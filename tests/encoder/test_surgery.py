@@ -405,7 +405,7 @@ def _operate(
             _edited(s, edit)
     try:
         calibration = calibration_of(s.model) if variant == "static" else None
-        quantize_(s.model, fuse=True, calibration=calibration)
+        quantize_(s.model, "w8a8+none", fuse=True, calibration=calibration)
     except Exception:  # an edited float model that does not run, or has nothing left to quantize
         return "broken"
     for edit, when in edits:

@@ -110,7 +110,7 @@ def test_a_changed_bias_is_followed() -> None:
     ("shape", "words"), [((16, 2), "is 16 buckets of 2 heads"), ((32, 4), "is 32 buckets of 4 heads")]
 )
 def test_a_bias_that_does_not_fit_is_refused(shape: tuple[int, int], words: str) -> None:
-    model = quantize_(float_model("MPNetModel"))
+    model = quantize_(float_model("MPNetModel"), "w8a8+none")
     model.encoder.relative_attention_bias = nn.Embedding(*shape)
     assert f"encoder.relative_attention_bias {words}; needed: 32 or more, and 2" in (obstacle(model) or "")
 
@@ -134,7 +134,7 @@ def test_outputs_of_a_forward_that_collects_by_itself() -> None:
             assert [len(each) for each in found] == [len(each) for each in expected]
     bare = transformers.MPNetModel(copy.deepcopy(model.config), add_pooling_layer=False).eval()
     with torch.no_grad():
-        found = quantize_(bare, fuse=True)(**batch, return_dict=False)
+        found = quantize_(bare, "w8a8+none", fuse=True)(**batch, return_dict=False)
     assert (len(found), found[1]) == (2, None)
 
 
@@ -179,7 +179,7 @@ def test_what_a_window_does_not_reach_makes_no_difference(variant: str) -> None:
     """Three local layers of 4 tokens on each side: a token's change goes 12 tokens far and no further, as unfused."""
     local = {"layer_types": ["sliding_attention"] * 3}
     calibration = calibration_of(float_model("ModernBertModel", **local)) if variant == "static" else None
-    model = quantize_(float_model("ModernBertModel", **local), fuse=True, calibration=calibration)
+    model = quantize_(float_model("ModernBertModel", **local), "w8a8+none", fuse=True, calibration=calibration)
     ids = torch.randint(5, 97, (1, 40), generator=torch.Generator().manual_seed(0))
     other = ids.clone()
     other[0, 20] = 96
@@ -205,8 +205,8 @@ def test_a_modernbert_that_cannot_be_fused_says_why() -> None:
         ({"hidden_activation": "mish"}, "unknown activation 'mish'"),
     ]
     for change, words in changes:
-        assert words in (obstacle(quantize_(float_model("ModernBertModel", **change))) or "")
-    cut = quantize_(float_model("ModernBertModel"))
+        assert words in (obstacle(quantize_(float_model("ModernBertModel", **change), "w8a8+none")) or "")
+    cut = quantize_(float_model("ModernBertModel"), "w8a8+none")
     del cut.layers[0]
     assert obstacle(cut) is not None
     assert "layers.0.attn_norm" in obstacle(cut)
@@ -275,7 +275,10 @@ def test_scales_of_each_call_are_better_than_one_for_all() -> None:
     there = batch["attention_mask"].bool()
     exact = hidden_of(model, **batch)[there]
     each, one = (
-        sqnr_db(exact, hidden_of(quantize_(copy.deepcopy(model), fuse=True, calibration=calibration), **batch)[there])
+        sqnr_db(
+            exact,
+            hidden_of(quantize_(copy.deepcopy(model), "w8a8+none", fuse=True, calibration=calibration), **batch)[there],
+        )
         for calibration in (calls, shared)
     )
     assert each > one
@@ -355,8 +358,11 @@ def test_giant_neurons(family: str) -> None:
     kept = [name for name, each in calibration.layers.items() if each.overflow and 37 in each.overflow["inner"].neurons]
     assert bool(kept) == (family != "ModernBert")
     exact = hidden_of(model, **batch)[there]
-    unfused = sqnr_db(exact, hidden_of(quantize_(copy.deepcopy(model)), **batch)[there])
-    assert sqnr_db(exact, hidden_of(quantize_(model, fuse=True, calibration=calibration), **batch)[there]) > unfused - 5
+    unfused = sqnr_db(exact, hidden_of(quantize_(copy.deepcopy(model), "w8a8+none"), **batch)[there])
+    assert (
+        sqnr_db(exact, hidden_of(quantize_(model, "w8a8+none", fuse=True, calibration=calibration), **batch)[there])
+        > unfused - 5
+    )
 
 
 _SHARED = "encoder.albert_layer_groups.0.albert_layers.0"
@@ -390,7 +396,7 @@ def test_one_token(family: str, variant: str) -> None:
 @pytest.mark.parametrize("family", NEW)
 def test_half_precision_models(family: str, variant: str, dtype: torch.dtype) -> None:
     calibration = calibrated(f"{family}Model", ()) if variant == "static" else None
-    model = quantize_(float_model(f"{family}Model").to(dtype), fuse=True, calibration=calibration)
+    model = quantize_(float_model(f"{family}Model").to(dtype), "w8a8+none", fuse=True, calibration=calibration)
     batch = padded_batch()
     assert hidden_of(model, **batch).dtype == dtype
     there = batch["attention_mask"].bool()
@@ -415,6 +421,6 @@ def test_copies_pickles_and_files(family: str, variant: str, tmp_path: Path) -> 
 def test_calibrations_of_float_quantized_and_fused_models_are_alike(family: str) -> None:
     model = float_model(f"{family}Model")
     exact = calibration_of(model)
-    for other in (quantize_(copy.deepcopy(model)), fused_model(f"{family}Model", "static")):
+    for other in (quantize_(copy.deepcopy(model), "w8a8+none"), fused_model(f"{family}Model", "static")):
         for name, layer in calibration_of(other).layers.items():
             assert layer.scales == pytest.approx(exact.layers[name].scales, rel=0.25)

@@ -100,7 +100,7 @@ def test_the_encoder_is_quantized_and_nothing_else(kind: type[PreTrainedModel], 
         encoder = f"{model.base_model_prefix}."
         expected = {each for each in linears if each.startswith(encoder) or POOLER in each.split(".")}
         assert expected, "the base model is where its prefix says"
-        qbert.quantize_(model)
+        qbert.quantize_(model, "w8a8+none")
         assert names(model, QLinear, QTiedLinear) == expected
         assert names(model, nn.Linear) == linears - expected
 

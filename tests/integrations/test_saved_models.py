@@ -56,7 +56,7 @@ def test_a_model_is_saved_whole_whichever_part_was_quantized(part: str, fuse: bo
 
 def test_parts_of_several_schemes_are_all_in_the_record(tmp_path: Path) -> None:
     model = float_model(HEAD)
-    quantize_(model.bert.encoder.layer[0], "w8a8")
+    quantize_(model.bert.encoder.layer[0], "w8a8+none")
     quantize_(model.bert.encoder.layer[1], "gobo4")
     model.save_pretrained(tmp_path)
     _assert_loads(model, tmp_path)
@@ -64,7 +64,7 @@ def test_parts_of_several_schemes_are_all_in_the_record(tmp_path: Path) -> None:
 
 
 def test_a_part_of_a_quantized_model_is_saved_by_itself(tmp_path: Path) -> None:
-    model = quantize_(float_model(HEAD), "w8a8")
+    model = quantize_(float_model(HEAD), "w8a8+none")
     model.bert.save_pretrained(tmp_path / "part")
     assert torch.equal(_logits(qbert.load(tmp_path / "part")), _logits(model.bert))
     model.save_pretrained(tmp_path / "whole")
@@ -72,7 +72,7 @@ def test_a_part_of_a_quantized_model_is_saved_by_itself(tmp_path: Path) -> None:
 
 
 def test_a_model_whose_part_was_dequantized_is_saved_float(tmp_path: Path) -> None:
-    model = quantize_(float_model(HEAD), "w8a8")
+    model = quantize_(float_model(HEAD), "w8a8+none")
     dequantize_(model.bert)
     with pytest.raises(QBertError, match="is not quantized by qbert"):
         qbert.save(model, tmp_path / "refused")
@@ -84,7 +84,7 @@ def test_a_model_whose_part_was_dequantized_is_saved_float(tmp_path: Path) -> No
 
 def test_a_part_that_was_quantized_by_itself_is_forgotten_with_the_whole(tmp_path: Path) -> None:
     model = float_model(HEAD)
-    quantize_(model.bert, "w8a8")
+    quantize_(model.bert, "w8a8+none")
     dequantize_(model)
     assert not hasattr(model.bert, "hf_quantizer")
     model.save_pretrained(tmp_path)
@@ -94,7 +94,7 @@ def test_a_part_that_was_quantized_by_itself_is_forgotten_with_the_whole(tmp_pat
 def test_files_are_open_to_whom_the_umask_says(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        model = quantize_(float_model(HEAD), "w8a8")
+        model = quantize_(float_model(HEAD), "w8a8+none")
         model.save_pretrained(tmp_path / "transformers")
         qbert.save(model, tmp_path / "qbert")
     finally:
@@ -107,7 +107,7 @@ def test_files_are_open_to_whom_the_umask_says(tmp_path: Path) -> None:
 
 
 def test_a_head_for_other_labels_is_made_anew_as_of_a_float_model(tmp_path: Path) -> None:
-    model = quantize_(float_model(HEAD, num_labels=3), "w8a8")
+    model = quantize_(float_model(HEAD, num_labels=3), "w8a8+none")
     model.save_pretrained(tmp_path)
     again = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, num_labels=9, ignore_mismatched_sizes=True
@@ -121,7 +121,7 @@ def test_a_head_for_other_labels_is_made_anew_as_of_a_float_model(tmp_path: Path
 
 
 def test_files_are_held_to_their_own_configuration(tmp_path: Path) -> None:
-    quantize_(float_model(HEAD), "w8a8").save_pretrained(tmp_path)
+    quantize_(float_model(HEAD), "w8a8+none").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 41}))
     for load in LOADERS:
@@ -147,7 +147,7 @@ def test_files_are_held_to_their_own_configuration(tmp_path: Path) -> None:
     ids=("family", "no model", "code"),
 )
 def test_another_class_than_was_saved_is_not_loaded(entry: dict[str, Any], message: str, tmp_path: Path) -> None:
-    quantize_(float_model(), "w8a8").save_pretrained(tmp_path)
+    quantize_(float_model(), "w8a8+none").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | entry))
     for load in (qbert.load, transformers.BertModel.from_pretrained):
@@ -158,7 +158,7 @@ def test_another_class_than_was_saved_is_not_loaded(entry: dict[str, Any], messa
 def test_a_stock_model_that_came_with_code_is_saved_without_it(tmp_path: Path) -> None:
     model = float_model()
     model.config.auto_map = {"AutoModel": "modeling.BertModel"}
-    quantize_(model, "w8a8").save_pretrained(tmp_path)
+    quantize_(model, "w8a8+none").save_pretrained(tmp_path)
     assert torch.equal(_logits(qbert.load(tmp_path)), _logits(model))
 
 

@@ -115,7 +115,7 @@ def test_qbert_first(folders: dict[str, Path], tmp_path: Path) -> None:
 {LOAD}
 import qbert, torch
 answer = {{"after_import": heavy(), "cuda": torch.cuda.is_initialized()}}
-qbert.quantize_(torch.nn.Sequential(torch.nn.Linear(8, 8)))(torch.zeros(1, 8))
+qbert.quantize_(torch.nn.Sequential(torch.nn.Linear(8, 8)), "w8a8+none")(torch.zeros(1, 8))
 answer["after_use"] = heavy()
 answer["loaded"] = load({str(folder)!r})
 model = qbert.load({str(folder)!r})

@@ -10,6 +10,7 @@ if importlib.util.find_spec("triton") is None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["dynamic", "static"])
 @pytest.mark.parametrize("family", ["MPNet", "ModernBert", "Albert"])
 def test_families_run_fused(family, variant):

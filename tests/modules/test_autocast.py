@@ -52,7 +52,7 @@ def test_an_embedding_and_a_tied_linear_give_the_types_of_float_ones() -> None:
 
 
 def test_autocast_is_compiled_without_a_graph_break() -> None:
-    quantized = qbert.quantize_(small())
+    quantized = qbert.quantize_(small(), "w8a8+none")
     compiled, x = torch.compile(quantized, fullgraph=True, backend="eager"), torch.randn(5, 128)
     with torch.no_grad():
         plain = compiled(x)
@@ -70,7 +70,7 @@ def test_models_in_autocast(family: str, fuse: bool) -> None:
     model = encoder_of(float_model(f"{family}Model"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(**batch)[0]
-    quantized = qbert.quantize_(model, "w8a8", fuse=fuse)
+    quantized = qbert.quantize_(model, "w8a8+none", fuse=fuse)
     plain = quantized(**batch)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = quantized(**batch)[0]
