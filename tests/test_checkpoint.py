@@ -1013,6 +1013,10 @@ def test_code_in_a_checkpoint_is_not_run(folder: Path, saved: Path, tmp_path: Pa
     reference = "modeling_evil.BertModel"
     _edit_config(folder, _set(auto_map={"AutoModel": reference, "AutoConfig": "modeling_evil.BertConfig"}))
     for load in LOADERS.values():
+        with pytest.raises(CheckpointError, match="must not name code of its own for BertModel"):
+            load(folder)
+    _edit_config(folder, _set(auto_map={"AutoConfig": "modeling_evil.BertConfig"}))
+    for load in LOADERS.values():
         _assert_same_model(load(folder), qbert.load(saved))
     assert not marker.exists()
 
