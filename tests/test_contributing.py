@@ -69,6 +69,21 @@ def test_readme_python_runs_as_it_stands(tmp_path, monkeypatch):
         exec(compile(code, f"README.md: {heading}", "exec"), namespace)
 
 
+@pytest.mark.slow
+def test_the_page_of_formats_runs_as_it_stands(tmp_path, monkeypatch):
+    """All of it, on the real model."""
+    from qbert.zoo import resolve_model
+
+    try:
+        resolve_model("minilm")
+    except QBertError as error:
+        pytest.skip(str(error))
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for heading, code in python_blocks("docs/formats.md"):
+        exec(compile(code, f"docs/formats.md: {heading}", "exec"), namespace)
+
+
 GOBO2 = Scheme("gobo2", dictionary(2), PerTensor(), None, frozenset({Role.LINEAR, Role.EMBEDDING}), "four centroids")
 GOBO2A8 = Scheme("gobo2a8", dictionary(2), PerTensor(), INT8, frozenset({Role.LINEAR}), "four int8 centroids")
 W2A8 = Scheme("w2a8", integer(2), PerRow(), INT8, frozenset({Role.LINEAR}), "2-bit rows")
