@@ -31,6 +31,7 @@ from qbert.encoder import Calibration
 from qbert.errors import CheckpointError, QBertError
 from qbert.families import KEEP_FLOAT
 from qbert.modules import ModuleSpec, QEmbedding, QTiedLinear, QuantizedModule, collect_specs
+from qbert.modules.sites import describe_sites
 from qbert.recipe import Recipe
 from qbert.shapes import recorded_plan, resize_
 
@@ -546,9 +547,19 @@ def _is_reshaped(model: nn.Module) -> bool:
 
 
 def _keep_in_step(model: PreTrainedModel) -> None:
-    """Gives a model the record of what is quantized in it now: a part may have been quantized or dequantized by itself."""
+    """Gives a model the record of what is quantized in it now: a part may have been quantized or dequantized by itself.
+
+    Raises:
+        QBertError: it computes in formats that no record could say, for none of its weights is in one.
+    """
     quantizer: Any = getattr(model, "hf_quantizer", None)
     ours, specs = isinstance(quantizer, QBertHfQuantizer), collect_specs(model)
+    rounded = [] if specs else describe_sites(model)
+    if rounded:
+        raise QBertError(
+            f"{type(model).__name__} has {rounded[0]}, and no weights in a format that a record could name beside it; emulate "
+            "weights or embeddings, too, or save the float model after qbert.dequantize_"
+        )
     if specs and quantizer is None:
         _attach(model, Record.of(model, _recipe_of(model, specs), model.config.name_or_path or None))
     elif ours and not specs and not _is_reshaped(model):

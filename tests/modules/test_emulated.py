@@ -189,6 +189,17 @@ def test_activations_and_attention_alone_leave_the_weights():
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
+def test_what_no_record_can_say_is_not_saved_as_if_it_were_float(tmp_path):
+    model = float_model("BertModel")
+    qbert.quantize_(model, qbert.emulate(attention={"value": "int8"}))
+    for save in (lambda: model.save_pretrained(tmp_path / "new"), lambda: qbert.save(model, tmp_path / "new")):
+        with pytest.raises(QBertError, match="attention's value in int8 .* no weights in a format"):
+            save()
+    assert not (tmp_path / "new").exists()
+    qbert.dequantize_(model)
+    model.save_pretrained(tmp_path / "new")
+
+
 def test_gradients_pass_straight_through():
     _, emulated = linear_pair("w8a8", emulated_scheme(get_format("int8"), get_format("int8")))
     x = torch.randn(4, 256, requires_grad=True)
