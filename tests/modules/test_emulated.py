@@ -193,7 +193,7 @@ def test_what_no_record_can_say_is_not_saved_as_if_it_were_float(tmp_path):
     model = float_model("BertModel")
     qbert.quantize_(model, qbert.emulate(attention={"value": "int8"}))
     for save in (lambda: model.save_pretrained(tmp_path / "new"), lambda: qbert.save(model, tmp_path / "new")):
-        with pytest.raises(QBertError, match="attention's value in int8 .* no weights in a format"):
+        with pytest.raises(QBertError, match=r"attention's value in int8 .* no weights in a format"):
             save()
     assert not (tmp_path / "new").exists()
     qbert.dequantize_(model)
