@@ -13,6 +13,7 @@ from qbert.zoo import resolve_model
 DOC = Path(__file__).resolve().parents[2] / "docs/users.md"
 
 
+@pytest.mark.slow
 def test_the_examples_run_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("peft", "sentence_transformers"):
         pytest.importorskip(package, reason=f"needs {package}; requirements.txt has it")

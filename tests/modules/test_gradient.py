@@ -13,7 +13,7 @@ from qbert import QBertError, Recipe, dequantize_, quantize_
 from qbert.formats import Role, scheme_names
 from qbert.testing import random_weight
 
-SCHEMES = ("w8a8", "w4a8", "gobo4", "gobo3a8", "w4a16")
+COMPILED = ("w8a8", "gobo4")  # one whose matrix a compiler could trace, and one whose values it would have to look at
 
 
 def _layers(scheme: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
@@ -54,7 +54,7 @@ def test_gradients_are_exact_where_nothing_is_rounded() -> None:
     torch.testing.assert_close(quantized.found, floats.found)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", COMPILED)
 def test_compiled_gradients_are_the_same(scheme: str) -> None:
     quantized, _ = _layers(scheme)
     x = torch.randn(4, 128)
