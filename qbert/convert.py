@@ -255,10 +255,11 @@ def round_sites_(model: nn.Module, emulation: Emulation) -> None:
         remove_sites(model)
         raise
     if emulation.activations is not None:
+        left = {each for planner in _planners for each in planner(model)}  # adapters and their like stay as they are
         linears = (
             module
             for name, module in model.named_modules()
-            if type(module) is nn.Linear and emulation.rounds_input_of(name)
+            if type(module) is nn.Linear and module not in left and emulation.rounds_input_of(name)
         )
         round_inputs(linears, emulation.activations)
 

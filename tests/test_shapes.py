@@ -303,3 +303,12 @@ def _load_forged(folder: Path, edit: Any) -> None:
 def test_shapes_are_not_given_by_hand() -> None:
     with pytest.raises(QBertError, match="format_version"):
         qbert.QBertConfig(shapes=shape())
+
+
+def test_a_head_model_whose_encoder_was_reshaped_alone_is_saved_with_its_record(tmp_path: Path) -> None:
+    model = float_model("BertForSequenceClassification")
+    keep_heads_(model.bert, 1, [1])
+    note_reshaped(model.bert)
+    model.save_pretrained(tmp_path / "head")
+    again = qbert.load(tmp_path / "head")
+    assert torch.equal(again(**batch()).logits, model(**batch()).logits)

@@ -19,7 +19,7 @@ from torch import nn
 
 from qbert import convert
 from qbert.errors import QBertError
-from qbert.modules import QEmbedding, QLinear, QTiedLinear, QuantizedModule
+from qbert.modules import EmulatedLinear, QEmbedding, QLinear, QTiedLinear, QuantizedModule
 from qbert.recipe import Recipe
 
 _ALL_LINEAR = "all-linear"
@@ -48,6 +48,7 @@ class LoraQEmbedding(lora.Embedding):
         return module.num_embeddings, module.embedding_dim
 
 
+_LINEARS = (QLinear, EmulatedLinear)
 _LAYERS = {QLinear: LoraQLinear, QTiedLinear: LoraQLinear, QEmbedding: LoraQEmbedding}
 
 
@@ -107,7 +108,7 @@ def _register() -> None:
         given = getattr(config, "target_modules", None)
         config = expand(config, model)
         if isinstance(given, str) and given.lower() == _ALL_LINEAR:
-            config.target_modules |= {name for name, module in model.named_modules() if type(module) is QLinear}
+            config.target_modules |= {name for name, module in model.named_modules() if type(module) in _LINEARS}
         return config
 
     @functools.wraps(allowed)

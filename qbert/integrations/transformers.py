@@ -31,6 +31,7 @@ from qbert.encoder import Calibration
 from qbert.errors import CheckpointError, QBertError
 from qbert.families import KEEP_FLOAT
 from qbert.modules import ModuleSpec, QEmbedding, QTiedLinear, QuantizedModule, collect_specs
+from qbert.modules.attention import register as register_attention
 from qbert.modules.sites import describe_sites
 from qbert.recipe import Recipe
 from qbert.shapes import recorded_plan, resize_
@@ -560,8 +561,9 @@ def _keep_in_step(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has {rounded[0]}, and no weights in a format that a record could name beside it; emulate "
             "weights or embeddings, too, or save the float model after qbert.dequantize_"
         )
-    if specs and quantizer is None:
-        _attach(model, Record.of(model, _recipe_of(model, specs), model.config.name_or_path or None))
+    if quantizer is None and (specs or _is_reshaped(model)):
+        recipe = _recipe_of(model, specs) if specs else _FLOAT
+        _attach(model, Record.of(model, recipe, model.config.name_or_path or None))
     elif ours and not specs and not _is_reshaped(model):
         quantizer.remove_quantization_config(model)
 
@@ -623,5 +625,6 @@ def _extend_transformers() -> None:
 
 
 _extend_transformers()
+register_attention()  # of pickled models that are emulated, too
 convert.when_planned(_refuse_others)
 convert.when_changed(_follow)

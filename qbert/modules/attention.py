@@ -128,15 +128,30 @@ def _take_over(model: nn.Module, formats: AttentionFormats) -> None:
         raise QBertError(
             f"{type(model).__name__} has no attention that is emulated; allowed: transformers' BERT-like encoders"
         )
-    _register()
+    register()
     for module in found:
         setattr(module, FORMATS, formats)
         if _kind_of_attention(module) == "own":
             module.forward = _OwnAttention(module)
+        else:
+            module.register_forward_pre_hook(_require_taken_over)
     for config in {id(each): each for each in (getattr(module, "config", None) for module in found)}.values():
         if config is not None and config._attn_implementation != IMPLEMENTATION:
             model.__dict__.setdefault(_BEFORE, []).append((config, config._attn_implementation))
             config._attn_implementation_internal = IMPLEMENTATION
+
+
+def _require_taken_over(module: nn.Module, arguments: Any) -> None:
+    """
+    Raises:
+        QBertError: somebody chose another attention function since, which rounds nothing.
+    """
+    config: Any = module.config
+    if FORMATS in module.__dict__ and config._attn_implementation != IMPLEMENTATION:
+        raise QBertError(
+            f"attention is emulated in {type(module).__name__}, but its implementation is {config._attn_implementation!r} now; "
+            "call qbert.dequantize_ before another is chosen"
+        )
 
 
 def give_back(model: nn.Module) -> None:
@@ -145,6 +160,9 @@ def give_back(model: nn.Module) -> None:
         config._attn_implementation_internal = before
     for module in model.modules():
         module.__dict__.pop(FORMATS, None)
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _require_taken_over]:
+            del hooks[key]
         if isinstance(module.__dict__.get("forward"), _OwnAttention):
             del module.forward
 
@@ -241,7 +259,7 @@ def _attends(module: nn.Module) -> bool:
     return "Attention" in type(module).__name__
 
 
-def _register() -> None:
+def register() -> None:
     """Names the attention function, and the masks it takes, to transformers."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask

@@ -84,7 +84,8 @@ class EmulatedModule(QuantizedModule):
     def float_weight(self) -> Tensor:
         """(n, k) float32 that the codes stand for, decoded once; with gradients for `master` where there is one."""
         if self.master is None:
-            return self.quantized.prepared(decode)
+            with torch.inference_mode(False):  # it is kept, and a later call may want a backward
+                return self.quantized.prepared(decode)
         weight = self.master.to(torch.float32)
         fmt, current = self.formats.weights, weight.detach()
         return weight + (dequantize(quantize_blocks(current, fmt), fmt) - current)

@@ -113,6 +113,20 @@ def test_adapters_of_a_model_that_is_quantized_stay_float() -> None:
     assert last < first
 
 
+def test_adapters_and_emulated_linears() -> None:
+    """Adapters compute in float whichever came first, and "all-linear" has the emulated ones."""
+    formats = qbert.emulate(weights="int8", activations="int3")
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=4, init_lora_weights=False)
+    first = quantize_(peft.get_peft_model(float_model(HEAD), config).eval(), formats)
+    assert not [name for name, each in first.named_modules() if "lora_" in name and each._forward_pre_hooks]
+    then = peft.get_peft_model(quantize_(float_model(HEAD), formats), config).eval()
+    then.load_state_dict({name: each for name, each in first.state_dict().items() if "lora_" in name}, strict=False)
+    torch.testing.assert_close(_logits(then), _logits(first))
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=4)
+    model = peft.get_peft_model(quantize_(float_model(HEAD), formats), config)
+    assert sum(isinstance(each, peft.tuners.lora.LoraLayer) for each in model.modules()) == 2 * 6 + 1
+
+
 def test_prompt_tuning_reaches_the_prompt_through_quantized_linears() -> None:
     config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
     model = peft.get_peft_model(_quantized(Recipe("w8a8", "w8")), config)

@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -198,6 +201,44 @@ def test_what_no_record_can_say_is_not_saved_as_if_it_were_float(tmp_path):
     assert not (tmp_path / "new").exists()
     qbert.dequantize_(model)
     model.save_pretrained(tmp_path / "new")
+
+
+def test_another_attention_function_is_not_taken_for_the_emulated_one(tmp_path):
+    model, batch = float_model("BertModel"), padded_batch()
+    before = hidden_of(model, **batch)
+    qbert.quantize_(model, qbert.emulate(attention="fp4_e2m1"))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(QBertError, match="its implementation is 'sdpa' now"):
+        model(**batch)
+    qbert.dequantize_(model)
+    torch.testing.assert_close(hidden_of(model, **batch), before)
+
+
+def test_a_pickle_runs_in_another_process(tmp_path):
+    model = qbert.quantize_(float_model("BertModel"), qbert.emulate(weights="int8", attention="mxfp8"))
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
+    code = """
+import pickle, sys, torch, qbert
+model = pickle.load(open(sys.argv[1], "rb"))
+print(model(torch.tensor([[5, 6]]))[0].shape)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model.pkl")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.strip() == "torch.Size([1, 2, 64])", done.stderr
+
+
+def test_a_backward_after_inference():
+    model, batch = qbert.quantize_(float_model("BertModel"), qbert.emulate(weights="int8")), padded_batch()
+    with torch.inference_mode():
+        model(**batch)
+    model.embeddings.LayerNorm.weight.grad = None
+    model(**batch)[0].sum().backward()
+    assert model.embeddings.LayerNorm.weight.grad.abs().sum() > 0
 
 
 def test_gradients_pass_straight_through():
