@@ -435,7 +435,8 @@ def test_codes_of_queries_keys_and_values_are_held_once() -> None:
         assert sum(part.untyped_storage().nbytes() for part in parts) == 3 * sum(part.nbytes for part in parts)
         codes = sum(module.qdata.nbytes for module in model.modules() if isinstance(module, QuantizedModule))
         row = explain(model).encoders[0]
-        assert 0 < row.extra_bytes < 0.8 * codes  # scales, biases and tables; these models are tiny
+        # Scales, biases and tables, those of the last layer twice: for all tokens and for first ones. These models are tiny.
+        assert 0 < row.extra_bytes < codes
 
 
 def test_changes_of_the_model_are_followed() -> None:

@@ -502,7 +502,7 @@ def test_attention_writes_nothing_beyond_its_result(head_dim: int, dtype: torch.
     assert scales is not None
     expected, out = run(problem), Guarded((27, 2 * head_dim), dtype)
     float_type = FLOAT_TYPES[dtype]
-    addresses = (qkv.data_ptr(), -1, scales.data_ptr(), False, bounds.data_ptr())
+    addresses = (qkv.data_ptr(), -1, scales.data_ptr(), False, 0, 0, bounds.data_ptr())
     pattern = (-1, 0, 0, 0, 0)
     assert _cpu.attention(*addresses, 2, 27, heads, head_dim, softmax_scale, *pattern, out.address, float_type, 1.0, 1)
     out.check(expected)

@@ -62,7 +62,8 @@ def observed(model: nn.Module, begin: Begin, end: End) -> Iterator[None]:
     try:
         for name, encoder in prepared:
             encoder.program = _observed(encoder.program, name, begin, end)
-        yield
+        with whole_programs(model):
+            yield
     finally:
         for (_, encoder), program in zip(prepared, programs, strict=True):
             encoder.program = program
@@ -94,16 +95,17 @@ def _observed(program: Program, encoder: str, begin: Begin, end: End) -> Program
 
 
 @contextmanager
-def without_graphs(model: nn.Module) -> Iterator[None]:
-    """Within the block compiled encoders launch their steps one by one: inside a CUDA graph nobody sees them."""
-    held = [(fused, fused.graphs) for fused in fused_encoders(model).values()]
+def whole_programs(model: nn.Module) -> Iterator[None]:
+    """Within the block fused encoders do what their programs print: compiled ones launch their steps one by one, for inside a
+    CUDA graph nobody sees them, and those of classifiers compute all tokens in the last layer, too."""
+    held = [(fused, fused.graphs, fused.every_token) for fused in fused_encoders(model).values()]
     try:
-        for fused, _ in held:
-            fused.graphs = None
+        for fused, _, _ in held:
+            fused.graphs, fused.every_token = None, True
         yield
     finally:
-        for fused, graphs in held:
-            fused.graphs = graphs
+        for fused, graphs, every_token in held:
+            fused.graphs, fused.every_token = graphs, every_token
 
 
 def lengths_in(slots: Slots, step: Step) -> list[int]:

@@ -12,7 +12,7 @@ from qbert.analyze.count import count_ops
 from qbert.analyze.inputs import make_inputs, require_encoder, require_positive
 from qbert.analyze.measure import Latency, measure_latency
 from qbert.analyze.memory import peak_memory
-from qbert.analyze.program import fused_encoders, without_graphs
+from qbert.analyze.program import fused_encoders, whole_programs
 from qbert.analyze.result import META_DEVICE, AnalyzeResult, Environment, Measurement, TargetFigures
 from qbert.analyze.roofline import predict
 from qbert.analyze.rows import Facts, make_rows, program_rows
@@ -64,7 +64,7 @@ def analyze(
         raise QBertError(f"unknown dtype {dtype!r}; allowed: {', '.join(DTYPE_BYTES)}")
     inputs = make_inputs(model, batch, seq, device)
     machine = _machine(target, device)
-    with evaluation_mode(model), without_graphs(model):
+    with evaluation_mode(model), whole_programs(model):
         counts = count_ops(model, inputs, model_dtype)
         peak = peak_memory(model, inputs)
         latency = measure_latency(model, inputs, device, repeats) if measure else None

@@ -57,6 +57,7 @@ class FusedForward:
     Attributes:
         graphs: CUDA graphs of its sizes of batches, where `qbert.compile` asked for them.
         gate: keeps calls and loads of weights apart.
+        every_token: the last layer computes all tokens, whoever reads them.
     """
 
     __name__ = FORWARD
@@ -67,6 +68,7 @@ class FusedForward:
         self.family = family
         self.calibration = calibration
         self.graphs: GraphCache | None = None
+        self.every_token = False
         self._told = False
         self.__doc__ = type(base).forward.__doc__
         self.__setstate__({})
@@ -100,7 +102,7 @@ class FusedForward:
         return self._untraced(args, kwargs)
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        first = takes_first(self.base, self.family, FusedForward.__call__.__code__)
+        first = not self.every_token and takes_first(self.base, self.family, FusedForward.__call__.__code__)
         given = self._by_name(args, kwargs)
         config: Any = self.base.config
         return_dict = given.pop("return_dict", getattr(config, "return_dict", True))
