@@ -201,7 +201,7 @@ def test_a_calibration_knows_its_model_again(linear: str) -> None:
 
 
 def test_a_calibration_of_another_model_is_refused_before_anything_is_done() -> None:
-    model, other = transformers.BertModel(CONFIGS["Bert"]).eval(), transformers.BertModel(CONFIGS["Bert"]).eval()
+    model, other = (transformers.BertModel(copy.deepcopy(CONFIGS["Bert"])).eval() for _ in range(2))
     foreign = calibration_of(other)  # biases are zeros and gains are ones in both: the weights tell
     with pytest.raises(QBertError, match="its model's weights are others"):
         quantize_(model, "w8a8+none", fuse=True, calibration=foreign)

@@ -16,7 +16,8 @@ import qbert
 def peak():  # KiB that were ever resident since the last reset
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 
-qbert.quantize_(nn.Sequential(nn.Embedding(64, 64)), qbert.Recipe(None, "gobo4"))  # what is imported late
+for scheme in ("w8", "w4", "gobo4"):  # what is imported late, and the threads' own memory
+    qbert.quantize_(nn.Sequential(nn.Embedding(20000, 128)), qbert.Recipe(None, scheme))
 for scheme in ("w8", "w4", "gobo4"):
     model = nn.Sequential(nn.Embedding(120000, 128))
     open("/proc/self/clear_refs", "w").write("5")
