@@ -454,6 +454,7 @@ def test_tiny_run(tmp_path, monkeypatch):
     assert [each.name for each in stored.of(BertRow)] == [each.name for each in made.of(BertRow)]
 
 
+@pytest.mark.slow
 def test_tiny_run_of_two_models(tmp_path, monkeypatch):
     """One that has no fused encoder is a row that says so, or runs; a case that is too long for a model is one too."""
     monkeypatch.setattr(bench_bert, "CALIBRATION_SENTENCES", 16)
