@@ -12,7 +12,6 @@ import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -43,7 +42,6 @@ _OVERFLOW_GAIN = 3.0
 _USUAL_SATURATED = 1.5e-4
 _FEW_TEXTS = 4
 _PROSE = (40, 600)  # letters: shorter are headings, longer are tables
-_TOKENIZER_FILES = ("tokenizer.json", "vocab*", "*.model")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 
 
@@ -430,11 +428,11 @@ def tokenizer_beside(base: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
+    from qbert.evaluate.loading import has_tokenizer
+
     path = base.name_or_path
-    # Of a folder without the files transformers makes a tokenizer that knows no word.
-    there = any(any(Path(path).glob(pattern)) for pattern in _TOKENIZER_FILES) if Path(path).is_dir() else bool(path)
     try:
-        if there:
+        if has_tokenizer(path):
             return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError):
         pass

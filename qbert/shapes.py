@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
 import torch
@@ -188,6 +188,74 @@ def recorded_plan(model: nn.Module) -> ShapePlan | None:
     plans = [base.__dict__.get(_PLAN) for _, base, _ in encoders(model)]
     held = plans[0] if len(plans) == 1 else None
     return held if isinstance(held, ShapePlan) and not held.whole else None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the weights of a compressed model, quantized or not, stood in a float model that it was made from.
+
+    Attributes:
+        plan: of the compressed model; None of a whole one, and of one that has all that the other has.
+    """
+
+    plan: ShapePlan | None = None
+    _layers: dict[str, tuple[str, LayerShape, tuple[int, ...], EncoderFamily]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, original: nn.Module) -> Kept:
+        """Of a model and the original, or a model between the two.
+
+        Raises:
+            QBertError: a layer or a head that the original does not have.
+        """
+        plan = recorded_plan(model)
+        if plan is None:
+            return cls()
+        (path, encoder), (path_there, there) = _with_path(model), _with_path(original)
+        held = plan_of(original)
+        sources = held.layers
+        if held.of.layers != plan.of.layers:
+            if not held.whole or len(held.layers) != len(plan.layers):
+                raise QBertError(f"it had {plan.of.layers} layers, the model to compare with has {len(held.layers)}")
+            sources = plan.layers  # read from transformers' own files, which do not say what is gone
+        places = {shape.source: place for place, shape in enumerate(sources)}
+        layers = {}
+        for shape, name in zip(plan.layers, encoder.paths, strict=True):
+            if shape.source not in places:
+                raise QBertError(f"{name} was layer {shape.source}, which is not in the model to compare with")
+            place = places[shape.source]
+            layers[_joined(path, name)] = (
+                _joined(path_there, there.paths[place]), shape, held.layers[place].heads, encoder.family,
+            )  # fmt: skip
+        return cls(plan, layers)
+
+    def source(self, name: str) -> str:
+        """Name in the original of the module that has this one here."""
+        for layer, (there, *_) in self._layers.items():
+            if name.startswith(layer + "."):
+                return there + name.removeprefix(layer)
+        return name
+
+    def part(self, name: str, weight: Tensor) -> Tensor:
+        """What was kept of the original's weight, as far as it is recorded: of the heads."""
+        for layer, (_, shape, heads, family) in self._layers.items():
+            path = name.removeprefix(layer + ".")
+            if path == name or shape.heads == heads or not set(shape.heads) <= set(heads):
+                continue
+            axis = 0 if path in family.layer.qkv else 1 if path == family.layer.attention_output else None
+            if axis is not None:
+                kept = torch.tensor([heads.index(head) for head in shape.heads])
+                return weight.unflatten(axis, (len(heads), -1)).index_select(axis, kept).flatten(axis, axis + 1)
+        return weight
+
+
+def _with_path(model: nn.Module) -> tuple[str, Shaped]:
+    encoder = shaped(model)
+    return next(name for name, base, _ in encoders(model) if base is encoder.base), encoder
+
+
+def _joined(*names: str) -> str:
+    return ".".join(filter(None, names))
 
 
 def _whole(encoder: Shaped) -> ShapePlan:

@@ -27,7 +27,7 @@ from qbert.explain import Explanation, explain
 from qbert.metrics import sqnr_db
 from qbert.modules import QuantizedModule
 from qbert.recipe import Recipe
-from qbert.shapes import recorded_plan
+from qbert.shapes import Kept, recorded_plan
 from qbert.target import cpu_target, extensions, native_cpu, physical_cores
 from qbert.weight.codec import decode
 from qbert.zoo import resolve_model
@@ -391,16 +391,24 @@ def _load_checked(folder: str | Path) -> nn.Module:
 
 
 def _compare_weights(model: nn.Module, original: nn.Module, against: str) -> list[ModuleSqnr]:
-    rows = []
+    rows, kept = [], Kept.of(model, original)
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedModule):
             continue
+        source = kept.source(name)
         try:
-            weight = original.get_submodule(name).get_parameter("weight").detach().to(torch.float32)
+            whole = original.get_submodule(source).get_parameter("weight").detach().to(torch.float32)
         except AttributeError:
-            raise QBertError(f"{against!r} has no module {name!r}; it is not the model that was quantized") from None
+            raise QBertError(f"{against!r} has no module {source!r}; it is not the model that was quantized") from None
+        weight = kept.part(name, whole)
         if tuple(weight.shape) != module.shape:
-            raise QBertError(f"{name} is {list(module.shape)} here and {list(weight.shape)} in {against!r}")
+            sizes = f"{name} is {list(module.shape)} here and {source} {list(whole.shape)} in {against!r}"
+            if kept.plan is None:
+                raise QBertError(sizes)
+            raise QBertError(
+                f"{sizes}: this model is compressed ({kept.plan}), and which neurons or words are left is not recorded; "
+                f"allowed: the float model that was quantized"
+            )
         restored = decode(module.quantized)
         ratio = sqnr_db(weight, restored)
         rows.append(

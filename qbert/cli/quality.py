@@ -95,7 +95,8 @@ def _evaluate_one(
 ) -> Any:
     from qbert import checkpoint, workflow
     from qbert.convert import quantize_
-    from qbert.evaluate import evaluate, finetuned_model, load_tokenizer
+    from qbert.evaluate import evaluate, finetuned_model
+    from qbert.evaluate.loading import own_tokenizer
     from qbert.zoo import resolve_model
 
     if fine_tune:
@@ -108,7 +109,7 @@ def _evaluate_one(
         against = against or model
     elif against is None and Path(path).is_dir() and checkpoint.is_checkpoint(path):
         against = workflow.source_of(path)
-    tokenizer = load_tokenizer(resolve_model(against or model))
+    tokenizer = own_tokenizer(path)  # the original has its own: words that were trimmed have other numbers
     with terminal.progress(f"encoding {getattr(task, 'name', task)}", as_json) as progress:
         return evaluate(
             subject, task, against, load=workflow.load_any, tokenizer=tokenizer, progress=terminal.two(progress)

@@ -17,7 +17,7 @@ from qbert.compress.latency import Load, measured_ms
 from qbert.compress.layers import drop_layers_
 from qbert.compress.prune import prune_
 from qbert.compress.report import Agreement, Size
-from qbert.compress.texts import Texts, agreement, float_encoder, outputs_of, require
+from qbert.compress.texts import Texts, agreement, float_encoder, outputs_of, require, tokenizer_inside
 from qbert.compress.vocabulary import trim_vocabulary_
 from qbert.convert import fuse_, quantize_
 from qbert.errors import QBertError
@@ -208,7 +208,8 @@ def compress(
         model: float; left as it is, like the tokenizer.
         recipe: what to do. Compressed models may be compressed again.
         texts: of the kind the model is used on, some hundreds or more.
-        tokenizer: by default the one beside the model's files.
+        tokenizer: by default the one inside a pipeline of sentence-transformers, else the one beside the model's files. A
+            pipeline goes on with its own, so where the vocabulary is trimmed no other is taken.
         labels: of a classifier, for pruning, see `prune_`.
         pooling: of embeddings, ``"mean"`` or ``"cls"``.
         measure: whether each step's milliseconds are measured.
@@ -219,7 +220,9 @@ def compress(
         QBertError: see the methods.
     """
     encoder = float_encoder(model, "compressing")
-    tokenizer = tokenizer_beside(encoder.base) if tokenizer is None else tokenizer
+    if tokenizer is None:
+        inside = tokenizer_inside(model)
+        tokenizer = tokenizer_beside(encoder.base) if inside is None else inside
     if labels is not None and len(labels) != len(texts):
         raise QBertError(f"{len(labels)} labels for {len(texts)} texts; allowed: one for each")
     run = _Run(model, recipe, texts, tokenizer, labels, pooling, measure, after_step, progress)
@@ -242,7 +245,8 @@ class _Run:
         progress: Progress | None,
     ) -> None:
         self.original, self.recipe, self.pooling, self.progress = model, recipe, pooling, progress
-        self.model, self.tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
+        # Together: a pipeline's tokenizer stays the one inside it, so that it is trimmed there too.
+        self.model, self.tokenizer = copy.deepcopy((model, tokenizer))
         self.judging = list(texts)[_JUDGED - 1 :: _JUDGED][:_JUDGE_BY]
         given = [place for place in range(len(texts)) if place % _JUDGED != _JUDGED - 1]
         self.texts = [texts[place] for place in given]

@@ -82,6 +82,19 @@ def require(texts: Texts, least: int, what: str) -> None:
         raise QBertError(f"{len(texts)} texts; {what} needs {least} or more")
 
 
+def tokenizer_inside(model: nn.Module) -> Any:
+    """The tokenizer that a pipeline of sentence-transformers cuts its texts with; None of a model that takes ids."""
+    for module in model.modules():
+        for name in _TOKENIZER_HELD_AS:
+            held = module.__dict__.get(name)
+            if held is not None:
+                return getattr(held, "tokenizer", held)  # a processor has one
+    return None
+
+
+_TOKENIZER_HELD_AS = ("processor", "tokenizer")  # attributes of its Transformer module, the latter in older versions
+
+
 def float_encoder(model: nn.Module, what: str) -> Shaped:
     """The encoder of a float model, before something is taken out of it.
 

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from qbert.compress.pieces import Pieces, chosen
 from qbert.compress.report import Report, Size, report_of
-from qbert.compress.texts import Texts, agreement, float_encoder, outputs_of, require, undone_on_error
+from qbert.compress.texts import (
+    Texts,
+    agreement,
+    float_encoder,
+    outputs_of,
+    require,
+    tokenizer_inside,
+    undone_on_error,
+)
 from qbert.convert import note_reshaped
 from qbert.errors import QBertError
 from qbert.evaluate.stats import wilson
@@ -66,7 +74,8 @@ def trim_vocabulary_(
 
     Args:
         model: float, with a word table that no head shares.
-        tokenizer: of the model, WordPiece, Unigram or BPE of the tokenizers library; changed like the model.
+        tokenizer: of the model, WordPiece, Unigram or BPE of the tokenizers library; changed like the model. Of a pipeline that
+            cuts texts itself (sentence-transformers) it is the pipeline's own, `model.tokenizer`.
         texts: of the kind the model will be used on, the more the better; one in five is held out for the report.
         size: pieces that stay.
         pooling: of embeddings, for the report.
@@ -78,6 +87,7 @@ def trim_vocabulary_(
     start = time.perf_counter()
     encoder = float_encoder(model, "trimming the vocabulary")
     _check_head(model)
+    _check_inside(model, tokenizer)
     pieces = Pieces.of(tokenizer)
     _check_ids(encoder, pieces)
     given = Texts.of(model, texts, tokenizer)
@@ -108,6 +118,15 @@ def _check_head(model: Any) -> None:
     outputs = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if outputs is not None:
         raise QBertError(f"{type(model).__name__} has a head over its vocabulary; trim the bare encoder instead")
+
+
+def _check_inside(model: nn.Module, tokenizer: Any) -> None:
+    """A pipeline that went on with its own tokenizer would look up other words' rows."""
+    inside = tokenizer_inside(model)
+    if inside is not None and inside is not tokenizer:
+        raise QBertError(
+            f"{type(model).__name__} has a tokenizer of its own, which is to be trimmed with it: pass its model.tokenizer"
+        )
 
 
 def _check_ids(encoder: Shaped, pieces: Pieces) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 
 from qbert.errors import QBertError
 from qbert.evaluate.encode import CLASSIFIER_SUFFIX
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab*", "*.model")
 
 
 def load_fp32(path: str) -> nn.Module:
@@ -34,6 +37,21 @@ def load_tokenizer(path: str) -> Any:
 
     with _one_line_errors("tokenizer", path):
         return AutoTokenizer.from_pretrained(path)
+
+
+def has_tokenizer(path: str) -> bool:
+    """Whether a folder has the files of one: of a folder without them transformers makes a tokenizer that knows no word.
+
+    Of a hub id nothing is known before it is asked for: True.
+    """
+    if not Path(path).is_dir():
+        return bool(path)
+    return any(any(Path(path).glob(pattern)) for pattern in _TOKENIZER_FILES)
+
+
+def own_tokenizer(path: str) -> Any:
+    """The tokenizer beside a model; None where a folder has none. Raises QBertError if it cannot be read."""
+    return load_tokenizer(path) if has_tokenizer(path) else None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from qbert.errors import QBertError
 from qbert.evaluate import stats
 from qbert.evaluate.datasets import Dataset
 from qbert.evaluate.encode import DEFAULT_BATCH_TOKENS, Encoded, Progress, encode_texts, is_classifier, unwrap
-from qbert.evaluate.loading import load_fp32, load_tokenizer
+from qbert.evaluate.loading import load_fp32, own_tokenizer
 from qbert.evaluate.probe import Probe, fit_probe
 from qbert.evaluate.results import Comparison, EvalResult, Head
 from qbert.evaluate.tasks import Task, TaskData, load_task
@@ -22,6 +22,7 @@ from qbert.zoo import resolve_model
 
 PERCENT = 100.0
 OTHER_CLASS = -1  # the model chose a class that the task does not have: wrong, whatever the label
+_NO_TOKENIZER = "a model needs its tokenizer, and there is none beside it: pass tokenizer="
 SIMILARITY_SAMPLE = 200  # test texts, from the front: 19,900 pairs (the split put the texts in the order of a hash)
 
 
@@ -132,23 +133,38 @@ def evaluate(
     *,
     load: Callable[[str], Any] = load_fp32,
     tokenizer: Any = None,
+    against_tokenizer: Any = None,
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> EvalResult:
     """Evaluate a model on a task, alone or against its float32 original.
 
     Args:
-        model: a folder, alias, hub id, or a model at hand (then `tokenizer` is needed, unless `against` is a path).
+        model: a folder, alias, hub id, or a model at hand (then `tokenizer` is needed, unless `against` has one).
         against: the original. Its embeddings train the probe; None: the model's own do, and nothing is compared.
         load: how a path becomes a model, for both: e.g. qbert's loader, which takes quantized and plain folders.
-        tokenizer: by default the one beside `against`, else the one beside `model`. Both see the same tokens.
+        tokenizer: of `model`, by default the one beside it, else the original's. Both see the same texts, each in its own
+            tokens: a model whose vocabulary was trimmed counts its words otherwise than the original.
+        against_tokenizer: of `against`, by default the one beside it, else `model`'s.
         progress: called with (texts done, texts in all), for the baseline and then for the model.
+
+    Raises:
+        QBertError: no tokenizer, or only that of the other model, which has another vocabulary; else see `score`.
     """
-    tokenizer = tokenizer if tokenizer is not None else _find_tokenizer(against, model)
+    tokenizer = _beside(model) if tokenizer is None else tokenizer
     if against is None:
+        if tokenizer is None:
+            raise QBertError(_NO_TOKENIZER)
         return prepare_baseline(_loaded(model, load), tokenizer, task, options=options, progress=progress).result
-    baseline = prepare_baseline(_loaded(against, load), tokenizer, task, options=options, progress=progress)
-    return score(_loaded(model, load), tokenizer, baseline, progress=progress)
+    against_tokenizer = _beside(against) if against_tokenizer is None else against_tokenizer
+    if tokenizer is None and against_tokenizer is None:
+        raise QBertError(_NO_TOKENIZER)
+    subject, original = _loaded(model, load), _loaded(against, load)
+    if tokenizer is None or against_tokenizer is None:
+        _check_shared(subject, original)
+        tokenizer = against_tokenizer = against_tokenizer if tokenizer is None else tokenizer
+    baseline = prepare_baseline(original, against_tokenizer, task, options=options, progress=progress)
+    return score(subject, tokenizer, baseline, progress=progress)
 
 
 def class_map(model: nn.Module, label_names: tuple[str, ...]) -> list[int] | None:
@@ -270,11 +286,19 @@ def _cosines(embeddings: torch.Tensor) -> torch.Tensor:
     return embeddings.double() @ embeddings.double().T
 
 
-def _find_tokenizer(*models: str | Path | nn.Module | None) -> Any:
-    for model in models:
-        if isinstance(model, str | Path):
-            return load_tokenizer(resolve_model(model))
-    raise QBertError("a model at hand needs its tokenizer: pass tokenizer=")
+def _beside(model: str | Path | nn.Module) -> Any:
+    return own_tokenizer(resolve_model(model)) if isinstance(model, str | Path) else None
+
+
+def _check_shared(model: nn.Module, original: nn.Module) -> None:
+    """Holds two models to one vocabulary, where one tokenizer is there for both."""
+    configs: list[Any] = [unwrap(model).config, unwrap(original).config]
+    words, were = (getattr(config, "vocab_size", None) for config in configs)
+    if words != were:
+        raise QBertError(
+            f"one tokenizer for two vocabularies: {words} words, the original's {were}; "
+            f"save each model's beside it, or pass tokenizer= and against_tokenizer="
+        )
 
 
 def _loaded(model: str | Path | nn.Module, load: Callable[[str], Any]) -> nn.Module:

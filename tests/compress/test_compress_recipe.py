@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compress_cases import make_texts, same_state, tokenizer
@@ -93,3 +94,31 @@ def test_bad_input_is_said() -> None:
         compress(float_model(), recipe, texts=TEXTS[:20], tokenizer=tokenizer())
     with pytest.raises(QBertError, match="1 labels for 150 texts"):
         compress(float_model(), recipe, texts=TEXTS, tokenizer=tokenizer(), labels=[0])
+
+
+def test_a_pipeline_encodes_and_saves_with_its_trimmed_tokenizer(tmp_path: Path) -> None:
+    """It went on with the old tokenizer, whose numbers are rows of other words by then, or of none."""
+    st = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers; requirements.txt has it")
+    base, tok = float_model(pad_token_id=1), tokenizer()
+    base.save_pretrained(tmp_path / "float")
+    tok.save_pretrained(tmp_path / "float")
+    pipeline, texts = st.SentenceTransformer(str(tmp_path / "float"), device="cpu"), TEXTS
+    floats, recipe = pipeline.encode(texts), Compression(vocabulary=64)
+    small = compress(pipeline, recipe, texts=texts, measure=False)
+    assert len(pipeline.tokenizer) == len(tok) > 64
+    assert np.array_equal(pipeline.encode(texts), floats)
+    assert small.model.tokenizer is small.tokenizer
+    assert len(small.tokenizer) == 64
+    kept = [place for place, text in enumerate(texts) if tok.tokenize(text) == small.tokenizer.tokenize(text)]
+    assert 0 < len(kept) < len(texts)
+    encoded = small.model.encode([texts[place] for place in kept])
+    assert np.allclose(encoded, floats[kept], atol=1e-5)
+    small.model.save_pretrained(str(tmp_path / "small"))
+    again = st.SentenceTransformer(str(tmp_path / "small"), device="cpu")
+    assert len(again.tokenizer) == 64
+    assert np.array_equal(again.encode([texts[place] for place in kept]), encoded)
+    with pytest.raises(QBertError, match="a tokenizer of its own"):
+        compress(pipeline, recipe, texts=texts, tokenizer=tok, measure=False)
+    with pytest.raises(QBertError, match="a tokenizer of its own"):
+        qbert.trim_vocabulary_(pipeline, tok, texts, size=64)
+    assert np.array_equal(pipeline.encode(texts), floats)

@@ -13,7 +13,18 @@ import pytest
 import torch
 
 from qbert.errors import QBertError
-from qbert.evaluate import Dataset, EvalResult, Options, Task, class_map, evaluate, prepare_baseline, score, task_data
+from qbert.evaluate import (
+    Dataset,
+    EvalResult,
+    Options,
+    Task,
+    class_map,
+    evaluate,
+    load_fp32,
+    prepare_baseline,
+    score,
+    task_data,
+)
 from qbert.evaluate.run import OTHER_CLASS
 
 Tiny = tuple[Any, Any]
@@ -216,6 +227,42 @@ def test_evaluate_a_model_at_hand(tiny: Tiny, tiny_folder: Path, made_up_dataset
         evaluate(model, made_up_dataset())
     with pytest.raises(QBertError, match="task 'none': allowed are"):
         evaluate(model, "none", tokenizer=tokenizer)
+
+
+def test_each_model_is_given_its_own_tokens(
+    tiny: Tiny, tiny_folder: Path, tmp_path: Path, made_up_dataset: MadeUp
+) -> None:
+    """The same weights with the words in another order, hence the same figures; with the other's tokens it was nonsense."""
+    from transformers import BertTokenizer
+
+    model, tokenizer = tiny
+    turned = list(range(5)) + list(reversed(range(5, len(tokenizer))))
+    with torch.no_grad():
+        words = model.get_input_embeddings().weight
+        words.copy_(words[turned].clone())
+    model.save_pretrained(tmp_path)
+    data = made_up_dataset()
+    shared = evaluate(tmp_path, data, against=tiny_folder).comparison  # no tokenizer beside it: the original's
+    names = tokenizer.convert_ids_to_tokens(turned)
+    own = BertTokenizer(vocab={name: i for i, name in enumerate(names)}, model_max_length=tokenizer.model_max_length)
+    at_hand = evaluate(model, data, load_fp32(str(tiny_folder)), tokenizer=own, against_tokenizer=tokenizer).comparison
+    own.save_pretrained(tmp_path)
+    paired = evaluate(tmp_path, data, against=tiny_folder).comparison
+    assert shared is not None
+    assert paired is not None
+    assert at_hand is not None
+    assert shared.cosine_min < 0.9
+    assert paired.cosine_min == pytest.approx(1, abs=1e-5) == at_hand.cosine_min
+    assert paired.flips == 0
+
+
+def test_a_tokenizer_of_another_vocabulary_is_not_borrowed(
+    tiny: Tiny, tiny_folder: Path, made_up_dataset: MadeUp
+) -> None:
+    model = tiny[0]
+    model.resize_token_embeddings(20)
+    with pytest.raises(QBertError, match="two vocabularies: 20 words, the original's 25"):
+        evaluate(model, made_up_dataset(), against=tiny_folder)
 
 
 def test_trec_with_minilm_end_to_end(minilm: Tiny, real_task: Callable[[str], Task]) -> None:
