@@ -92,11 +92,12 @@ def trim_vocabulary_(
     touched = _touched(given, after, renumbered, held_out)
     sample = touched[:_JUDGED]
     before, size_before = _some(model, given, sample, pooling), Size.of(model)
+    among = _some(model, given, held_out[:_JUDGED], pooling) if sample else None
     with undone_on_error(model):
         keep_words_(model, keep)
         _renumber(encoder, renumbered)
         now = _some(model, after, sample, pooling)
-        found = None if before is None or now is None else agreement(model, before, now)
+        found = None if before is None or now is None else agreement(model, before, now, among)
     tokenizer._tokenizer = trimmed
     note_reshaped(model)
     return _report(

@@ -16,7 +16,7 @@ from qbert import QBertError, prune_
 from qbert.compress import latency, prune
 from qbert.compress.latency import Curve, Load, Table, ffn_levels, head_levels
 from qbert.compress.sensitivity import ATTENTION, FFN, look
-from qbert.compress.texts import Texts, output_of
+from qbert.compress.texts import Texts, agreement, output_of, outputs_of
 from qbert.shapes import LayerShape, plan_of, shaped
 
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256}
@@ -226,3 +226,24 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch: pytest.Monk
 def test_pruning_comes_before_quantizing() -> None:
     with pytest.raises(QBertError, match="pruning comes before quantizing"):
         prune_(qbert.quantize_(model_of()), TEXTS, tokenizer=tokenizer(), ffn=64)
+
+
+# ---- logits that are not those of classes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said", [{"num_labels": 1}, {"num_labels": 3, "problem_type": "multi_label_classification"}])
+def test_a_model_with_scores_is_judged_by_them(said: dict[str, Any]) -> None:
+    """A softmax over one logit is always 1, and its gradient 0: nothing would be seen of what is taken out."""
+    model = model_of("BertForSequenceClassification", **said)
+    given = Texts.of(model, TEXTS[:32], tokenizer())
+    before = outputs_of(model, given)
+    assert float(agreement(model, before, before).min()) == 1
+    assert float(agreement(model, before, before.mean(0).expand_as(before)).mean()) == pytest.approx(0, abs=1e-5)
+    assert float(agreement(model, before[:1], before[:1] + 1e-3, before).min()) > 0.99
+    seen = look(model, shaped(model), given, None, "mean", 0)
+    assert all(float(each.gradients.abs().sum()) > 0 for each in seen.values())
+    with pytest.raises(QBertError, match="labels are for classes that exclude one another"):
+        look(model, shaped(model), given, [0] * 32, "mean", 0)
+    report = prune_(model, TEXTS, tokenizer=tokenizer(), ffn=64)
+    assert report.agreement is not None
+    assert report.agreement.mean < 1
