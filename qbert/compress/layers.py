@@ -187,7 +187,7 @@ def _compensated(judge: _Judge, kept: list[int], states: list[Tensor]) -> str:
     plain = float(judge.judged(judge.check).mean())
     norms = _merged(judge, kept, states)
     if not norms:
-        return "no gap to compensate for"
+        return "no gap that a norm before it makes up for"
     found = float(judge.judged(judge.check).mean())
     if found > plain:
         return f"gaps compensated for in the norms before them: agreement {found:.4f}, without {plain:.4f}"
@@ -226,8 +226,8 @@ def _merged(judge: _Judge, kept: list[int], states: list[Tensor]) -> list[tuple[
         path = encoder.family.layer.output_norm
         norm = encoder.base.get_submodule(encoder.family.embeddings.norm) if place == 0 else None
         norm = norm or encoder.layers[place - 1].get_submodule(path)
-        if not isinstance(norm, nn.LayerNorm) or norm.bias is None:
-            continue
+        if not isinstance(norm, nn.LayerNorm) or norm.bias is None or len(norm.bias) != len(gain):
+            continue  # where embeddings are narrower than the layers a linear stands between (ELECTRA)
         done.append((norm, norm.weight.detach().clone(), norm.bias.detach().clone()))
         with torch.no_grad():
             norm.weight.mul_(gain.to(norm.weight))
