@@ -96,7 +96,7 @@ def prune_(
         heads, ffn: in place of both, how many each layer keeps: a number, or one for each layer.
         labels: of a classifier, one for each text; by default classes are drawn from its own predictions.
         tokenizer: by default the one beside the model's files.
-        scheme: what the model will be quantized to, fused and calibrated; None if it stays float.
+        scheme: what the model will be quantized to, as `quantize_` takes it, fused and calibrated; None if it stays float.
         batch, seq: of the forward that is to be faster.
         uniform: all heads stay and every layer keeps as many neurons: a plain model of transformers, which needs no qbert.
         refit: whether what is left is refitted; otherwise means alone are folded into biases.

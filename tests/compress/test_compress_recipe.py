@@ -13,6 +13,7 @@ from small_encoders import float_model, hidden_of
 import qbert
 from qbert import Compression, QBertError, compress
 from qbert.compress import latency
+from qbert.recipe import as_recipe
 from qbert.shapes import plan_of
 
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256, "num_hidden_layers": 3}
@@ -77,6 +78,8 @@ def test_a_recipe_is_a_file(tmp_path: Path) -> None:
         ({"layers": 0}, "layers"),
         ({"vocabulary": 1.5}, "vocabulary"),
         ({"quantize": "w9"}, "w9"),
+        ({"quantize": "none"}, "nothing to do"),
+        ({"quantize": "w8a8+w8", "embedding": "w8"}, "allowed: one that says"),
         ({"prune": {"faster": 2}}, "faster"),
     ],
 )
@@ -93,3 +96,34 @@ def test_bad_input_is_said() -> None:
         compress(float_model(), recipe, texts=TEXTS[:20], tokenizer=tokenizer())
     with pytest.raises(QBertError, match="1 labels for 150 texts"):
         compress(float_model(), recipe, texts=TEXTS, tokenizer=tokenizer(), labels=[0])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"quantize": "w8a8"},
+        {"quantize": "w8a8+none"},
+        {"quantize": "w8a8", "embedding": "none"},
+        {"quantize": "none", "embedding": "gobo4"},
+    ],
+)
+def test_a_word_means_what_it_means_to_quantize(fields: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the model and in the milliseconds: what is measured is quantized as the finished model is."""
+    made: list[Any] = []
+    quantize = latency.quantize_
+    monkeypatch.setattr(latency, "_ROUNDS", 1)
+    monkeypatch.setattr(latency, "quantize_", lambda model, recipe: made.append(recipe) or quantize(model, recipe))
+    recipe = Compression(**fields, batch=1, seq=16)
+    small = compress(float_model(), recipe, texts=TEXTS, tokenizer=tokenizer())
+    wanted = qbert.quantize_(float_model(), recipe.word)
+    kinds = {name: getattr(module, "scheme", None) for name, module in wanted.named_modules()}
+    assert {name: getattr(module, "scheme", None) for name, module in small.model.named_modules()} == kinds
+    assert set(map(str, made)) == {str(as_recipe(recipe.word))}
+
+
+@pytest.mark.parametrize("fields", [{"quantize": "w8a16"}, {"quantize": "gobo4", "embedding": "gobo4"}])
+def test_float_activations_are_refused_with_what_is_allowed(fields: dict[str, str]) -> None:
+    with pytest.raises(QBertError, match=r"leaves activations float.* allowed: w8a8, w4a8, gobo3a8, gobo4a8, none"):
+        Compression.of(**fields)
+    with pytest.raises(QBertError, match="leaves activations float"):
+        latency.Load(8, 128, fields["quantize"])
