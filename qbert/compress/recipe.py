@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from qbert.compress.latency import Load, fused_recipe, measured_ms
 from qbert.compress.layers import drop_layers_
 from qbert.compress.prune import prune_
 from qbert.compress.report import Agreement, Size
-from qbert.compress.texts import Texts, agreement, float_encoder, outputs_of, require
+from qbert.compress.texts import Texts, agreement, float_encoder, outputs_of, plain, require, require_pooling
 from qbert.compress.vocabulary import trim_vocabulary_
 from qbert.convert import fuse_, quantize_
 from qbert.errors import QBertError
@@ -59,6 +60,21 @@ class Compression(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def __init__(self, **fields: Any) -> None:
+        """One line for what does not fit.
+
+        Raises:
+            QBertError: a field that is unknown, of the wrong type or out of range.
+        """
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise QBertError(
+                f"compression: {where + ': ' if where else ''}{first['msg']}, got {first['input']!r:.80}"
+            ) from None
+
     vocabulary: Annotated[int, Field(strict=True, ge=1)] | None = None
     layers: Annotated[int, Field(strict=True, ge=1)] | list[int] | None = None
     prune: float | Pruning | None = None
@@ -95,19 +111,8 @@ class Compression(BaseModel):
 
     @classmethod
     def of(cls, **fields: Any) -> Compression:
-        """The same, with one line for what does not fit.
-
-        Raises:
-            QBertError: a field that is unknown, of the wrong type or out of range.
-        """
-        try:
-            return cls(**fields)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise QBertError(
-                f"compression: {where + ': ' if where else ''}{first['msg']}, got {first['input']!r:.80}"
-            ) from None
+        """The same."""
+        return cls(**fields)
 
     @classmethod
     def read(cls, path: str | Path) -> Compression:
@@ -194,6 +199,7 @@ class Compressed(NamedTuple):
     report: CompressionReport
 
 
+@torch.inference_mode(False)  # weights that are made in it could not be trained or saved as others; turns gradients on
 def compress(
     model: nn.Module,
     recipe: Compression,
@@ -225,7 +231,9 @@ def compress(
     Raises:
         QBertError: see the methods.
     """
+    require_pooling(pooling)
     encoder = float_encoder(model, "compressing")
+    labels = None if labels is None else [plain(each) for each in plain(labels)]
     tokenizer = tokenizer_beside(encoder.base) if tokenizer is None else tokenizer
     if labels is not None and len(labels) != len(texts):
         raise QBertError(f"{len(labels)} labels for {len(texts)} texts; allowed: one for each")

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from qbert.calibrate import tokenizer_beside
 from qbert.encoder import encoders
 from qbert.errors import QBertError
-from qbert.evaluate.encode import batches_by_length, checked_max_length, is_classifier, pad, pool, tokenize, unwrap
+from qbert.evaluate.encode import (
+    POOLINGS,
+    batches_by_length,
+    checked_max_length,
+    is_classifier,
+    pad,
+    pool,
+    tokenize,
+    unwrap,
+)
 from qbert.modes import evaluation_mode
 from qbert.modules import QTiedLinear, QuantizedModule
 from qbert.shapes import Shaped, shaped
@@ -76,6 +85,17 @@ class Texts:
             yield places, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def plain(value: Any) -> Any:
+    """Numbers and arrays of numpy and torch as Python's, anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def require_pooling(pooling: str) -> None:
+    """Raises QBertError for one that there is not."""
+    if pooling not in POOLINGS:
+        raise QBertError(f"pooling {pooling!r}: allowed are {', '.join(POOLINGS)}")
+
+
 def require(texts: Texts, least: int, what: str) -> None:
     """Raises QBertError where there are fewer texts than `what` needs."""
     if len(texts) < least:
@@ -94,6 +114,10 @@ def float_encoder(model: nn.Module, what: str) -> Shaped:
                 f"{name or type(model).__name__} is quantized already; {what} comes before quantizing: "
                 f"call qbert.dequantize_ first, or start from the float model"
             )
+    if any(each.is_inference() for each in model.parameters()):
+        raise QBertError(
+            f"{type(model).__name__} was made in torch.inference_mode, so nothing may be written to it; load it outside"
+        )
     encoder = shaped(model)
     paths = encoder.family.layer
     for layer in encoder.layers:
@@ -136,7 +160,7 @@ def output_of(model: Any, batch: Mapping[str, Tensor], pooling: str = "mean") ->
     """(rows, d), with gradients: unit embeddings of an encoder; of a sequence classifier log-probabilities where its classes
     exclude one another, else its logits."""
     if is_classifier(model):
-        logits = model(**batch).logits.float()
+        logits = model(**batch, return_dict=True).logits.float()
         return torch.log_softmax(logits, dim=1) if one_class_of_several(model) else logits
     bases = [base for _, base, _ in encoders(model)]
     hidden = bases[0](**{name: each for name, each in batch.items() if name in _taken(bases[0])})[0]

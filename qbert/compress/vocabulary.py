@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from qbert.compress.pieces import Pieces, chosen
 from qbert.compress.report import Report, Size, report_of
-from qbert.compress.texts import Texts, agreement, float_encoder, outputs_of, require, undone_on_error
+from qbert.compress.texts import (
+    Texts,
+    agreement,
+    float_encoder,
+    outputs_of,
+    plain,
+    require,
+    require_pooling,
+    undone_on_error,
+)  # fmt: skip
 from qbert.convert import note_reshaped
 from qbert.errors import QBertError
 from qbert.evaluate.stats import wilson
@@ -50,6 +59,7 @@ class VocabularyReport(Report):
         return super().__str__() + f"\n  {kept}; {self.unknown} with new unknown pieces"
 
 
+@torch.inference_mode(False)
 def trim_vocabulary_(
     model: nn.Module,
     tokenizer: Any,
@@ -76,6 +86,10 @@ def trim_vocabulary_(
             model or one with a head over its vocabulary. Model and tokenizer are left as they were.
     """
     start = time.perf_counter()
+    require_pooling(pooling)
+    size = plain(size)
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise QBertError(f"size is {size!r}; allowed: an int, how many pieces stay")
     encoder = float_encoder(model, "trimming the vocabulary")
     _check_head(model)
     pieces = Pieces.of(tokenizer)

@@ -86,6 +86,8 @@ def test_a_recipe_is_a_file(tmp_path: Path) -> None:
 def test_recipes_that_do_not_fit_are_one_line(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(QBertError, match=said):
         Compression.of(**fields)
+    with pytest.raises(QBertError, match=said):
+        Compression(**fields)
 
 
 def test_bad_input_is_said() -> None:
@@ -94,6 +96,10 @@ def test_bad_input_is_said() -> None:
         compress(qbert.quantize_(float_model()), recipe, texts=TEXTS, tokenizer=tokenizer())
     with pytest.raises(QBertError, match="2 texts; compressing"):
         compress(float_model(), recipe, texts=TEXTS[:20], tokenizer=tokenizer())
+    with pytest.raises(QBertError, match="pooling 'max'"):
+        compress(float_model(), recipe, texts=TEXTS, tokenizer=tokenizer(), pooling="max")
+    with pytest.raises(QBertError, match="size is '80'"):
+        qbert.trim_vocabulary_(float_model(), tokenizer(), TEXTS, size="80")
     with pytest.raises(QBertError, match="1 labels for 150 texts"):
         compress(float_model(), recipe, texts=TEXTS, tokenizer=tokenizer(), labels=[0])
 

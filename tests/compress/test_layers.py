@@ -117,6 +117,8 @@ def test_of_every_kind(name: str, tmp_path: Path) -> None:
         (0, TEXTS, "keep is 0"),
         (3, TEXTS, "keep is 3; allowed: 1 ... 2"),
         (True, TEXTS, "keep is True"),
+        (1.0, TEXTS, r"keep is 1.0; allowed: 1 ... 2"),
+        ("1", TEXTS, "ascending indexes"),
         ([], TEXTS, "at least one"),
         ([1, 0], TEXTS, "ascending"),
         ([0, 2], TEXTS, "0 ... 1"),

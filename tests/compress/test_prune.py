@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compress_cases import make_texts, same_state, tokenizer
@@ -186,6 +187,10 @@ def test_it_composes_with_itself_and_with_layers() -> None:
         ({"ffn": [64, 128], "uniform": True}, "allowed: one number"),
         ({"ffn": 64, "labels": [0] * 120}, "BertModel is none"),
         ({"ffn": 64, "labels": [0]}, "1 labels for 120 texts"),
+        ({"heads": 1.0}, "1.0 to keep"),
+        ({"speedup": "2"}, "speedup is '2'"),
+        ({"macs": "0.5"}, "macs is '0.5'"),
+        ({"ffn": 64, "pooling": "max"}, "pooling 'max': allowed are mean, cls"),
         ({"speedup": 2.0, "scheme": "w9"}, "w9"),
         ({"speedup": 2.0, "batch": 0}, "batch is 0"),
         ({"speedup": 2.0}, "seq is 128; allowed: 1 ... 40"),
@@ -247,3 +252,27 @@ def test_a_model_with_scores_is_judged_by_them(said: dict[str, Any]) -> None:
     report = prune_(model, TEXTS, tokenizer=tokenizer(), ffn=64)
     assert report.agreement is not None
     assert report.agreement.mean < 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_around_it(mode: Any) -> None:
+    """It looks at gradients itself, and what it leaves can be trained."""
+    model = model_of()
+    with mode():
+        report = prune_(model, TEXTS, tokenizer=tokenizer(), ffn=128)
+    assert report.agreement == pruned(ffn=128)[1].agreement
+    model(**padded_batch())[0].sum().backward()
+    with torch.inference_mode():
+        made_inside = model_of()
+    with pytest.raises(QBertError, match=r"was made in torch\.inference_mode"):
+        prune_(made_inside, TEXTS, tokenizer=tokenizer(), ffn=128)
+
+
+def test_tuples_arrays_and_tensors() -> None:
+    """A configuration that asks for tuples, counts of numpy, labels in a tensor."""
+    model = model_of("BertForSequenceClassification", return_dict=False)
+    labels = torch.tensor([index % 2 for index in range(120)])
+    report = prune_(model, TEXTS, tokenizer=tokenizer(), ffn=np.array([64, 128]), heads=np.int64(2), labels=labels)
+    assert [(len(each.heads), each.ffn) for each in report.plan.layers] == [(2, 64), (2, 128)]
+    qbert.drop_layers_(model, TEXTS, keep=np.int64(1), tokenizer=tokenizer())
+    assert len(plan_of(model).layers) == 1
