@@ -179,15 +179,30 @@ def plan_of(model: nn.Module) -> ShapePlan:
         QBertError: see `shaped`.
     """
     encoder = shaped(model)
-    held = encoder.base.__dict__.get(_PLAN)
-    return held if isinstance(held, ShapePlan) else _whole(encoder)
+    held = _held(encoder.base, encoder.family)
+    return _whole(encoder) if held is None else held
 
 
 def recorded_plan(model: nn.Module) -> ShapePlan | None:
     """The plan that a checkpoint of this model must carry; None where nothing was taken out, or of models with no plan."""
-    plans = [base.__dict__.get(_PLAN) for _, base, _ in encoders(model)]
+    plans = [_held(base, family) for _, base, family in encoders(model)]
     held = plans[0] if len(plans) == 1 else None
-    return held if isinstance(held, ShapePlan) and not held.whole else None
+    return None if held is None or held.whole else held
+
+
+def _held(base: nn.Module, family: EncoderFamily) -> ShapePlan | None:
+    """The plan that stands beside an encoder, with as many words as the table has now: transformers resizes it, too.
+
+    A table that has outgrown the original's counts as the original's, since words were added to all there were.
+    """
+    held = base.__dict__.get(_PLAN)
+    if not isinstance(held, ShapePlan):
+        return None
+    rows = int(getattr(base.get_submodule(family.embeddings.words), "num_embeddings", held.vocabulary))
+    if rows == held.vocabulary:
+        return held
+    of = held.of.model_copy(update={"vocabulary": max(rows, held.of.vocabulary)})
+    return held.model_copy(update={"of": of, "vocabulary": rows})
 
 
 @dataclass(frozen=True)

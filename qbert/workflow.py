@@ -324,8 +324,11 @@ def calibration_texts(name: str, count: int = CALIBRATION_TEXTS) -> list[str]:
     path = Path(name)
     if name in TASKS:
         texts = list(get_task(name).load().train.sample(count).texts)
-    elif path.suffix == ".txt" and path.is_file():
-        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    elif path.suffix == ".txt":
+        try:
+            texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise QBertError(f"texts {name!r}: {error}") from None
     elif path.suffix:
         texts = list(read_user_file(path).sample(count).texts)
     else:

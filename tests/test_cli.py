@@ -254,6 +254,7 @@ def test_an_emulated_folder_is_a_checkpoint_like_any_other(tiny, tmp_path):
         (["quantize", "{tiny}", "--fuse", "--calibrate", "lee", "-o", "{out}"], "lee"),
         (["quantize", "{quantized}", "-o", "{out}"], "quantized already"),
         (["compress", "{tiny}", "--texts", "default", "-o", "{out}/new"], "nothing to do"),
+        (["compress", "{tiny}", "--layers", "1", "--texts", "{out}/nope.txt", "-o", "{out}/new"], "No such file"),
         (
             [
                 "compress",

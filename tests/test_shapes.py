@@ -209,6 +209,21 @@ def test_a_pruned_float_checkpoint_can_be_trained_and_quantized(tmp_path: Path) 
     assert all(each.requires_grad for each in model.parameters())
 
 
+@pytest.mark.parametrize(("rows", "of"), [(80, 97), (104, 104)])
+def test_a_table_that_transformers_resized_is_in_the_plan(rows: int, of: int, tmp_path: Path) -> None:
+    model = pruned()
+    model.resize_token_embeddings(rows)
+    plan = plan_of(model)
+    assert (plan.vocabulary, plan.of.vocabulary) == (rows, of)
+    keep_layers_(model, [1])
+    assert model.config.vocab_size == rows
+    model.save_pretrained(tmp_path)
+    again = qbert.load(tmp_path)
+    assert plan_of(again) == ShapePlan.model_validate(plan_of(model).model_dump())
+    inputs = {**batch(), "input_ids": batch()["input_ids"].clamp(max=rows - 1)}
+    assert torch.equal(hidden_of(again, **inputs), hidden_of(model, **inputs))
+
+
 def test_another_class_takes_the_encoder_of_a_pruned_checkpoint(tmp_path: Path) -> None:
     model = pruned("BertForSequenceClassification")
     model.save_pretrained(tmp_path)

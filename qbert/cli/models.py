@@ -81,7 +81,10 @@ def compress(
         bool, typer.Option("--uniform", help="a plain model: all heads, the same width in every layer")
     ] = False,
     scheme: Annotated[
-        str, typer.Option("--quantize", help="scheme of the linears, calibrated and fused; none to stay float")
+        str,
+        typer.Option(
+            "--quantize", help="scheme of the linears, calibrated and fused, as w8a8 or w8a8+none; none to stay float"
+        ),
     ] = "none",
     embedding: Embedding = None,
     batch: Annotated[int, typer.Option("--batch", help="rows of the forward that is measured")] = 8,

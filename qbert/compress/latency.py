@@ -21,7 +21,8 @@ from qbert.convert import fuse_, quantize_
 from qbert.encoder import encoders, obstacle
 from qbert.errors import QBertError
 from qbert.families.positions import longest
-from qbert.recipe import Recipe
+from qbert.formats import SCHEMES, Role, get_scheme, scheme_names
+from qbert.recipe import Recipe, as_recipe
 from qbert.shapes import LayerShape, Shaped, keep_heads_, keep_neurons_, plan_of, shaped
 from qbert.timing import medians
 
@@ -38,7 +39,8 @@ class Load:
 
     Attributes:
         batch, seq: rows of that many tokens each.
-        scheme: of the linears, fused and with static scales; None for the float model as it is.
+        scheme: a word for `quantize_`, of integer activations: the model runs fused and with static scales; None for the float
+            model as it is.
     """
 
     batch: int = 8
@@ -50,10 +52,34 @@ class Load:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise QBertError(f"{name} is {value!r}; allowed: 1 or more")
-        Recipe(linear=self.scheme)  # raises where there is no such scheme
+        _ = self.recipe  # raises where there is none
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What the model is quantized to."""
+        return fused_recipe(self.scheme)
 
     def __str__(self) -> str:
         return f"{self.batch} x {self.seq}, {self.scheme or 'float'}"
+
+
+def fused_recipe(word: str | None) -> Recipe | None:
+    """What a word means to `quantize_`, None where everything stays float.
+
+    Raises:
+        QBertError: no such scheme, or one for linears that no fused encoder runs.
+    """
+    recipe = None if word is None else as_recipe(word)
+    if recipe is None or (recipe.linear is None and recipe.embedding is None):
+        return None
+    if recipe.linear is not None and get_scheme(recipe.linear, Role.LINEAR).activation is None:
+        schemes = (SCHEMES[name] for name in scheme_names(Role.LINEAR))
+        allowed = ", ".join(each.name for each in schemes if each.activation is not None and not each.is_variant)
+        raise QBertError(
+            f"{recipe.linear} leaves activations float, and compressed models run fused, on integers; allowed: {allowed}, none "
+            f"(call qbert.quantize_ afterwards)"
+        )
+    return recipe
 
 
 @dataclass(frozen=True)
@@ -203,17 +229,23 @@ def ready(model: Any, load: Load, batches: Sequence[Mapping[str, Any]] | None) -
     Raises:
         QBertError: an encoder that does not run fused with that scheme.
     """
-    if load.scheme is None:
+    recipe = load.recipe
+    if recipe is None:
+        return
+    if recipe.linear is None:  # float linears, which nothing fuses
+        quantize_(model, recipe)
         return
     base: Any = next(base for _, base, _ in encoders(model))
     rows, width = _CALIBRATED_BY
     few = min(width, longest(base.config) or width)
     given = [random_batch(model, rows, few, 0)] if batches is None else batches
     calibration = calibrate(base, given)
-    quantize_(model, load.scheme)
+    quantize_(model, recipe)
     why = obstacle(base)
     if why is not None:
-        raise QBertError(f"{type(base).__name__} does not run fused with {load.scheme}: {why}; allowed: scheme=None")
+        raise QBertError(
+            f"{type(base).__name__} does not run fused with {load.scheme}: {why}; allowed: none, to stay float"
+        )
     fuse_(model, calibration)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +17,9 @@ from qbert.compress.texts import (
     agreement,
     float_encoder,
     outputs_of,
+    plain,
     require,
+    require_pooling,
     undone_on_error,
 )
 from qbert.convert import note_reshaped
@@ -35,6 +37,7 @@ _GAINS = (0.5, 2.0)  # a channel that needs more than this is not made up for by
 Progress = Callable[[int, int, str], None]
 
 
+@torch.inference_mode(False)
 def drop_layers_(
     model: nn.Module,
     texts: Sequence[str] | None = None,
@@ -67,6 +70,8 @@ def drop_layers_(
             taken apart. The model is left as it was.
     """
     start = time.perf_counter()
+    require_pooling(pooling)
+    keep = plain(keep)
     encoder = float_encoder(model, "dropping layers")
     kept = _checked(keep, len(encoder.layers))
     if texts is None and (kept is None or compensate):
@@ -97,15 +102,19 @@ def drop_layers_(
 
 def _checked(keep: int | Sequence[int], layers: int) -> list[int] | None:
     """Which layers stay, None where only how many is said."""
-    if isinstance(keep, bool) or (isinstance(keep, int) and not 1 <= keep <= layers):
+    if (
+        isinstance(keep, bool)
+        or not isinstance(keep, int | Iterable)
+        or (isinstance(keep, int) and not 1 <= keep <= layers)
+    ):
         raise QBertError(f"keep is {keep!r}; allowed: 1 ... {layers}, or a list of layers")
     if isinstance(keep, int):
         return list(range(layers)) if keep == layers else None
-    wanted = list(keep)
+    wanted = [plain(each) for each in keep]
     if (
         not wanted
-        or wanted != sorted(set(wanted))
         or not all(type(each) is int and 0 <= each < layers for each in wanted)
+        or wanted != sorted(set(wanted))
     ):
         raise QBertError(f"keep is {wanted}; allowed: ascending indexes of layers, 0 ... {layers - 1}, at least one")
     return wanted
@@ -187,7 +196,7 @@ def _compensated(judge: _Judge, kept: list[int], states: list[Tensor]) -> str:
     plain = float(judge.judged(judge.check).mean())
     norms = _merged(judge, kept, states)
     if not norms:
-        return "no gap to compensate for"
+        return "no gap that a norm before it makes up for"
     found = float(judge.judged(judge.check).mean())
     if found > plain:
         return f"gaps compensated for in the norms before them: agreement {found:.4f}, without {plain:.4f}"
@@ -226,8 +235,8 @@ def _merged(judge: _Judge, kept: list[int], states: list[Tensor]) -> list[tuple[
         path = encoder.family.layer.output_norm
         norm = encoder.base.get_submodule(encoder.family.embeddings.norm) if place == 0 else None
         norm = norm or encoder.layers[place - 1].get_submodule(path)
-        if not isinstance(norm, nn.LayerNorm) or norm.bias is None:
-            continue
+        if not isinstance(norm, nn.LayerNorm) or norm.bias is None or len(norm.bias) != len(gain):
+            continue  # where embeddings are narrower than the layers a linear stands between (ELECTRA)
         done.append((norm, norm.weight.detach().clone(), norm.bias.detach().clone()))
         with torch.no_grad():
             norm.weight.mul_(gain.to(norm.weight))

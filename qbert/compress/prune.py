@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,16 @@ from qbert.compress.removal import Moments, Removal, Sums, refit, remove_heads, 
 from qbert.compress.report import SEQUENCE, Report, Size, report_of
 from qbert.compress.sensitivity import ATTENTION, FFN, Seen, Site, look, rank_agreement
 from qbert.compress.stream import Stream
-from qbert.compress.texts import Texts, agreement, float_encoder, outputs_of, require, undone_on_error
+from qbert.compress.texts import (
+    Texts,
+    agreement,
+    float_encoder,
+    outputs_of,
+    plain,
+    require,
+    require_pooling,
+    undone_on_error,
+)  # fmt: skip
 from qbert.convert import note_reshaped
 from qbert.errors import QBertError
 from qbert.modes import evaluation_mode
@@ -67,6 +76,7 @@ class PruneReport(Report):
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)  # gradients are looked at, whatever mode the caller is in
 def prune_(
     model: nn.Module,
     texts: Sequence[str],
@@ -96,7 +106,7 @@ def prune_(
         heads, ffn: in place of both, how many each layer keeps: a number, or one for each layer.
         labels: of a classifier, one for each text; by default classes are drawn from its own predictions.
         tokenizer: by default the one beside the model's files.
-        scheme: what the model will be quantized to, fused and calibrated; None if it stays float.
+        scheme: what the model will be quantized to, as `quantize_` takes it, fused and calibrated; None if it stays float.
         batch, seq: of the forward that is to be faster.
         uniform: all heads stay and every layer keeps as many neurons: a plain model of transformers, which needs no qbert.
         refit: whether what is left is refitted; otherwise means alone are folded into biases.
@@ -108,7 +118,9 @@ def prune_(
             quantized model or one that cannot be taken apart. The model is left as it was.
     """
     start = time.perf_counter()
+    require_pooling(pooling)
     encoder = float_encoder(model, "pruning")
+    labels = None if labels is None else [plain(each) for each in plain(labels)]
     load = Load(batch, seq, scheme)
     wanted = _wanted(encoder, speedup, macs, heads, ffn, uniform)
     parts = _Parts.of(model, texts, labels, tokenizer)
@@ -189,9 +201,9 @@ def _wanted(
     given += ["heads and ffn"] if heads is not None or ffn is not None else []
     if len(given) != 1:
         raise QBertError(f"{' and '.join(given) or 'nothing'} given; allowed: one of speedup, macs, or heads and ffn")
-    if speedup is not None and not 1.0 < speedup < 100.0:
-        raise QBertError(f"speedup is {speedup!r}; allowed: above 1")
-    if macs is not None and not 0.0 < macs < 1.0:
+    if speedup is not None and not (isinstance(plain(speedup), int | float) and 1.0 < speedup < 100.0):
+        raise QBertError(f"speedup is {speedup!r}; allowed: above 1, below 100")
+    if macs is not None and not (isinstance(plain(macs), int | float) and 0.0 < macs < 1.0):
         raise QBertError(f"macs is {macs!r}; allowed: between 0 and 1, the share that is kept")
     if heads is not None and uniform:
         raise QBertError("uniform keeps all heads: transformers makes their size from their number; leave heads out")
@@ -206,7 +218,8 @@ def _wanted(
 
 def _counts(encoder: Shaped, kind: str, wanted: Counts) -> dict[Site, int]:
     layers = len(encoder.layers)
-    each = [wanted] * layers if isinstance(wanted, int) else list(wanted)
+    wanted = plain(wanted)
+    each = [plain(one) for one in wanted] if isinstance(wanted, Iterable) else [wanted] * layers
     if len(each) != layers:
         raise QBertError(f"{kind}: {len(each)} numbers for {layers} layers")
     for place, count in enumerate(each):

@@ -9,19 +9,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from qbert.calibrate import calibrate, tokenizer_beside
-from qbert.compress.latency import Load, measured_ms
+from qbert.compress.latency import Load, fused_recipe, measured_ms
 from qbert.compress.layers import drop_layers_
 from qbert.compress.prune import prune_
 from qbert.compress.report import Agreement, Size
-from qbert.compress.texts import Texts, agreement, float_encoder, outputs_of, require, tokenizer_inside
+from qbert.compress.texts import (
+    Texts,
+    agreement,
+    float_encoder,
+    outputs_of,
+    plain,
+    require,
+    require_pooling,
+    tokenizer_inside,
+)
 from qbert.compress.vocabulary import trim_vocabulary_
 from qbert.convert import fuse_, quantize_
 from qbert.errors import QBertError
-from qbert.recipe import Recipe
+from qbert.recipe import NONE, Recipe
 from qbert.shapes import ShapePlan, plan_of
 
 Progress = Callable[[int, int, str], None]
@@ -52,12 +62,27 @@ class Compression(BaseModel):
         vocabulary: pieces that stay, see `trim_vocabulary_`.
         layers: how many stay, or which, see `drop_layers_`.
         prune: how many times faster a forward is to be by fewer heads and neurons, or other arguments of `prune_`.
-        quantize: scheme of the linears; the encoder is calibrated on the texts and fused.
-        embedding: scheme of the embeddings.
+        quantize: what `quantize_` takes, ``"w8a8"`` for 8-bit embeddings too; the encoder is calibrated on the texts and fused.
+        embedding: scheme of the embeddings, or ``"none"``, where `quantize` names that of the linears alone.
         batch, seq: of the forward that is measured, and that is to be faster.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def __init__(self, **fields: Any) -> None:
+        """One line for what does not fit.
+
+        Raises:
+            QBertError: a field that is unknown, of the wrong type or out of range.
+        """
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise QBertError(
+                f"compression: {where + ': ' if where else ''}{first['msg']}, got {first['input']!r:.80}"
+            ) from None
 
     vocabulary: Annotated[int, Field(strict=True, ge=1)] | None = None
     layers: Annotated[int, Field(strict=True, ge=1)] | list[int] | None = None
@@ -69,17 +94,24 @@ class Compression(BaseModel):
 
     @model_validator(mode="after")
     def _something(self) -> Compression:
-        if not any((self.vocabulary, self.layers, self.prune, self.quantize, self.embedding)):
+        if self.embedding is not None and "+" in (self.quantize or ""):
+            raise ValueError(
+                f"embedding, and quantize is {self.quantize!r}; allowed: one that says what embeddings get"
+            )
+        scheme = self.scheme  # a QBertError is a ValueError, which pydantic reports as its own
+        if not any((self.vocabulary, self.layers, self.prune, scheme)):
             raise ValueError("it says nothing to do; allowed: vocabulary, layers, prune, quantize, embedding")
-        _ = self.scheme  # a QBertError is a ValueError, which pydantic reports as its own
         return self
 
     @property
+    def word(self) -> str | None:
+        """What to quantize to, as `quantize_` takes it."""
+        return self.quantize if self.embedding is None else f"{self.quantize or NONE}+{self.embedding}"
+
+    @property
     def scheme(self) -> Recipe | None:
-        """What to quantize to."""
-        if self.quantize is None and self.embedding is None:
-            return None
-        return Recipe(linear=self.quantize, embedding=self.embedding)
+        """What to quantize to, None where all stays float."""
+        return fused_recipe(self.word)
 
     @property
     def pruning(self) -> Pruning | None:
@@ -88,19 +120,8 @@ class Compression(BaseModel):
 
     @classmethod
     def of(cls, **fields: Any) -> Compression:
-        """The same, with one line for what does not fit.
-
-        Raises:
-            QBertError: a field that is unknown, of the wrong type or out of range.
-        """
-        try:
-            return cls(**fields)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise QBertError(
-                f"compression: {where + ': ' if where else ''}{first['msg']}, got {first['input']!r:.80}"
-            ) from None
+        """The same."""
+        return cls(**fields)
 
     @classmethod
     def read(cls, path: str | Path) -> Compression:
@@ -187,6 +208,7 @@ class Compressed(NamedTuple):
     report: CompressionReport
 
 
+@torch.inference_mode(False)  # weights that are made in it could not be trained or saved as others; turns gradients on
 def compress(
     model: nn.Module,
     recipe: Compression,
@@ -219,7 +241,9 @@ def compress(
     Raises:
         QBertError: see the methods.
     """
+    require_pooling(pooling)
     encoder = float_encoder(model, "compressing")
+    labels = None if labels is None else [plain(each) for each in plain(labels)]
     if tokenizer is None:
         inside = tokenizer_inside(model)
         tokenizer = tokenizer_beside(encoder.base) if inside is None else inside
@@ -254,7 +278,7 @@ class _Run:
         judged = Texts.of(model, self.judging, tokenizer)
         require(judged, _LEAST_JUDGED, f"compressing, with one of {_JUDGED} set apart,")
         self.before = outputs_of(model, judged, pooling)
-        self.load = Load(recipe.batch, recipe.seq, recipe.quantize)
+        self.load = Load(recipe.batch, recipe.seq, recipe.word)
         self.measure, self.after_step = measure, after_step
         self.steps: list[Step] = []
 
@@ -274,7 +298,7 @@ class _Run:
             forward: dict[str, Any] = {
                 "batch": recipe.batch,
                 "seq": recipe.seq,
-                "scheme": recipe.quantize,
+                "scheme": recipe.word,
                 "labels": self.labels,
             }
             wanted: dict[str, Any] = pruning.model_dump()
@@ -283,7 +307,8 @@ class _Run:
         if recipe.scheme is not None:
             start = time.perf_counter()
             self._quantize(recipe.scheme)
-            self._note(f"quantize {recipe.quantize or 'embeddings'}", time.perf_counter() - start, [])
+            what = "embeddings" if recipe.scheme.linear is None else recipe.quantize
+            self._note(f"quantize {what}", time.perf_counter() - start, [])
         return Compressed(
             self.model,
             self.tokenizer,

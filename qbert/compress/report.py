@@ -39,7 +39,8 @@ class Size(BaseModel):
 
 
 class Agreement(BaseModel):
-    """How near the outputs on held-out texts are to the original's: cosines of embeddings, or 1 - KL of a classifier.
+    """How near the outputs on held-out texts are to the original's: cosines of embeddings, 1 - KL of a classifier, or
+    the share of the variance of logits that is kept, where classes do not exclude one another (see `texts.agreement`).
 
     Attributes:
         mean: 1 where nothing changed.

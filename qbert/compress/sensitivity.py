@@ -4,8 +4,9 @@ For an embedding e and v ~ N(0, I), the gradient g of v.e at a linear's output s
 the mean of its square over v is the squared change of e itself. So with a linear's inputs x, its weight W and another one W',
 the change of e is predicted for any W' by one matrix product: the mean over texts of (sum_t g_t . (W - W') x_t)^2. It sees
 neurons that make up for one another, and it has no zero gradient at the model itself, as distances to its own output have.
-Of a classifier the scalar is the log-probability of a class drawn from its own prediction (the true Fisher information),
-or, where labels are given, of the label (the empirical one, Kwon et al., 2022).
+Logits of a classifier whose classes do not exclude one another (one logit, regression, many labels) are taken as embeddings
+are. Of other classifiers the scalar is the log-probability of a class drawn from the model's own prediction (the true Fisher
+information), or, where labels are given, of the label (the empirical one, Kwon et al., 2022).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbert.compress.texts import Texts, output_of
+from qbert.compress.texts import Texts, one_class_of_several, output_of
 from qbert.errors import QBertError
 from qbert.evaluate.encode import is_classifier
 from qbert.evaluate.stats import spearman
@@ -124,6 +125,11 @@ def _check_labels(model: nn.Module, texts: Texts, labels: Sequence[int] | None) 
         return
     if not is_classifier(model):
         raise QBertError(f"labels are for sequence classifiers; {type(model).__name__} is none")
+    if not one_class_of_several(model):
+        raise QBertError(
+            f"labels are for classes that exclude one another; {type(model).__name__} has one logit, or several of a "
+            f"regression or of many labels. Allowed: labels=None"
+        )
     classes = int(model.config.num_labels)  # type: ignore[union-attr,arg-type]
     if len(labels) != len(texts) or not all(isinstance(each, int) and 0 <= each < classes for each in labels):
         raise QBertError(f"{len(labels)} labels for {len(texts)} texts; allowed: one for each, 0 ... {classes - 1}")
@@ -157,7 +163,7 @@ def _watched(encoder: Shaped) -> Iterator[dict[Site, tuple[Tensor, Tensor]]]:
 
 def _scalar(model: nn.Module, output: Tensor, labels: Sequence[int] | None, generator: torch.Generator) -> Tensor:
     """The sum over texts of one number each, whose gradient is looked at. `output` is (rows, d), see `output_of`."""
-    if is_classifier(model):
+    if one_class_of_several(model):
         classes = (
             torch.multinomial(output.detach().exp().cpu(), 1, generator=generator)
             if labels is None

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from qbert.calibrate import tokenizer_beside
 from qbert.encoder import encoders
 from qbert.errors import QBertError
-from qbert.evaluate.encode import batches_by_length, checked_max_length, is_classifier, pad, pool, tokenize
+from qbert.evaluate.encode import (
+    POOLINGS,
+    batches_by_length,
+    checked_max_length,
+    is_classifier,
+    pad,
+    pool,
+    tokenize,
+    unwrap,
+)
 from qbert.modes import evaluation_mode
 from qbert.modules import QTiedLinear, QuantizedModule
 from qbert.shapes import Shaped, shaped
@@ -76,6 +85,17 @@ class Texts:
             yield places, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def plain(value: Any) -> Any:
+    """Numbers and arrays of numpy and torch as Python's, anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def require_pooling(pooling: str) -> None:
+    """Raises QBertError for one that there is not."""
+    if pooling not in POOLINGS:
+        raise QBertError(f"pooling {pooling!r}: allowed are {', '.join(POOLINGS)}")
+
+
 def require(texts: Texts, least: int, what: str) -> None:
     """Raises QBertError where there are fewer texts than `what` needs."""
     if len(texts) < least:
@@ -107,6 +127,10 @@ def float_encoder(model: nn.Module, what: str) -> Shaped:
                 f"{name or type(model).__name__} is quantized already; {what} comes before quantizing: "
                 f"call qbert.dequantize_ first, or start from the float model"
             )
+    if any(each.is_inference() for each in model.parameters()):
+        raise QBertError(
+            f"{type(model).__name__} was made in torch.inference_mode, so nothing may be written to it; load it outside"
+        )
     encoder = shaped(model)
     paths = encoder.family.layer
     for layer in encoder.layers:
@@ -132,10 +156,25 @@ def _require_plain(layer: Any, path: str) -> None:
 # ---- outputs --------------------------------------------------------------------------------------------------------
 
 
+def one_class_of_several(model: nn.Module) -> bool:
+    """Whether the model is a sequence classifier whose logits are those of classes that exclude one another.
+
+    One logit is a score (rerankers, regression), and several of a regression or of many labels say nothing of one another: a
+    softmax over them is not what such a model says.
+    """
+    config: Any = unwrap(model).config if is_classifier(model) else None
+    return config is not None and config.num_labels > 1 and config.problem_type not in _NOT_EXCLUSIVE
+
+
+_NOT_EXCLUSIVE = ("regression", "multi_label_classification")  # values of `problem_type` in a configuration
+
+
 def output_of(model: Any, batch: Mapping[str, Tensor], pooling: str = "mean") -> Tensor:
-    """(rows, d): unit embeddings of an encoder, log-probabilities of a sequence classifier. Keeps gradients."""
+    """(rows, d), with gradients: unit embeddings of an encoder; of a sequence classifier log-probabilities where its classes
+    exclude one another, else its logits."""
     if is_classifier(model):
-        return torch.log_softmax(model(**batch).logits.float(), dim=1)
+        logits = model(**batch, return_dict=True).logits.float()
+        return torch.log_softmax(logits, dim=1) if one_class_of_several(model) else logits
     bases = [base for _, base, _ in encoders(model)]
     hidden = bases[0](**{name: each for name, each in batch.items() if name in _taken(bases[0])})[0]
     return nn.functional.normalize(pool(hidden, batch["attention_mask"], pooling), dim=1)
@@ -157,10 +196,19 @@ def outputs_of(model: nn.Module, texts: Texts, pooling: str = "mean") -> Tensor:
     return torch.stack([each for each in found if each is not None])
 
 
-def agreement(model: nn.Module, before: Tensor, after: Tensor) -> Tensor:
-    """(texts,) 1 where nothing changed: cosine of embeddings; of a classifier 1 - KL(before || after), in nats."""
-    if is_classifier(model):
+def agreement(model: nn.Module, before: Tensor, after: Tensor, among: Tensor | None = None) -> Tensor:
+    """(texts,) 1 where nothing changed: cosine of embeddings; of a classifier 1 - KL(before || after), in nats. Where classes
+    do not exclude one another 1 - the squared change of the logits over their variance, by default among these texts.
+
+    Args:
+        before, after: see `output_of`.
+        among: such outputs of other texts, where these are too few to vary.
+    """
+    if one_class_of_several(model):
         return 1 - (before.exp() * (before - after)).sum(1)
+    if is_classifier(model):
+        spread = (before if among is None else among).double().var(0, correction=0).sum().clamp(min=1e-12)
+        return 1 - ((after - before).double().pow(2).sum(1) / spread).to(before.dtype)
     return (before * after).sum(1)
 
 

@@ -17,10 +17,12 @@ from qbert.compress.texts import (
     agreement,
     float_encoder,
     outputs_of,
+    plain,
     require,
+    require_pooling,
     tokenizer_inside,
     undone_on_error,
-)
+)  # fmt: skip
 from qbert.convert import note_reshaped
 from qbert.errors import QBertError
 from qbert.evaluate.stats import wilson
@@ -58,6 +60,7 @@ class VocabularyReport(Report):
         return super().__str__() + f"\n  {kept}; {self.unknown} with new unknown pieces"
 
 
+@torch.inference_mode(False)
 def trim_vocabulary_(
     model: nn.Module,
     tokenizer: Any,
@@ -85,6 +88,10 @@ def trim_vocabulary_(
             model or one with a head over its vocabulary. Model and tokenizer are left as they were.
     """
     start = time.perf_counter()
+    require_pooling(pooling)
+    size = plain(size)
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise QBertError(f"size is {size!r}; allowed: an int, how many pieces stay")
     encoder = float_encoder(model, "trimming the vocabulary")
     _check_head(model)
     _check_inside(model, tokenizer)
@@ -102,11 +109,12 @@ def trim_vocabulary_(
     touched = _touched(given, after, renumbered, held_out)
     sample = touched[:_JUDGED]
     before, size_before = _some(model, given, sample, pooling), Size.of(model)
+    among = _some(model, given, held_out[:_JUDGED], pooling) if sample else None
     with undone_on_error(model):
         keep_words_(model, keep)
         _renumber(encoder, renumbered)
         now = _some(model, after, sample, pooling)
-        found = None if before is None or now is None else agreement(model, before, now)
+        found = None if before is None or now is None else agreement(model, before, now, among)
     tokenizer._tokenizer = trimmed
     note_reshaped(model)
     return _report(

@@ -14,6 +14,7 @@ from small_encoders import float_model, hidden_of
 import qbert
 from qbert import Compression, QBertError, compress
 from qbert.compress import latency
+from qbert.recipe import as_recipe
 from qbert.shapes import plan_of
 
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256, "num_hidden_layers": 3}
@@ -78,12 +79,16 @@ def test_a_recipe_is_a_file(tmp_path: Path) -> None:
         ({"layers": 0}, "layers"),
         ({"vocabulary": 1.5}, "vocabulary"),
         ({"quantize": "w9"}, "w9"),
+        ({"quantize": "none"}, "nothing to do"),
+        ({"quantize": "w8a8+w8", "embedding": "w8"}, "allowed: one that says"),
         ({"prune": {"faster": 2}}, "faster"),
     ],
 )
 def test_recipes_that_do_not_fit_are_one_line(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(QBertError, match=said):
         Compression.of(**fields)
+    with pytest.raises(QBertError, match=said):
+        Compression(**fields)
 
 
 def test_bad_input_is_said() -> None:
@@ -92,6 +97,10 @@ def test_bad_input_is_said() -> None:
         compress(qbert.quantize_(float_model()), recipe, texts=TEXTS, tokenizer=tokenizer())
     with pytest.raises(QBertError, match="2 texts; compressing"):
         compress(float_model(), recipe, texts=TEXTS[:20], tokenizer=tokenizer())
+    with pytest.raises(QBertError, match="pooling 'max'"):
+        compress(float_model(), recipe, texts=TEXTS, tokenizer=tokenizer(), pooling="max")
+    with pytest.raises(QBertError, match="size is '80'"):
+        qbert.trim_vocabulary_(float_model(), tokenizer(), TEXTS, size="80")
     with pytest.raises(QBertError, match="1 labels for 150 texts"):
         compress(float_model(), recipe, texts=TEXTS, tokenizer=tokenizer(), labels=[0])
 
@@ -122,3 +131,34 @@ def test_a_pipeline_encodes_and_saves_with_its_trimmed_tokenizer(tmp_path: Path)
     with pytest.raises(QBertError, match="a tokenizer of its own"):
         qbert.trim_vocabulary_(pipeline, tok, texts, size=64)
     assert np.array_equal(pipeline.encode(texts), floats)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"quantize": "w8a8"},
+        {"quantize": "w8a8+none"},
+        {"quantize": "w8a8", "embedding": "none"},
+        {"quantize": "none", "embedding": "gobo4"},
+    ],
+)
+def test_a_word_means_what_it_means_to_quantize(fields: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the model and in the milliseconds: what is measured is quantized as the finished model is."""
+    made: list[Any] = []
+    quantize = latency.quantize_
+    monkeypatch.setattr(latency, "_ROUNDS", 1)
+    monkeypatch.setattr(latency, "quantize_", lambda model, recipe: made.append(recipe) or quantize(model, recipe))
+    recipe = Compression(**fields, batch=1, seq=16)
+    small = compress(float_model(), recipe, texts=TEXTS, tokenizer=tokenizer())
+    wanted = qbert.quantize_(float_model(), recipe.word)
+    kinds = {name: getattr(module, "scheme", None) for name, module in wanted.named_modules()}
+    assert {name: getattr(module, "scheme", None) for name, module in small.model.named_modules()} == kinds
+    assert set(map(str, made)) == {str(as_recipe(recipe.word))}
+
+
+@pytest.mark.parametrize("fields", [{"quantize": "w8a16"}, {"quantize": "gobo4", "embedding": "gobo4"}])
+def test_float_activations_are_refused_with_what_is_allowed(fields: dict[str, str]) -> None:
+    with pytest.raises(QBertError, match=r"leaves activations float.* allowed: w8a8, w4a8, gobo3a8, gobo4a8, none"):
+        Compression.of(**fields)
+    with pytest.raises(QBertError, match="leaves activations float"):
+        latency.Load(8, 128, fields["quantize"])

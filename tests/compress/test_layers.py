@@ -117,6 +117,8 @@ def test_of_every_kind(name: str, tmp_path: Path) -> None:
         (0, TEXTS, "keep is 0"),
         (3, TEXTS, "keep is 3; allowed: 1 ... 2"),
         (True, TEXTS, "keep is True"),
+        (1.0, TEXTS, r"keep is 1.0; allowed: 1 ... 2"),
+        ("1", TEXTS, "ascending indexes"),
         ([], TEXTS, "at least one"),
         ([1, 0], TEXTS, "ascending"),
         ([0, 2], TEXTS, "0 ... 1"),
@@ -163,3 +165,13 @@ def test_layers_that_are_shared_are_refused() -> None:
     model.encoder.layer[1] = model.encoder.layer[0]
     with pytest.raises(QBertError, match="share their weights"):
         drop_layers_(model, keep=[0], compensate=False)
+
+
+def test_a_gap_behind_embeddings_that_are_narrower_is_not_compensated_for() -> None:
+    """A linear stands between their norm and the stream, so no gain of the one is one of the other."""
+    model = float_model("ElectraModel", num_hidden_layers=3)
+    report = drop_layers_(model, TEXTS, keep=[1, 2], tokenizer=tokenizer())
+    assert [each.source for each in report.plan.layers] == [1, 2]
+    assert report.notes == ["no gap that a norm before it makes up for"]
+    report = drop_layers_(float_model("ElectraModel", num_hidden_layers=3), TEXTS, keep=[1], tokenizer=tokenizer())
+    assert "ompensat" in report.notes[0]  # of the second gap, whose norm is a layer's

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compress_cases import make_texts, same_state, tokenizer
@@ -16,7 +17,7 @@ from qbert import QBertError, prune_
 from qbert.compress import latency, prune
 from qbert.compress.latency import Curve, Load, Table, ffn_levels, head_levels
 from qbert.compress.sensitivity import ATTENTION, FFN, look
-from qbert.compress.texts import Texts, output_of
+from qbert.compress.texts import Texts, agreement, output_of, outputs_of
 from qbert.shapes import LayerShape, plan_of, shaped
 
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256}
@@ -186,6 +187,10 @@ def test_it_composes_with_itself_and_with_layers() -> None:
         ({"ffn": [64, 128], "uniform": True}, "allowed: one number"),
         ({"ffn": 64, "labels": [0] * 120}, "BertModel is none"),
         ({"ffn": 64, "labels": [0]}, "1 labels for 120 texts"),
+        ({"heads": 1.0}, "1.0 to keep"),
+        ({"speedup": "2"}, "speedup is '2'"),
+        ({"macs": "0.5"}, "macs is '0.5'"),
+        ({"ffn": 64, "pooling": "max"}, "pooling 'max': allowed are mean, cls"),
         ({"speedup": 2.0, "scheme": "w9"}, "w9"),
         ({"speedup": 2.0, "batch": 0}, "batch is 0"),
         ({"speedup": 2.0}, "seq is 128; allowed: 1 ... 40"),
@@ -226,3 +231,48 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch: pytest.Monk
 def test_pruning_comes_before_quantizing() -> None:
     with pytest.raises(QBertError, match="pruning comes before quantizing"):
         prune_(qbert.quantize_(model_of()), TEXTS, tokenizer=tokenizer(), ffn=64)
+
+
+# ---- logits that are not those of classes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said", [{"num_labels": 1}, {"num_labels": 3, "problem_type": "multi_label_classification"}])
+def test_a_model_with_scores_is_judged_by_them(said: dict[str, Any]) -> None:
+    """A softmax over one logit is always 1, and its gradient 0: nothing would be seen of what is taken out."""
+    model = model_of("BertForSequenceClassification", **said)
+    given = Texts.of(model, TEXTS[:32], tokenizer())
+    before = outputs_of(model, given)
+    assert float(agreement(model, before, before).min()) == 1
+    assert float(agreement(model, before, before.mean(0).expand_as(before)).mean()) == pytest.approx(0, abs=1e-5)
+    assert float(agreement(model, before[:1], before[:1] + 1e-3, before).min()) > 0.99
+    seen = look(model, shaped(model), given, None, "mean", 0)
+    assert all(float(each.gradients.abs().sum()) > 0 for each in seen.values())
+    with pytest.raises(QBertError, match="labels are for classes that exclude one another"):
+        look(model, shaped(model), given, [0] * 32, "mean", 0)
+    report = prune_(model, TEXTS, tokenizer=tokenizer(), ffn=64)
+    assert report.agreement is not None
+    assert report.agreement.mean < 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_around_it(mode: Any) -> None:
+    """It looks at gradients itself, and what it leaves can be trained."""
+    model = model_of()
+    with mode():
+        report = prune_(model, TEXTS, tokenizer=tokenizer(), ffn=128)
+    assert report.agreement == pruned(ffn=128)[1].agreement
+    model(**padded_batch())[0].sum().backward()
+    with torch.inference_mode():
+        made_inside = model_of()
+    with pytest.raises(QBertError, match=r"was made in torch\.inference_mode"):
+        prune_(made_inside, TEXTS, tokenizer=tokenizer(), ffn=128)
+
+
+def test_tuples_arrays_and_tensors() -> None:
+    """A configuration that asks for tuples, counts of numpy, labels in a tensor."""
+    model = model_of("BertForSequenceClassification", return_dict=False)
+    labels = torch.tensor([index % 2 for index in range(120)])
+    report = prune_(model, TEXTS, tokenizer=tokenizer(), ffn=np.array([64, 128]), heads=np.int64(2), labels=labels)
+    assert [(len(each.heads), each.ffn) for each in report.plan.layers] == [(2, 64), (2, 128)]
+    qbert.drop_layers_(model, TEXTS, keep=np.int64(1), tokenizer=tokenizer())
+    assert len(plan_of(model).layers) == 1
