@@ -141,7 +141,7 @@ class BlockFormat:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not 1 <= len(self.name) <= 64 or not self.name.isprintable():
             raise QBertError(f"format name {self.name!r}; allowed: 1 to 64 printable characters")
-        problem = _problem_of(self)
+        problem = _wrong_type(self) or _problem_of(self)
         if problem is not None:
             raise QBertError(f"format {self.name}: {problem}")
         for kind, text in ((Rounding, self.rounding), (Clipping, self.clipping), (Keep, self.outliers)):
@@ -285,9 +285,21 @@ def block_format(
     return BlockFormat(name, element, SCALE_ALIASES.get(scale, scale), sides, **policies)
 
 
-def _problem_of(fmt: BlockFormat) -> str | None:
+def _wrong_type(fmt: BlockFormat) -> str | None:
+    """Files may hold anything, so the rules below see only values of the right types."""
     if not isinstance(fmt.element, Format):
         return f"element {fmt.element!r}; allowed: a Format, see qbert.formats"
+    for name in ("scale", "rounding", "clipping", "outliers", "scale_rule"):
+        if not isinstance(getattr(fmt, name), str):
+            return f"{name} {getattr(fmt, name)!r}; allowed: text"
+    if type(fmt.symmetric) is not bool:
+        return f"symmetric {fmt.symmetric!r}; allowed: true, false"
+    if fmt.top is not None and type(fmt.top) not in (int, float):
+        return f"top {fmt.top!r}; allowed: a number, or none"
+    return None
+
+
+def _problem_of(fmt: BlockFormat) -> str | None:
     if fmt.scale not in SCALES:
         return f"scale {fmt.scale!r}; allowed: {', '.join(SCALES)}"
     if not isinstance(fmt.block, tuple) or len(fmt.block) != 2 or not all(type(side) is int for side in fmt.block):
@@ -297,8 +309,6 @@ def _problem_of(fmt: BlockFormat) -> str | None:
         return f"block {rows} x {columns}; allowed: 1 to {MAX_SIDE} rows, 2 to {MAX_SIDE} columns or 0 (all), or 0 x 0"
     if fmt.scale_rule not in SCALE_RULES:
         return f"scale_rule {fmt.scale_rule!r}; allowed: {', '.join(SCALE_RULES)}"
-    if type(fmt.symmetric) is not bool:
-        return f"symmetric {fmt.symmetric!r}; allowed: true, false"
     if fmt.is_learned:
         return (
             None
@@ -318,11 +328,11 @@ def _problem_of(fmt: BlockFormat) -> str | None:
     if not fmt.symmetric and fmt.top is not None:
         return "top with zero points; allowed without them"
     values = [abs(value) for value in fmt.element.finite_values if value]
-    if not values or fmt.largest <= 0:
+    if not values or (fmt.top is None and fmt.largest <= 0):
         return f"element {fmt.element.name} has no value but 0"
     if max(values) >= _FLOAT32_MAX or min(values) < _FLOAT32_MIN:
         return f"element values from {min(values):.3g} to {max(values):.3g}; allowed: normal float32 numbers, 2**-126 to 2**127"
-    if fmt.top is not None and not (type(fmt.top) in (int, float) and 0 < fmt.top <= fmt.element.max):
+    if fmt.top is not None and not 0 < fmt.top <= fmt.element.max:
         return f"top {fmt.top!r}; allowed: more than 0, at most {fmt.element.max}"
     return None
 
@@ -333,7 +343,8 @@ def _policy(name: str, kind: type[Any], text: object) -> tuple[Any, float]:
     known = next((each for each in kind if each.value == word), None)
     allowed = ", ".join(f"{each.value}:NUMBER" if each in _NUMBERS else each.value for each in kind)
     if known is None or bool(colon) != (known in _NUMBERS):
-        raise QBertError(f"format {name}: {kind.__name__.lower()} {text!r}; allowed: {allowed}")
+        what = "outliers" if kind is Keep else kind.__name__.lower()
+        raise QBertError(f"format {name}: {what} {text!r}; allowed: {allowed}")
     if known not in _NUMBERS:
         return known, 0.0
     low, high, rule = _NUMBERS[known]
