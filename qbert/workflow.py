@@ -22,7 +22,7 @@ from qbert.calibrate import calibrate, default_texts
 from qbert.compress import BudgetNotMet, Compression, CompressionReport, SearchReport
 from qbert.convert import Progress, quantize_
 from qbert.errors import MissingDependency, QBertError
-from qbert.evaluate import TASKS, get_task, prepare_baseline, read_user_file, score
+from qbert.evaluate import TASKS, file_task, get_task, prepare_baseline, read_user_file, score
 from qbert.evaluate.loading import load_fp32, load_tokenizer, quiet_transformers
 from qbert.explain import Explanation, explain
 from qbert.metrics import sqnr_db
@@ -292,6 +292,7 @@ def compress_checkpoint(
     """
     from qbert.compress import compress
 
+    checkpoint.require_replaceable(folder)
     given = compression_texts(texts)
     model, tokenizer = load_float(source), load_tokenizer(resolve_model(source))
     baselines = [prepare_baseline(model, tokenizer, task) for task in tasks]
@@ -315,7 +316,8 @@ def search_checkpoint(
     source: str,
     folder: str | Path,
     *,
-    tasks: Sequence[Any] = (),
+    tasks: Sequence[str] = (),
+    data: str | Path | None = None,
     texts: str | None = None,
     command: str | None = None,
     progress: Progress | None = None,
@@ -326,7 +328,8 @@ def search_checkpoint(
     Args:
         source: local folder, hub id or alias of a float model.
         folder: new, empty, or holding an older checkpoint.
-        tasks: names, or labelled texts of one's own.
+        tasks: by name.
+        data: labelled texts of one's own, one more task.
         texts: for the methods, see `compression_texts`; by default the tasks' own.
         command: what was typed, for the report.
         wanted: see `qbert.compress.search`.
@@ -336,11 +339,14 @@ def search_checkpoint(
     """
     from qbert.compress import search
 
+    checkpoint.require_replaceable(folder)
     given = None if texts is None else compression_texts(texts)
+    labelled = [*tasks, *([] if data is None else [file_task(data)])]
     model, tokenizer = load_float(source), load_tokenizer(resolve_model(source))
-    commands = [] if command is None else [command, _again(source, folder, texts, tasks)]
+    sources = texts or ",".join([*tasks, *([] if data is None else [str(data)])])
+    commands = [] if command is None else [command, _again(source, folder, sources)]
     try:
-        found = search(model, tasks=tasks, texts=given, tokenizer=tokenizer, progress=progress, **wanted)
+        found = search(model, tasks=labelled, texts=given, tokenizer=tokenizer, progress=progress, **wanted)
     except BudgetNotMet as error:
         error.report.commands = commands[:1]
         raise
@@ -360,11 +366,10 @@ def search_checkpoint(
     )
 
 
-def _again(source: str, folder: str | Path, texts: str | None, tasks: Sequence[Any]) -> str:
+def _again(source: str, folder: str | Path, texts: str) -> str:
     """The command that makes a found model by its recipe, without a search."""
-    by = texts or ",".join(getattr(task, "name", task) for task in tasks)
-    recipe = shlex.quote(str(Path(folder) / f"{SEARCH_FILES}.toml"))
-    return f"qbert compress {shlex.quote(source)} --recipe {recipe} --texts {shlex.quote(by)} -o OUT"
+    recipe = str(Path(folder) / f"{SEARCH_FILES}.toml")
+    return shlex.join(["qbert", "compress", source, "--recipe", recipe, "--texts", texts, "-o", "OUT"])
 
 
 def _write_search(report: SearchReport, folder: Path, source: str) -> list[str]:

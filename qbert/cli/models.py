@@ -137,7 +137,7 @@ def compress(
         if smallest and goal not in (None, "size"):
             raise QBertError(f"--smallest and --goal {goal}; allowed: one of them")
         _search(
-            model, output, tasks=terminal.tasks(task, data) if task or data else [], texts=texts, as_json=as_json,
+            model, output, tasks=task or [], data=data, texts=texts, as_json=as_json,
             goal="size" if smallest else goal or "latency", speedup=speedup, max_drop=1.0 if max_drop is None else max_drop,
             steps=None if steps is None else steps.split(","), quantize=None if scheme is None else [scheme],
             batch=batch, seq=seq, seed=seed, best_effort=best_effort,
@@ -162,7 +162,7 @@ def _refuse(names: list[str], why: str) -> None:
         raise QBertError(f"{', '.join(names)}: {why}")
 
 
-def _search(model: str, output: Path, *, tasks: list[Any], texts: str | None, as_json: bool, **wanted: Any) -> None:
+def _search(model: str, output: Path, *, as_json: bool, **wanted: Any) -> None:
     from qbert.compress import BudgetNotMet
     from qbert.workflow import search_checkpoint
 
@@ -170,7 +170,7 @@ def _search(model: str, output: Path, *, tasks: list[Any], texts: str | None, as
     with terminal.progress("searching", as_json) as progress:
         tell = lambda done, total, what: progress(done, None, what)
         try:
-            report = search_checkpoint(model, output, tasks=tasks, texts=texts, command=typed, progress=tell, **wanted)
+            report = search_checkpoint(model, output, command=typed, progress=tell, **wanted)
         except BudgetNotMet as error:
             if as_json:
                 terminal.emit(error.report, True)

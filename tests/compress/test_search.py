@@ -116,7 +116,10 @@ def test_the_same_seed_finds_the_same_model() -> None:
 
 def test_what_loses_too_much_is_dropped_and_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer is too much; of heads and neurons as much goes as the points allow."""
-    losing(monkeypatch, lambda small: 5.0 * (4 - layers_of(small)) + 2.0 * (1 - Size.of(small).macs / Size.of(model()).macs))
+    losing(
+        monkeypatch,
+        lambda small: 5.0 * (4 - layers_of(small)) + 2.0 * (1 - Size.of(small).macs / Size.of(model()).macs),
+    )
     found = search(
         model(),
         tasks=[TASK],
