@@ -380,6 +380,17 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     """Fill a checkpoint folder that takes the place of `folder`; on an error nothing is left behind.
 
     Raises:
+        QBertError: see `require_replaceable`.
+    """
+    require_replaceable(folder)
+    with new_folder(Path(folder).resolve(), replace=True) as fresh:
+        yield fresh
+
+
+def require_replaceable(folder: str | Path) -> None:
+    """What `replacing` asks for, to be said before something long begins.
+
+    Raises:
         QBertError: what is there is not a folder, or neither empty nor a checkpoint.
     """
     path = Path(folder).resolve()
@@ -387,5 +398,3 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         raise QBertError(f"{str(path)!r} is a file; allowed: a folder, new, empty or with a checkpoint in it")
     if path.is_dir() and any(path.iterdir()) and not is_checkpoint(path):
         raise QBertError(f"folder {str(path)!r} is not empty and holds no qbert checkpoint; it is left alone")
-    with new_folder(path, replace=True) as fresh:
-        yield fresh

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import random
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -18,10 +19,10 @@ from torch import nn
 
 from qbert import checkpoint
 from qbert.calibrate import calibrate, default_texts
-from qbert.compress import Compression, CompressionReport
+from qbert.compress import BudgetNotMet, Compression, CompressionReport, SearchReport
 from qbert.convert import Progress, quantize_
-from qbert.errors import QBertError
-from qbert.evaluate import TASKS, get_task, prepare_baseline, read_user_file, score
+from qbert.errors import MissingDependency, QBertError
+from qbert.evaluate import TASKS, file_task, get_task, prepare_baseline, read_user_file, score
 from qbert.evaluate.loading import load_fp32, load_tokenizer, quiet_transformers
 from qbert.explain import Explanation, explain
 from qbert.metrics import sqnr_db
@@ -44,6 +45,7 @@ _PACKAGES = ("torch", "transformers", "triton", "sentence-transformers", "peft")
 _FLOAT32_BYTES = 4
 DEFAULT_TEXTS = "default"  # calibrate with Python's own language reference
 CALIBRATION_TEXTS = 128
+SEARCH_FILES = "compression"  # beside a model that was searched for: .json, .toml, .png
 COMPRESSION_TEXTS = 8192  # words want all there are; the other methods stop where more change nothing
 
 
@@ -74,6 +76,17 @@ class CompressReport(_Report):
     float32_bytes: int
     file_bytes: int
     report: CompressionReport
+
+
+class SearchedReport(_Report):
+    """Outcome of `search_checkpoint`; sizes in bytes. `files`: the report beside the model, as JSON, recipe and picture."""
+
+    source: str
+    folder: str
+    float32_bytes: int
+    file_bytes: int
+    files: list[str]
+    report: SearchReport
 
 
 class InspectReport(_Report):
@@ -279,6 +292,7 @@ def compress_checkpoint(
     """
     from qbert.compress import compress
 
+    checkpoint.require_replaceable(folder)
     given = compression_texts(texts)
     model, tokenizer = load_float(source), load_tokenizer(resolve_model(source))
     baselines = [prepare_baseline(model, tokenizer, task) for task in tasks]
@@ -296,6 +310,81 @@ def compress_checkpoint(
         file_bytes=_file_bytes(folder),
         report=small.report,
     )
+
+
+def search_checkpoint(
+    source: str,
+    folder: str | Path,
+    *,
+    tasks: Sequence[str] = (),
+    data: str | Path | None = None,
+    texts: str | None = None,
+    command: str | None = None,
+    progress: Progress | None = None,
+    **wanted: Any,
+) -> SearchedReport:
+    """Searches for the recipe of a goal and writes its model into a folder, with its tokenizer and the report of the search.
+
+    Args:
+        source: local folder, hub id or alias of a float model.
+        folder: new, empty, or holding an older checkpoint.
+        tasks: by name.
+        data: labelled texts of one's own, one more task.
+        texts: for the methods, see `compression_texts`; by default the tasks' own.
+        command: what was typed, for the report.
+        wanted: see `qbert.compress.search`.
+
+    Raises:
+        BudgetNotMet: nothing is written.
+    """
+    from qbert.compress import search
+
+    checkpoint.require_replaceable(folder)
+    given = None if texts is None else compression_texts(texts)
+    labelled = [*tasks, *([] if data is None else [file_task(data)])]
+    model, tokenizer = load_float(source), load_tokenizer(resolve_model(source))
+    sources = texts or ",".join([*tasks, *([] if data is None else [str(data)])])
+    commands = [] if command is None else [command, _again(source, folder, sources)]
+    try:
+        found = search(model, tasks=labelled, texts=given, tokenizer=tokenizer, progress=progress, **wanted)
+    except BudgetNotMet as error:
+        error.report.commands = commands[:1]
+        raise
+    found.report.commands = commands
+    with checkpoint.replacing(folder) as fresh, quiet_transformers():
+        found.model.save_pretrained(fresh)
+        _copy_companions(resolve_model(source), fresh)
+        found.tokenizer.save_pretrained(fresh)
+        files = _write_search(found.report, fresh, source)
+    return SearchedReport(
+        source=source,
+        folder=str(folder),
+        float32_bytes=_float32_bytes(model),
+        file_bytes=_file_bytes(folder),
+        files=[str(Path(folder) / name) for name in files],
+        report=found.report,
+    )
+
+
+def _again(source: str, folder: str | Path, texts: str) -> str:
+    """The command that makes a found model by its recipe, without a search."""
+    recipe = str(Path(folder) / f"{SEARCH_FILES}.toml")
+    return shlex.join(["qbert", "compress", source, "--recipe", recipe, "--texts", texts, "-o", "OUT"])
+
+
+def _write_search(report: SearchReport, folder: Path, source: str) -> list[str]:
+    """The report as JSON, its recipe, and its picture where matplotlib is installed."""
+    from qbert.compress.picture import plot
+
+    assert report.recipe is not None
+    names = [f"{SEARCH_FILES}.json", f"{SEARCH_FILES}.toml", f"{SEARCH_FILES}.png"]
+    (folder / names[0]).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (folder / names[1]).write_text(report.recipe.toml(), encoding="utf-8")
+    try:
+        plot(report, folder / names[2], f"{source}, {report.title}")
+    except MissingDependency:
+        return names[:2]
+    return names
 
 
 def compression_texts(names: str) -> list[str]:

@@ -151,6 +151,77 @@ def test_compress_writes_a_smaller_model_and_explain_shows_its_shapes(with_words
     assert "drop layers" in done.stdout
 
 
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Enough labelled texts for a search: its methods, its judge and its test have some each."""
+    file = tmp_path_factory.mktemp("texts") / "mine.tsv"
+    words = [
+        f"{first}{second}"
+        for first in ("sea", "sky", "wind", "rain")
+        for second in ("s", "-bird", "-side", "-blue", "-like")
+    ]
+    rows = [
+        f"a {adjective} text about the {word}\t{adjective}"
+        for word in words
+        for adjective in ("good", "bad", "long", "new")
+    ]
+    rows += [row.replace("text", "book") for row in rows]
+    file.write_text("text\tlabel\n" + "\n".join(rows) + "\n")
+    return file
+
+
+def test_compress_searches_and_leaves_its_report_beside_the_model(with_words, labelled, tmp_path):
+    common = [
+        "--data",
+        labelled,
+        "--max-drop",
+        90,
+        "--steps",
+        "quantize",
+        "--batch",
+        1,
+        "--seq",
+        16,
+        "-o",
+        tmp_path / "out",
+    ]
+    printed = run("compress", with_words, "--smallest", *common).stdout
+    assert "quantize w8a8" in printed
+    assert "on test texts, which decided nothing: mine.tsv" in printed
+    assert f"again: qbert compress {with_words} --smallest" in printed
+    report = json.loads((tmp_path / "out" / "compression.json").read_text())
+    assert report["met"]
+    assert [row["kept"] for row in report["rows"]][:2] == [True, True]
+    assert (tmp_path / "out" / "compression.png").stat().st_size > 10_000
+    again = report["commands"][1].split()
+    assert again[:3] == ["qbert", "compress", str(with_words)]
+    again[again.index("OUT")] = tmp_path / "again"
+    assert "quantize" in run(*again[1:]).stdout
+    assert qbert.load(tmp_path / "out").config.vocab_size == qbert.load(tmp_path / "again").config.vocab_size
+
+
+def test_a_search_that_fails_says_the_best_and_writes_nothing(with_words, labelled, tmp_path):
+    common = [
+        "--data",
+        labelled,
+        "--max-drop",
+        90,
+        "--steps",
+        "quantize",
+        "--batch",
+        1,
+        "--seq",
+        16,
+        "-o",
+        tmp_path / "out",
+    ]
+    done = run("compress", with_words, "--speedup", 900, *common, check=False)
+    assert done.returncode == 2
+    assert "x900 of the float model's speed at a loss of at most 90 points cannot be met" in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
 def test_verify_measures_each_weight(quantized, tiny):
     folder, _ = quantized
     report = json.loads(run("verify", folder, "--against", tiny, "--json").stdout)
@@ -254,6 +325,13 @@ def test_an_emulated_folder_is_a_checkpoint_like_any_other(tiny, tmp_path):
         (["quantize", "{tiny}", "--fuse", "--calibrate", "lee", "-o", "{out}"], "lee"),
         (["quantize", "{quantized}", "-o", "{out}"], "quantized already"),
         (["compress", "{tiny}", "--texts", "default", "-o", "{out}/new"], "nothing to do"),
+        (["compress", "{tiny}", "--layers", "1", "-o", "{out}/new"], "no --texts"),
+        (["compress", "{tiny}", "--max-drop", "1", "-o", "{out}/new"], "nothing to search by"),
+        (["compress", "{tiny}", "--max-drop", "1", "--task", "trec", "-o", "{tiny}"], "holds no qbert checkpoint"),
+        (["compress", "{tiny}", "--max-drop", "1", "--layers", "1", "-o", "{out}/new"], "--layers: a search"),
+        (["compress", "{tiny}", "--goal", "speed", "--task", "trec", "-o", "{out}/new"], "goal 'speed'"),
+        (["compress", "{tiny}", "--goal", "latency", "--smallest", "--task", "trec", "-o", "{out}/new"], "one of them"),
+        (["compress", "{tiny}", "--steps", "layers", "--texts", "default", "-o", "{out}/new"], "--steps: they are for"),
         (["compress", "{tiny}", "--layers", "1", "--texts", "{out}/nope.txt", "-o", "{out}/new"], "No such file"),
         (
             [

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from qbert.cli import terminal
-from qbert.cli.terminal import Embedding, Exclude, Json, Linear, Model, Override, Tasks
+from qbert.cli.terminal import Data, Embedding, Exclude, Json, Linear, Model, Override, Tasks
 from qbert.emulation import parse_emulation
 from qbert.errors import QBertError
 from qbert.recipe import NONE, Recipe, in_words
@@ -60,20 +62,46 @@ def compress(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="folder to write")],
     texts: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--texts",
-            help="of the kind the model is used on: a .txt, .tsv or .jsonl, tasks (a,b,c), or default (prose)",
+            help="of the kind the model is used on: a .txt, .tsv or .jsonl, tasks (a,b,c), or default (prose); "
+            "a search takes two thirds of the tasks' own training texts without it",
         ),
-    ],
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option("--max-drop", help="SEARCH for a recipe that loses at most so many points of --task or --data"),
+    ] = None,
+    goal: Annotated[
+        str | None, typer.Option("--goal", help="of a search: latency, the usual one, or size; implies --max-drop 1")
+    ] = None,
+    smallest: Annotated[bool, typer.Option("--smallest", help="the same as --goal size")] = False,
+    speedup: Annotated[
+        float | None,
+        typer.Option(
+            "--speedup",
+            help="times as fast, measured here: in a search the finished model over the float one, else by fewer heads and "
+            "neurons alone",
+        ),
+    ] = None,
+    best_effort: Annotated[
+        bool, typer.Option("--best-effort", help="of a search: the best there is where the speed-up is not reached")
+    ] = False,
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            "--steps", help="that a search may use: quantize,layers,prune,vocabulary; for latency not the last"
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", help="of a search: which texts are for what, and of all that is drawn")
+    ] = 0,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", metavar="FILE", help=".toml with what the options below say")
     ] = None,
     vocabulary: Annotated[int | None, typer.Option("--vocabulary", help="pieces that stay")] = None,
     layers: Annotated[int | None, typer.Option("--layers", help="layers that stay, chosen by measuring")] = None,
-    speedup: Annotated[
-        float | None, typer.Option("--speedup", help="by fewer heads and neurons, in milliseconds measured here")
-    ] = None,
     macs: Annotated[
         float | None, typer.Option("--macs", help="in place of --speedup: share of the multiply-adds that is kept")
     ] = None,
@@ -81,31 +109,99 @@ def compress(
         bool, typer.Option("--uniform", help="a plain model: all heads, the same width in every layer")
     ] = False,
     scheme: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--quantize", help="scheme of the linears, calibrated and fused, as w8a8 or w8a8+none; none to stay float"
+            "--quantize",
+            help="scheme of the linears, calibrated and fused, as w8a8 or w8a8+none; without it none, and in a search those "
+            "that pay",
         ),
-    ] = "none",
+    ] = None,
     embedding: Embedding = None,
     batch: Annotated[int, typer.Option("--batch", help="rows of the forward that is measured")] = 8,
     seq: Annotated[int, typer.Option("--seq", help="tokens of each")] = 128,
     task: Tasks = None,
+    data: Data = None,
     as_json: Json = False,
 ) -> None:
-    """Make MODEL smaller without training: fewer words, layers, heads and neurons, then quantized, into the folder OUT."""
+    """Make MODEL smaller without training: fewer words, layers, heads and neurons, then quantized, into the folder OUT.
+
+    With --max-drop the recipe is searched for: every step is kept only if it pays, in time or bytes measured here, on texts
+    that no method has seen. OUT then holds the report too: compression.json, compression.toml (the recipe), compression.png.
+    """
+    fixed = {
+        "--recipe": recipe, "--vocabulary": vocabulary, "--layers": layers, "--macs": macs, "--uniform": uniform or None,
+        "--embedding": embedding,
+    }  # fmt: skip
+    if max_drop is not None or goal is not None or smallest:
+        _refuse([name for name, value in fixed.items() if value is not None], "a search finds these itself")
+        if smallest and goal not in (None, "size"):
+            raise QBertError(f"--smallest and --goal {goal}; allowed: one of them")
+        _search(
+            model, output, tasks=task or [], data=data, texts=texts, as_json=as_json,
+            goal="size" if smallest else goal or "latency", speedup=speedup, max_drop=1.0 if max_drop is None else max_drop,
+            steps=None if steps is None else steps.split(","), quantize=None if scheme is None else [scheme],
+            batch=batch, seq=seq, seed=seed, best_effort=best_effort,
+        )  # fmt: skip
+        return
+    searching = {"--best-effort": best_effort, "--steps": steps, "--data": data}
+    _refuse([name for name, value in searching.items() if value], "they are for a search; allowed with --max-drop")
+    if texts is None:
+        raise QBertError(
+            "no --texts; allowed: what the model is used on, or --max-drop to search by the texts of --task"
+        )
+    prune = {"speedup": speedup, "macs": macs, "uniform": uniform} if speedup or macs else None
+    fields = {
+        "vocabulary": vocabulary, "layers": layers, "prune": prune, "quantize": None if scheme == NONE else scheme,
+        "embedding": embedding,
+    }  # fmt: skip
+    _compress_by_recipe(model, output, recipe, fields, texts, task or [], batch, seq, as_json)
+
+
+def _refuse(names: list[str], why: str) -> None:
+    if names:
+        raise QBertError(f"{', '.join(names)}: {why}")
+
+
+def _search(model: str, output: Path, *, as_json: bool, **wanted: Any) -> None:
+    from qbert.compress import BudgetNotMet
+    from qbert.workflow import search_checkpoint
+
+    typed = shlex.join(["qbert", *sys.argv[1:]])
+    with terminal.progress("searching", as_json) as progress:
+        tell = lambda done, total, what: progress(done, None, what)
+        try:
+            report = search_checkpoint(model, output, command=typed, progress=tell, **wanted)
+        except BudgetNotMet as error:
+            if as_json:
+                terminal.emit(error.report, True)
+            else:
+                terminal.out.print(error.report.table())
+            raise
+    terminal.emit(report, as_json)
+    if as_json:
+        return
+    terminal.out.print(report.report.table())
+    for line in report.report.lines():
+        terminal.out.print(line, soft_wrap=True, highlight=False, markup=False)
+    terminal.out.print(
+        f"{report.file_bytes / 1e6:.1f} MB, {100 * report.file_bytes / report.float32_bytes:.1f}% of float32: {report.folder}; "
+        f"{', '.join(Path(each).name for each in report.files)}",
+        soft_wrap=True,
+    )
+
+
+def _compress_by_recipe(
+    model: str, output: Path, recipe: Path | None, fields: dict[str, Any], texts: str, task: list[str], batch: int, seq: int,
+    as_json: bool,
+) -> None:  # fmt: skip
     from qbert.compress import Compression
     from qbert.workflow import compress_checkpoint
 
-    prune = {"speedup": speedup, "macs": macs, "uniform": uniform} if speedup or macs else None
-    fields = {
-        "vocabulary": vocabulary, "layers": layers, "prune": prune, "quantize": None if scheme == "none" else scheme,
-        "embedding": embedding,
-    }  # fmt: skip
     if recipe is not None and any(value is not None for value in fields.values()):
         raise QBertError("--recipe says all of it; leave out the options that say it too")
     chosen = Compression.read(recipe) if recipe is not None else Compression.of(**fields, batch=batch, seq=seq)
     with terminal.progress("compressing", as_json) as progress:
-        report = compress_checkpoint(model, output, chosen, texts=texts, tasks=task or (), progress=progress)
+        report = compress_checkpoint(model, output, chosen, texts=texts, tasks=task, progress=progress)
     terminal.emit(report, as_json)
     if as_json:
         return

@@ -7,9 +7,11 @@ from qbert.compress.layers import drop_layers_
 from qbert.compress.prune import PruneReport, prune_
 from qbert.compress.recipe import Compressed, Compression, CompressionReport, compress
 from qbert.compress.report import Agreement, Report, Size
+from qbert.compress.search import BudgetNotMet, Searched, search
+from qbert.compress.search_report import SearchReport
 from qbert.compress.vocabulary import VocabularyReport, trim_vocabulary_
 
 __all__ = [
-    "Agreement", "Compressed", "Compression", "CompressionReport", "PruneReport", "Report", "Size", "VocabularyReport",
-    "compress", "drop_layers_", "prune_", "trim_vocabulary_",
+    "Agreement", "BudgetNotMet", "Compressed", "Compression", "CompressionReport", "PruneReport", "Report", "SearchReport",
+    "Searched", "Size", "VocabularyReport", "compress", "drop_layers_", "prune_", "search", "trim_vocabulary_",
 ]  # fmt: skip

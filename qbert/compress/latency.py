@@ -24,12 +24,12 @@ from qbert.families.positions import longest
 from qbert.formats import SCHEMES, Role, get_scheme, scheme_names
 from qbert.recipe import Recipe, as_recipe
 from qbert.shapes import LayerShape, Shaped, keep_heads_, keep_neurons_, plan_of, shaped
-from qbert.timing import medians
+from qbert.timing import Rules, measure, medians, ratio
 
 BLOCK = 64  # channels of the kernels' panels: what is between two multiples takes what the next one takes
 _LAYERS = 2  # of a small model: one would leave a quarter of its time to embeddings
 _FFN_POINTS, _HEAD_POINTS = 6, 5
-_ROUNDS = 7
+_ROUNDS, _TABLE_ROUNDS = 7, 15  # a table's entries are differences, which want more of them
 _CALIBRATED_BY = (4, 32)  # (rows, width) of random ids: any scales do, no value matters for the time
 
 
@@ -157,7 +157,7 @@ def measure_table(model: nn.Module, load: Load, seed: int = 0) -> Table:
         QBertError: a longer sequence than the model takes, or a small model that does not run fused with that scheme.
     """
     encoder = shaped(model)
-    _require_fits(encoder.base, load)
+    require_fits(encoder.base, load)
     layers = plan_of(model).layers
     heads, ffn = max(len(each.heads) for each in layers), max(each.ffn for each in layers)
     head_points = _some(head_levels(heads, encoder.head_dim(encoder.layers[0])), _HEAD_POINTS)
@@ -169,7 +169,7 @@ def measure_table(model: nn.Module, load: Load, seed: int = 0) -> Table:
     calls["one layer"] = _call(_small(encoder, heads, ffn, heads, ffn, 1), load, seed)
     device = next(encoder.base.parameters()).device
     with torch.inference_mode():
-        ms = {name: 1e3 * seconds for name, seconds in medians(calls, device, _ROUNDS).items()}
+        ms = _ms_in_rounds(calls, device, f"{heads} {ffn}")
     whole = ms[f"{heads} {ffn}"]
     each = max(whole - ms["one layer"], 1e-6)
     by_heads = {count: (ms[f"{count} {ffn}"] - whole) / _LAYERS for count in head_points}
@@ -177,7 +177,17 @@ def measure_table(model: nn.Module, load: Load, seed: int = 0) -> Table:
     return Table(Curve.of(by_heads), Curve.of(by_ffn), each, max(ms["one layer"] - each, 0.0))
 
 
-def _require_fits(base: Any, load: Load) -> None:
+def _ms_in_rounds(calls: Mapping[str, Callable[[], object]], device: torch.device, against: str) -> dict[str, float]:
+    """Milliseconds of each call: its ratio to one of them within each round, so that what disturbs a whole round cancels."""
+    samples = measure(calls, device, Rules(0.0, 0.0, _TABLE_ROUNDS, _TABLE_ROUNDS))
+    for name, reason in samples.failures.items():
+        raise QBertError(f"{name} cannot be timed: {reason}")
+    unit = 1e3 * samples[against].median
+    return {name: unit * ratio(sample, samples[against]) for name, sample in samples.items()}
+
+
+def require_fits(base: Any, load: Load) -> None:
+    """Raises QBertError where a load's sequences are longer than the encoder takes."""
     most = longest(base.config)
     if most is not None and load.seq > most:
         raise QBertError(f"seq is {load.seq}; allowed: 1 ... {most}, the positions of this model")
@@ -263,7 +273,7 @@ def measured_ms(models: Mapping[str, tuple[nn.Module, Load]], batches: Sequence[
     calls: dict[str, Callable[[], object]] = {}
     for name, (model, load) in models.items():
         base = copy.deepcopy(next(base for _, base, _ in encoders(model))).eval()
-        _require_fits(base, load)
+        require_fits(base, load)
         ready(base, load, batches)
         inputs = random_batch(base, load.batch, load.seq, 0)
         calls[name] = lambda base=base, inputs=inputs: base(**inputs)  # type: ignore[misc]

@@ -94,6 +94,7 @@ def prune_(
     refit: bool = True,
     pooling: str = "mean",
     seed: int = 0,
+    table: Table | None = None,
     progress: Progress | None = None,
 ) -> PruneReport:
     """Takes heads and feed-forward neurons out of an encoder, in place. See this module for how.
@@ -111,6 +112,7 @@ def prune_(
         uniform: all heads stay and every layer keeps as many neurons: a plain model of transformers, which needs no qbert.
         refit: whether what is left is refitted; otherwise means alone are folded into biases.
         pooling: of embeddings, ``"mean"`` or ``"cls"``.
+        table: milliseconds of this model's layers, by `latency.measure_table`; by default they are measured now.
         progress: called with (steps done, in all, what is done).
 
     Raises:
@@ -130,7 +132,10 @@ def prune_(
     original = outputs_of(model, parts.held_out, pooling)
     tell = progress or (lambda done, total, what: None)
     with undone_on_error(model), evaluation_mode(model):
-        table = None if speedup is None else measure_table(model, load, seed)
+        if speedup is None:
+            table = None
+        elif table is None:
+            table = measure_table(model, load, seed)
         seen = look(model, encoder, parts.look, parts.look_labels, pooling, seed)
         sublayers = _sublayers(encoder, parts.fit, seen, wanted, tell)
         chosen = wanted.choose(encoder, sublayers, table, plan_of(model).layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 import tomllib
 from collections.abc import Callable, Sequence
@@ -13,11 +14,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from qbert.calibrate import calibrate, tokenizer_beside
+from qbert.calibrate import tokenizer_beside
 from qbert.compress.latency import Load, fused_recipe, measured_ms
-from qbert.compress.layers import drop_layers_
-from qbert.compress.prune import prune_
 from qbert.compress.report import Agreement, Size
+from qbert.compress.steps import CALIBRATED_BY, STEPS, Given, Progress, quantize_last
 from qbert.compress.texts import (
     Texts,
     agreement,
@@ -28,18 +28,14 @@ from qbert.compress.texts import (
     require_pooling,
     tokenizer_inside,
 )
-from qbert.compress.vocabulary import trim_vocabulary_
-from qbert.convert import fuse_, quantize_
 from qbert.errors import QBertError
 from qbert.recipe import NONE, Recipe
 from qbert.shapes import ShapePlan, plan_of
 
-Progress = Callable[[int, int, str], None]
 AfterStep = Callable[[nn.Module, Any], Any]  # (model, its tokenizer) -> what goes into the step's `scores`
 
 _JUDGED = 8  # one text in eight is given to no step
 _LEAST_JUDGED, _JUDGE_BY = 8, 512
-_CALIBRATED_BY = 128  # texts
 
 
 class Pruning(BaseModel):
@@ -118,6 +114,12 @@ class Compression(BaseModel):
         """Arguments of `prune_`."""
         return Pruning(speedup=self.prune) if isinstance(self.prune, float) else self.prune
 
+    def step(self, name: str) -> Any:
+        """What a row of `STEPS` takes, None where that step is left out."""
+        if name == "prune":
+            return None if self.pruning is None else self.pruning.model_dump()
+        return getattr(self, name)
+
     @classmethod
     def of(cls, **fields: Any) -> Compression:
         """The same."""
@@ -135,6 +137,17 @@ class Compression(BaseModel):
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise QBertError(f"recipe {str(path)!r}: {error}") from None
         return cls.of(**fields)
+
+    def toml(self) -> str:
+        """As `read` takes it."""
+        fields = self.model_dump(exclude_none=True, exclude_defaults=True)
+        fields |= {"batch": self.batch, "seq": self.seq}
+        plain = {name: value for name, value in fields.items() if not isinstance(value, dict)}
+        tables = {name: value for name, value in fields.items() if isinstance(value, dict)}
+        lines = [f"{name} = {json.dumps(value)}" for name, value in plain.items()]
+        for name, table in tables.items():
+            lines += ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+        return "\n".join(lines) + "\n"
 
 
 class Step(BaseModel):
@@ -283,30 +296,18 @@ class _Run:
         self.steps: list[Step] = []
 
     def finished(self) -> Compressed:
-        recipe, pruning = self.recipe, self.recipe.pruning
+        recipe = self.recipe
         self._note("original", 0.0, [])
-        if recipe.vocabulary is not None:
-            self._do(
-                lambda: trim_vocabulary_(
-                    self.model, self.tokenizer, self.texts, size=recipe.vocabulary or 0, pooling=self.pooling
-                )
-            )
-        common: dict[str, Any] = {"tokenizer": self.tokenizer, "pooling": self.pooling, "progress": self.progress}
-        if recipe.layers is not None:
-            self._do(lambda: drop_layers_(self.model, self.texts, keep=recipe.layers or 0, **common))
-        if pruning is not None:
-            forward: dict[str, Any] = {
-                "batch": recipe.batch,
-                "seq": recipe.seq,
-                "scheme": recipe.word,
-                "labels": self.labels,
-            }
-            wanted: dict[str, Any] = pruning.model_dump()
-            self._do(lambda: prune_(self.model, self.texts, **wanted, **forward, **common))
+        given = Given(self.texts, self.labels, self.pooling, self.load, progress=self.progress)
+        for name, step in STEPS.items():
+            value = recipe.step(name)
+            if value is not None:
+                report = step(self.model, self.tokenizer, value, given)
+                self._note(report.method, report.seconds, str(report).splitlines()[1:])
         float_ms = self._float_ms()
         if recipe.scheme is not None:
             start = time.perf_counter()
-            self._quantize(recipe.scheme)
+            quantize_last(self.model, self.tokenizer, recipe.scheme, self.texts)
             what = "embeddings" if recipe.scheme.linear is None else recipe.quantize
             self._note(f"quantize {what}", time.perf_counter() - start, [])
         return Compressed(
@@ -314,18 +315,6 @@ class _Run:
             self.tokenizer,
             CompressionReport(recipe=recipe, steps=self.steps, float_ms=float_ms, load=str(self.load)),
         )
-
-    def _do(self, step: Callable[[], Any]) -> None:
-        report = step()
-        self._note(report.method, report.seconds, str(report).splitlines()[1:])
-
-    def _quantize(self, scheme: Recipe) -> None:
-        calibration = None
-        if scheme.linear is not None:
-            calibration = calibrate(self.model, self.texts[:_CALIBRATED_BY], tokenizer=self.tokenizer)
-        quantize_(self.model, scheme)
-        if calibration is not None:
-            fuse_(self.model, calibration)
 
     def _float_ms(self) -> tuple[float, float] | None:
         if not self.measure:
@@ -345,7 +334,7 @@ class _Run:
         return ms["now"], ms.get("before", ms["now"]) / ms["now"]
 
     def _batches(self) -> list[dict[str, Tensor]]:
-        given = Texts.of(self.model, self.texts[:_CALIBRATED_BY], self.tokenizer)
+        given = Texts.of(self.model, self.texts[:CALIBRATED_BY], self.tokenizer)
         return [batch for _, batch in given.batches(next(self.model.parameters()).device)]
 
     def _note(self, method: str, seconds: float, notes: list[str]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qbert.errors import QBertError
 from qbert.evaluate.stats import bootstrap_mean
+from qbert.explain import explain
 from qbert.shapes import ShapePlan, plan_of, shaped
 
 SEQUENCE = 128  # tokens, of the multiply-adds in reports
@@ -36,6 +37,12 @@ class Size(BaseModel):
             macs += sum(each.out_features * each.in_features for each in linears)
             macs += 2 * SEQUENCE * linears[len(paths.qkv)].in_features  # scores, and what they weigh
         return cls(parameters=sum(each.numel() for each in model.parameters()), macs=macs)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """What the tensors of a file of the model take."""
+    floats = sum(each.numel() * each.element_size() for each in model.parameters())
+    return floats + sum(row.stored_bytes for row in explain(model).quantized)
 
 
 class Agreement(BaseModel):
