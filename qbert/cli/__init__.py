@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qbert.cli import bench, cost, models, quality, terminal
+from qbert.cli import bench, cost, embed, models, quality, terminal
 from qbert.errors import QBertError
 
 EXIT_BAD_INPUT = 2
@@ -25,6 +25,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": models.inspect,
     "explain": models.explain,
     "verify": models.verify,
+    "embed": embed.embed,
     "eval": quality.evaluate_command,
     "finetune": quality.finetune,
     "analyze": cost.analyze,
