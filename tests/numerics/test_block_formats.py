@@ -254,16 +254,12 @@ def test_what_is_refused_and_how(make, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [[], {}, [1], True, "", 0, -3.0, float("nan"), "x" * 100])
+@pytest.mark.parametrize("value", [[], {}, [1], 7j, "", 0, -3.0, float("nan"), "x" * 100])
 @pytest.mark.parametrize("entry", sorted(each.name for each in dataclasses.fields(BlockFormat)))
-def test_an_entry_of_any_type_is_refused_by_name_or_allowed(entry, value):
+def test_an_entry_of_any_type_is_refused_by_name(entry, value):
     data = block_format("b", "int4", top=3.0).to_dict()
-    try:
+    with pytest.raises(QBertError, match=entry.split("_")[0]):
         BlockFormat.from_dict({**data, entry: value})
-    except QBertError as error:
-        assert entry.split("_")[0] in str(error)
-    else:
-        assert (entry, value) == ("symmetric", True)
 
 
 @pytest.mark.parametrize(
