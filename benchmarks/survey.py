@@ -40,7 +40,7 @@ from .results_schema import RESULTS, Results, SurveyRow, SurveyScore, load_resul
 
 MODEL, TASKS = "minilm", ("trec", "sms", "amazon", "lee")
 TEXTS, COUNT = "rt,movie", 1024
-STORED = "survey"  # folder inside that of a device: not part of docs/benchmarks.md
+SURVEYS = RESULTS.parent / "surveys"  # <device>/<date>-<commit>.json; docs/benchmarks.md is of RESULTS alone
 _SECONDS = 4.0  # of rounds for a model and the original
 BATCH, SEQ = 8, 128
 
@@ -200,20 +200,20 @@ def _times(made: Any, original: Any) -> tuple[Sample, Sample]:
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 
-def stored(folder: Path = RESULTS) -> list[Results]:
+def stored(folder: Path = SURVEYS) -> list[Results]:
     """All files of rows."""
-    return [load_results(path) for path in sorted(folder.glob(f"*/{STORED}/*.json"))]
+    return [load_results(path) for path in sorted(folder.glob("*/*.json"))]
 
 
 def merged(files: Iterable[Results]) -> dict[tuple[str, str], SurveyRow]:
-    """(device, system) -> the newest scores and the newest times of it, which two runs may have made."""
+    """(machine, system) -> the newest scores and the newest times of it, which two runs may have made."""
     found: dict[tuple[str, str], SurveyRow] = {}
     for file in sorted(files, key=lambda each: each.machine.date):
         for row in file.of(SurveyRow):
-            key = (file.machine.device, row.system)
+            key = (_machine(file), row.system)
             before = found.get(key)
             if before is not None and before.recipe == row.recipe:
-                kept = {} if row.scores else {"scores": before.scores}
+                kept: dict[str, Any] = {} if row.scores else {"scores": before.scores}
                 kept |= (
                     {}
                     if row.time
@@ -222,6 +222,11 @@ def merged(files: Iterable[Results]) -> dict[tuple[str, str], SurveyRow]:
                 row = row.model_copy(update=kept)
             found[key] = row
     return found
+
+
+def _machine(file: Results) -> str:
+    """Whatever threads it ran on: scores do not depend on them, and times are of one run each."""
+    return f"{file.machine.processor} ({file.machine.isa})"
 
 
 def page(files: Sequence[Results]) -> str:
@@ -253,7 +258,8 @@ trained with the method.
 
 **Here**: what of it this project has, on one model ({MODEL}: all-MiniLM-L6-v2, 22M parameters, half of them embeddings),
 without any training and without labels, on {COUNT} texts of none of the tasks ({TEXTS}). Sizes are of the whole model against
-its own float32; changes are paired with it, in points with 95% intervals. Sizes compare row by row, changes in kind only."""
+its own float32; changes are paired with it, in points with 95% intervals; classifiers are probes that were fitted on the
+original's embeddings and stay as they are. Sizes compare row by row, changes in kind only."""
 
 
 def _device(device: str, rows: dict[tuple[str, str], SurveyRow], files: Sequence[Results]) -> Iterator[str]:
@@ -278,8 +284,10 @@ def _device(device: str, rows: dict[tuple[str, str], SurveyRow], files: Sequence
     for entry in TABLE:
         cells = [*_published(entry), *_here(entry.system, own.get(entry.system), tasks)]
         yield f"| {' | '.join(cells)} |"
-    made = [file for file in files if file.machine.device == device]
-    runs = sorted({f"{file.machine.date[:10]}, commit {file.machine.commit}" for file in made})
+    made = [file for file in files if _machine(file) == device]
+    runs = sorted(
+        {f"{file.machine.date[:10]}, {file.machine.threads} threads, commit {file.machine.commit}" for file in made}
+    )
     yield f"\nMilliseconds of a forward of {BATCH} x {SEQ} tokens; faster: than float32 in turns with it; -: not measured."
     yield f"Runs: {'; '.join(runs)}."
     for row in own.values():

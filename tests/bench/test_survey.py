@@ -27,7 +27,9 @@ def row(system: str = "GOBO", **fields: object) -> SurveyRow:
 
 
 def results(tmp_path, *rows: SurveyRow, date: str = "2026-11-30T10:00:00") -> Results:
-    machine = describe("cpu").model_copy(update={"device": "A Processor, 2 threads", "date": date, "commit": "abc1234"})
+    machine = describe("cpu").model_copy(
+        update={"device": "A Processor, 2 threads", "isa": "avx2", "date": date, "commit": "abc1234"}
+    )
     return Results(path=tmp_path / "a.json", machine=machine, rows=list(rows))
 
 
@@ -87,12 +89,11 @@ def test_what_cannot_be_done_is_a_row_with_its_reason() -> None:
 def test_the_newest_scores_and_the_newest_times_make_a_row(tmp_path) -> None:
     scored = results(tmp_path, row(scores=[SCORE]))
     timed = results(tmp_path, row(time=TIME, float_time=TIME, speedup=2.0), date="2026-12-01T10:00:00")
-    found = survey.merged([timed, scored])["A Processor, 2 threads", "GOBO"]
+    found = survey.merged([timed, scored])["A Processor (avx2)", "GOBO"]
     assert (found.scores, found.speedup, found.time) == ([SCORE], 2.0, TIME)
     other = row(time=TIME).model_copy(update={"recipe": {"then": "gobo4"}})  # of another recipe: nothing is kept
     assert (
-        survey.merged([scored, results(tmp_path, other, date="2026-12-02")])["A Processor, 2 threads", "GOBO"].scores
-        == []
+        survey.merged([scored, results(tmp_path, other, date="2026-12-02")])["A Processor (avx2)", "GOBO"].scores == []
     )
 
 
@@ -118,3 +119,9 @@ def test_rows_are_stored_and_read(tmp_path) -> None:
     recorder = Recorder("survey", {}, tmp_path / "rows.json")
     recorder.add(row(scores=[SCORE], time=TIME, float_time=TIME, speedup=1.0))
     assert load_results(tmp_path / "rows.json").of(SurveyRow)[0].scores == [SCORE]
+
+
+def test_the_page_in_docs_is_that_of_what_is_stored() -> None:
+    files = survey.stored()
+    assert files
+    assert (survey.SURVEYS.parents[1] / "docs/survey.md").read_text() == survey.page(files)
