@@ -22,7 +22,7 @@ from qbert.encoder.stock import found_in
 from qbert.encoder.watch import Watch
 from qbert.families import EncoderFamily, PositionTable
 from qbert.families.family import BiasOf, RotaryOf, WindowOf
-from qbert.formats import INT8, SCHEMES, Role
+from qbert.formats import SCHEMES, Role
 from qbert.modules import QEmbedding, QLinear, QuantizedModule
 from qbert.ops.abi import FLOAT_DTYPES, Activation, Keeps
 from qbert.ops.operations import Norm, Out, Table
@@ -239,7 +239,7 @@ class LayerBuilder:
     def linear(self, path: str, reads: str, writes: str, activation: str | None = None, gated: bool = False) -> None:
         module = self._linear_at(path)
         done = Activation.named(self._settings[activation]) if activation is not None else Activation.NONE
-        bound = BoundLinear(_weight(module), _bias(module), done, self._out(writes), gated)
+        bound = BoundLinear(_weight(module), _bias(module), done, self._out(writes), gated, self._zero(writes))
         label, tokens = Label("feed-forward in", "ffn"), self._tokens(reads)
         self._written[writes] = module, done, tokens
         self._ffn = bound.width
@@ -267,10 +267,11 @@ class LayerBuilder:
         self._watch.tensors(norm)
         first = reads == "context"
         label = Label("attention output", "attention linear") if first else Label("feed-forward out", "ffn")
-        weight = _weight(module)
+        weight, bias = _weight(module), _bias(module)
         if self._scales is not None and self._static(reads):
             weight = rescaled(weight, self._scales.scales[reads])
-        bound = BoundLinear(weight, _bias(module), Activation.NONE, self._residual)
+            bias = _less_zero(bias, weight, self._zero(reads))
+        bound = BoundLinear(weight, bias, Activation.NONE, self._residual)
         overflow = None if self._scales is None else self._scales.overflow.get(reads)
         if overflow is None:
             self._add(*steps.linear_add_norm(label, bound, self._tokens(reads), held, keeps, self._target))
@@ -288,7 +289,7 @@ class LayerBuilder:
         neurons = torch.tensor(overflow.neurons, device=up.quantized.device)
         rising = decode(_weight(up))[neurons]
         bias = _bias(up)
-        top = INT8.qmax * self._scales.scales[slot]
+        top = self._scales.top(slot)
         shifted = (rising.new_zeros(len(neurons)) if bias is None else bias[neurons]) - top
         back = rescaled(_small_weight(decode(_weight(down))[:, neurons].contiguous()), overflow.scale)
         rise = BoundLinear(_small_weight(rising), shifted, activation, overflow.scale)
@@ -318,6 +319,10 @@ class LayerBuilder:
     def _out(self, slot: str) -> Out:
         """What fills a quantized slot gives: codes with its static scale, or floats."""
         return self._scales.scales[slot] if self._scales is not None and self._static(slot) else self._residual
+
+    def _zero(self, slot: str) -> int:
+        """The code of 0 in a quantized slot."""
+        return 0 if self._scales is None else self._scales.zeros.get(slot, 0)
 
     def _tokens(self, slot: str) -> Tokens:
         return Tokens(codes_of(slot), ONES if self._static(slot) else scales_of(slot))
@@ -438,6 +443,14 @@ def _norm(module: nn.Module) -> Norm:
 
 def _bias(module: QLinear) -> Tensor | None:
     return None if module.bias is None else module.bias.detach().to(torch.float32)
+
+
+def _less_zero(bias: Tensor | None, weight: Weight, zero: int) -> Tensor | None:
+    """The bias of a product with codes of which `zero` stands for 0: all are too large by as much, whatever the token."""
+    if zero == 0:
+        return bias
+    too_much = (decode(weight).to(torch.float64).sum(1) * zero).to(torch.float32)
+    return -too_much if bias is None else bias - too_much
 
 
 class Rows(NamedTuple):

@@ -72,12 +72,15 @@ def _check_model(base: nn.Module, family: EncoderFamily, calibration: Calibratio
 
 def _check_slots(base: nn.Module, name: str, path: str, calibration: Calibration, parts: LayerParts) -> None:
     scales, overflow = calibration.layers[name].scales, calibration.layers[name].overflow
+    zeros = calibration.layers[name].zeros
     for slot in scales.keys() ^ parts.slots.keys():
         problem = "lacks" if slot in parts.slots else "has"
         raise QBertError(f"calibration: {name} {problem} a slot {slot!r}; allowed: {', '.join(parts.slots)}")
-    for slot, excess in overflow.items():
+    for slot in (*zeros, *overflow):
         if not parts.slots[slot].activated:
-            raise QBertError(f"calibration: {name} has overflow in {slot!r}, which comes out of no activation")
+            what = "a zero" if slot in zeros else "overflow"
+            raise QBertError(f"calibration: {name} has {what} in {slot!r}, which comes out of no activation")
+    for slot, excess in overflow.items():
         linear: Any = base.get_submodule(f"{path}.{parts.slots[slot].path}")
         if excess.neurons[-1] >= linear.in_features:
             last = linear.in_features - 1
