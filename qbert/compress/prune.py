@@ -14,12 +14,13 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qbert.compress.baselines import Method, Ranking, ranking, require_method
 from qbert.compress.budget import Option, share
 from qbert.compress.latency import Load, Table, ffn_levels, head_levels, measure_table, measured_ms
 from qbert.compress.removal import Moments, Removal, Sums, refit, remove_heads, remove_neurons
@@ -91,7 +92,8 @@ def prune_(
     batch: int = 8,
     seq: int = 128,
     uniform: bool = False,
-    refit: bool = True,
+    refit: bool | Literal["scales"] = True,
+    method: Method = "second-order",
     pooling: str = "mean",
     seed: int = 0,
     table: Table | None = None,
@@ -110,7 +112,9 @@ def prune_(
         scheme: what the model will be quantized to, as `quantize_` takes it, fused and calibrated; None if it stays float.
         batch, seq: of the forward that is to be faster.
         uniform: all heads stay and every layer keeps as many neurons: a plain model of transformers, which needs no qbert.
-        refit: whether what is left is refitted; otherwise means alone are folded into biases.
+        refit: whether what is left is refitted; otherwise means alone are folded into biases. ``"scales"``: one factor a unit.
+        method: how units are chosen. The others are there to compare with (`baselines`): ``"fisher"`` with ``"scales"`` is
+            Kwon et al. (2022), but that means are folded; ``"magnitude"``; ``"random"``.
         pooling: of embeddings, ``"mean"`` or ``"cls"``.
         table: milliseconds of this model's layers, by `latency.measure_table`; by default they are measured now.
         progress: called with (steps done, in all, what is done).
@@ -121,12 +125,15 @@ def prune_(
     """
     start = time.perf_counter()
     require_pooling(pooling)
+    require_method(method)
+    if refit not in (True, False, "scales"):
+        raise QBertError(f"refit is {refit!r}; allowed: True, False, 'scales'")
     encoder = float_encoder(model, "pruning")
     labels = None if labels is None else [plain(each) for each in plain(labels)]
     load = Load(batch, seq, scheme)
-    wanted = _wanted(encoder, speedup, macs, heads, ffn, uniform)
+    wanted = _wanted(encoder, speedup, macs, heads, ffn, uniform, method, seed)
     parts = _Parts.of(model, texts, labels, tokenizer)
-    if refit:
+    if refit is True:
         _require_tokens(encoder, parts.fit)
     before = Size.of(model)
     original = outputs_of(model, parts.held_out, pooling)
@@ -158,12 +165,15 @@ class _Wanted:
 
     Attributes:
         counts: site -> units that stay; empty where there is a budget.
+        method, seed: how units are chosen.
     """
 
     speedup: float | None
     macs: float | None
     counts: dict[Site, int]
     uniform: bool
+    method: Method
+    seed: int
 
     def levels(self, encoder: Shaped, site: Site, units: int) -> list[int]:
         """How many units the sublayer may keep, descending."""
@@ -200,8 +210,9 @@ class _Wanted:
 
 
 def _wanted(
-    encoder: Shaped, speedup: float | None, macs: float | None, heads: Counts | None, ffn: Counts | None, uniform: bool
-) -> _Wanted:
+    encoder: Shaped, speedup: float | None, macs: float | None, heads: Counts | None, ffn: Counts | None, uniform: bool,
+    method: Method, seed: int,
+) -> _Wanted:  # fmt: skip
     given = [name for name, each in (("speedup", speedup), ("macs", macs)) if each is not None]
     given += ["heads and ffn"] if heads is not None or ffn is not None else []
     if len(given) != 1:
@@ -218,7 +229,7 @@ def _wanted(
             counts |= _counts(encoder, kind, wanted)
     if counts and uniform and len(set(counts.values())) > 1:
         raise QBertError(f"uniform, and ffn is {list(counts.values())}; allowed: one number")
-    return _Wanted(speedup, macs, counts, uniform)
+    return _Wanted(speedup, macs, counts, uniform, method, seed)
 
 
 def _counts(encoder: Shaped, kind: str, wanted: Counts) -> dict[Site, int]:
@@ -316,7 +327,7 @@ class _Sublayer:
     group: int
     units: int
     levels: list[int]
-    removal: Removal
+    removal: Removal | Ranking
     losses: dict[int, float] = field(default_factory=dict)
     ranks: float = 1.0
 
@@ -366,6 +377,17 @@ def _sublayer(encoder: Shaped, site: Site, moments: Moments, seen: Seen, wanted:
     group = encoder.head_dim(layer) if kind == ATTENTION else 1
     units = linear.in_features // group
     levels, weight = wanted.levels(encoder, site, units), linear.weight.detach().double().cpu()
+    if wanted.method != "second-order":
+        ranked = ranking(wanted.method, seen, weight, group, wanted.seed)
+        return _Sublayer(
+            weight,
+            group,
+            units,
+            levels,
+            ranked,
+            ranked.losses(levels),
+            rank_agreement(seen, linear.weight.detach(), group),
+        )
     points = (
         levels
         if len(levels) <= _POINTS
@@ -403,7 +425,7 @@ def _apply(
     parts: _Parts,
     sublayers: dict[Site, _Sublayer],
     chosen: dict[Site, int],
-    refitting: bool,
+    refitting: bool | Literal["scales"],
     tell: Progress,
 ) -> list[float]:
     """Takes the units out, from the first layer on. Relative errors that are left, sublayer by sublayer."""
@@ -422,7 +444,15 @@ def _apply(
             check.watch(place, {path: held_out.append})
             kept = sublayer.removal.kept(sublayer.units, count)
             columns = (torch.tensor(kept)[:, None] * sublayer.group + torch.arange(sublayer.group)).flatten()
-            done = refit(sublayer.weight, sums.moments(), columns, torch.cat(held_out).cpu(), means_only=not refitting)
+            scales = sublayer.group if refitting == "scales" else None
+            done = refit(
+                sublayer.weight,
+                sums.moments(),
+                columns,
+                torch.cat(held_out).cpu(),
+                means_only=not refitting,
+                scales=scales,
+            )
             _take_out(model, place, kind, kept)
             _set(encoder.layers[place].get_submodule(path), done.weight, done.bias)
             errors.append(done.error)

@@ -17,6 +17,7 @@ from torch import Tensor
 from qbert.errors import QBertError
 
 RIDGES = (1e-2, 1e-1, 1.0)  # of the mean variance of the inputs; the held-out texts choose
+_WIDEST_FACTOR = 10.0
 _BLOCK = 32  # neurons between two updates of the weights; within a block the inverse alone is kept up to date
 
 
@@ -206,7 +207,15 @@ class Refit:
     ridge: float | None
 
 
-def refit(weight: Tensor, moments: Moments, kept: Tensor, held_out: Tensor, *, means_only: bool = False) -> Refit:
+def refit(
+    weight: Tensor,
+    moments: Moments,
+    kept: Tensor,
+    held_out: Tensor,
+    *,
+    means_only: bool = False,
+    scales: int | None = None,
+) -> Refit:
     """The weights for the inputs `kept` that give most of what all gave; held-out tokens choose the ridge, or none.
 
     Args:
@@ -215,6 +224,7 @@ def refit(weight: Tensor, moments: Moments, kept: Tensor, held_out: Tensor, *, m
         kept: (kept,) indexes, ascending.
         held_out: (tokens, k) inputs that are not in the moments.
         means_only: leave the weights; the means of what is gone go into the bias.
+        scales: in place of a refit one factor for each unit of so many inputs, see `tuned`.
     """
     every = torch.ones(weight.shape[1], dtype=torch.bool)
     every[kept] = False
@@ -222,6 +232,8 @@ def refit(weight: Tensor, moments: Moments, kept: Tensor, held_out: Tensor, *, m
     plain = _judged(weight, weight[:, kept], moments, kept, held_out, None)
     if means_only or not len(gone):
         return plain
+    if scales is not None:
+        return _judged(weight, tuned(weight, moments, kept, scales), moments, kept, held_out, None)
     crossed = moments.covariance[gone][:, kept]
     found = [plain]
     for ridge in RIDGES:
@@ -229,6 +241,22 @@ def refit(weight: Tensor, moments: Moments, kept: Tensor, held_out: Tensor, *, m
         moved = torch.linalg.solve(damped, (weight[:, gone] @ crossed).T).T
         found.append(_judged(weight, weight[:, kept] + moved, moments, kept, held_out, ridge))
     return min(found, key=lambda each: each.error)
+
+
+def tuned(weight: Tensor, moments: Moments, kept: Tensor, group: int) -> Tensor:
+    """(n, kept) weight with one factor for each unit that is left, by least squares on what all units gave (mask tuning).
+
+    Kwon et al. (2022) have it with LSMR, damped around 1. A layer one of whose factors is beyond 10 stays as it is, too.
+    """
+    products = (weight.T @ weight) * moments.covariance  # of the outputs of two inputs each, mean over tokens
+    units = products.unflatten(1, (-1, group)).sum(2).unflatten(0, (-1, group)).sum(1)
+    alive = kept[::group] // group
+    damp = torch.eye(len(alive), dtype=torch.float64) / max(1, moments.tokens)
+    wanted = units[alive].sum(1) + damp.diagonal()
+    factors = torch.linalg.lstsq(units[alive][:, alive] + damp, wanted[:, None]).solution[:, 0]
+    if not bool((factors.abs() <= _WIDEST_FACTOR).all()):  # NaN too
+        return weight[:, kept]
+    return weight[:, kept] * factors.repeat_interleave(group)
 
 
 def _judged(
