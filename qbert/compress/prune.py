@@ -4,8 +4,9 @@
 2. Within each sublayer second-order scores say in which order units go, and what the others must be then (`removal`).
 3. Gradients of random projections of the output say what that does to the embedding (`sensitivity`), at several widths.
 4. Dynamic programming shares the budget among all sublayers (`budget`).
-5. From the first layer to the last: units go, and the linear after them is refitted to the inputs that it gets now. Held-out
-   tokens choose how strongly, or that only means are folded into the bias (`removal.refit`).
+5. From the first layer to the last: units go, and the linear after them is refitted to the inputs that it gets now, also so
+   that it makes up for what earlier layers have lost (`drift`). Held-out tokens choose whether and how strongly, or that only
+   means are folded into the bias (`removal.refit`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from qbert.compress.baselines import Method, Ranking, ranking, require_method
 from qbert.compress.budget import Option, share
+from qbert.compress.drift import Followed
 from qbert.compress.latency import Load, Table, ffn_levels, head_levels, measure_table, measured_ms
 from qbert.compress.removal import Moments, Removal, Sums, refit, remove_heads, remove_neurons
 from qbert.compress.report import SEQUENCE, Report, Size, report_of
@@ -40,7 +42,7 @@ from qbert.compress.texts import (
 from qbert.convert import note_reshaped
 from qbert.errors import QBertError
 from qbert.modes import evaluation_mode
-from qbert.shapes import LayerShape, Shaped, keep_heads_, keep_neurons_, plan_of
+from qbert.shapes import LayerShape, Shaped, keep_heads_, keep_neurons_, plan_of, shaped
 
 Progress = Callable[[int, int, str], None]
 Counts = int | Sequence[int]
@@ -429,36 +431,44 @@ def _apply(
     tell: Progress,
 ) -> list[float]:
     """Takes the units out, from the first layer on. Relative errors that are left, sublayer by sublayer."""
-    fit, check = Stream(encoder, parts.fit), Stream(encoder, parts.check.within(_CHECK_TOKENS))
-    layers, errors = len(encoder.layers), []
+    original = shaped(copy.deepcopy(model))
+    fit, check = (
+        Followed(Stream(encoder, texts), Stream(original, texts))
+        for texts in (parts.fit, parts.check.within(_CHECK_TOKENS))
+    )
+    layers, errors, drifted = len(encoder.layers), list[float](), False
+    paths, norms = _paths(encoder), _norms(encoder)
     for place in range(layers):
         tell(layers + place, 2 * layers, f"layer {place}: what is left is refitted")
-        for kind, path in _paths(encoder).items():
+        for stream in (fit, check):
+            stream.look_at(place, list(norms.values()))
+        for kind, path in paths.items():
             sublayer = sublayers[place, kind]
             count = chosen.get((place, kind), sublayer.units)
-            if count == sublayer.units:
+            if count == sublayer.units and not (drifted and refitting is True):
                 errors.append(0.0)
                 continue
-            sums, held_out = Sums.empty(sublayer.weight.shape[1]), list[Tensor]()
-            fit.watch(place, {path: sums.add})
-            check.watch(place, {path: held_out.append})
+            sums, drift = fit.moments(place, path, norms[kind])
             kept = sublayer.removal.kept(sublayer.units, count)
             columns = (torch.tensor(kept)[:, None] * sublayer.group + torch.arange(sublayer.group)).flatten()
-            scales = sublayer.group if refitting == "scales" else None
             done = refit(
-                sublayer.weight,
-                sums.moments(),
-                columns,
-                torch.cat(held_out).cpu(),
-                means_only=not refitting,
-                scales=scales,
-            )
-            _take_out(model, place, kind, kept)
+                sublayer.weight, sums.moments(), columns, check.held_out(place, path, norms[kind]),
+                means_only=refitting is False, scales=sublayer.group if refitting == "scales" else None,
+                drift=drift if drifted else None,
+            )  # fmt: skip
+            if count < sublayer.units:
+                _take_out(model, place, kind, kept)
             _set(encoder.layers[place].get_submodule(path), done.weight, done.bias)
             errors.append(done.error)
+            drifted = True
         fit.advance(place)
         check.advance(place)
     return errors
+
+
+def _norms(encoder: Shaped) -> dict[str, str]:
+    """What is added up is what these norms take."""
+    return {ATTENTION: encoder.family.layer.attention_norm, FFN: encoder.family.layer.output_norm}
 
 
 def _take_out(model: nn.Module, place: int, kind: str, kept: list[int]) -> None:

@@ -207,14 +207,41 @@ class Refit:
     ridge: float | None
 
 
+@dataclass(frozen=True)
+class Drift:
+    """How far what a linear's output is added up to has gone from the original's, by what was taken out before it.
+
+    Attributes:
+        mean: (n,) float64.
+        crossed: (n, k) float64, covariance with the linear's inputs.
+    """
+
+    mean: Tensor
+    crossed: Tensor
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Tokens that are not in the moments.
+
+    Attributes:
+        inputs: (tokens, k).
+        drift: (tokens, n); None where there is none.
+    """
+
+    inputs: Tensor
+    drift: Tensor | None = None
+
+
 def refit(
     weight: Tensor,
     moments: Moments,
     kept: Tensor,
-    held_out: Tensor,
+    held_out: HeldOut,
     *,
     means_only: bool = False,
     scales: int | None = None,
+    drift: Drift | None = None,
 ) -> Refit:
     """The weights for the inputs `kept` that give most of what all gave; held-out tokens choose the ridge, or none.
 
@@ -222,24 +249,26 @@ def refit(
         weight: (n, k) float64, with all inputs.
         moments: of the inputs, of at least as many tokens as inputs.
         kept: (kept,) indexes, ascending.
-        held_out: (tokens, k) inputs that are not in the moments.
+        held_out: tokens that choose.
         means_only: leave the weights; the means of what is gone go into the bias.
         scales: in place of a refit one factor for each unit of so many inputs, see `tuned`.
+        drift: to be made up for too, where the held-out tokens say that it helps (K-prune's idea, Park et al., 2024).
     """
     every = torch.ones(weight.shape[1], dtype=torch.bool)
     every[kept] = False
     gone = every.nonzero().flatten()
-    plain = _judged(weight, weight[:, kept], moments, kept, held_out, None)
-    if means_only or not len(gone):
+    plain = _judged(weight, weight[:, kept], moments, kept, held_out, None, None)
+    if means_only or (not len(gone) and drift is None):
         return plain
     if scales is not None:
-        return _judged(weight, tuned(weight, moments, kept, scales), moments, kept, held_out, None)
-    crossed = moments.covariance[gone][:, kept]
+        return _judged(weight, tuned(weight, moments, kept, scales), moments, kept, held_out, None, None)
     found = [plain]
-    for ridge in RIDGES:
-        damped = moments.damped(ridge)[kept][:, kept]
-        moved = torch.linalg.solve(damped, (weight[:, gone] @ crossed).T).T
-        found.append(_judged(weight, weight[:, kept] + moved, moments, kept, held_out, ridge))
+    for followed in [None] if drift is None else [None, drift]:
+        crossed = weight[:, gone] @ moments.covariance[gone][:, kept]
+        crossed = crossed if followed is None else crossed + followed.crossed[:, kept]
+        for ridge in RIDGES:
+            moved = torch.linalg.solve(moments.damped(ridge)[kept][:, kept], crossed.T).T
+            found.append(_judged(weight, weight[:, kept] + moved, moments, kept, held_out, ridge, followed))
     return min(found, key=lambda each: each.error)
 
 
@@ -260,11 +289,20 @@ def tuned(weight: Tensor, moments: Moments, kept: Tensor, group: int) -> Tensor:
 
 
 def _judged(
-    weight: Tensor, fitted: Tensor, moments: Moments, kept: Tensor, held_out: Tensor, ridge: float | None
+    weight: Tensor,
+    fitted: Tensor,
+    moments: Moments,
+    kept: Tensor,
+    held_out: HeldOut,
+    ridge: float | None,
+    drift: Drift | None,
 ) -> Refit:
     missing = weight.clone()
     missing[:, kept] -= fitted
-    centred = held_out.float() - moments.mean.float()
-    error = (centred @ missing.T.float()).pow(2).sum()
+    bias = missing @ moments.mean + (0.0 if drift is None else drift.mean)
+    centred = held_out.inputs.float() - moments.mean.float()
+    left = centred @ missing.T.float()
+    if held_out.drift is not None:
+        left += held_out.drift.float() - (0.0 if drift is None else drift.mean.float())
     spread = (centred @ weight.T.float()).pow(2).sum()
-    return Refit(fitted, missing @ moments.mean, float((error / spread.clamp(min=1e-30)).sqrt()), ridge)
+    return Refit(fitted, bias, float((left.pow(2).sum() / spread.clamp(min=1e-30)).sqrt()), ridge)

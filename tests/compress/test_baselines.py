@@ -10,7 +10,7 @@ from small_encoders import float_model
 from qbert import QBertError, prune_
 from qbert.compress import Size
 from qbert.compress.baselines import METHODS, Method, ranking, rearranged
-from qbert.compress.removal import Moments, refit, tuned
+from qbert.compress.removal import HeldOut, Moments, refit, tuned
 from qbert.compress.sensitivity import Seen
 from qbert.shapes import plan_of
 
@@ -77,8 +77,8 @@ def test_a_factor_makes_up_for_a_twin() -> None:
     kept = torch.tensor([0, 1, 2])
     found = tuned(weight, Moments.of(inputs), kept, 1)
     assert torch.allclose(found, weight[:, kept] * torch.tensor([2.0, 1.0, 1.0]), atol=1e-2)
-    with_scales = refit(weight, Moments.of(inputs[:300]), kept, inputs[300:], scales=1)
-    means = refit(weight, Moments.of(inputs[:300]), kept, inputs[300:], means_only=True)
+    with_scales = refit(weight, Moments.of(inputs[:300]), kept, HeldOut(inputs[300:]), scales=1)
+    means = refit(weight, Moments.of(inputs[:300]), kept, HeldOut(inputs[300:]), means_only=True)
     assert with_scales.error < 0.05 < means.error
     weight[:, 3] = 50 * weight[:, 0]  # a factor of 51, which is none to trust
     assert torch.equal(tuned(weight, Moments.of(inputs), kept, 1), weight[:, kept])
