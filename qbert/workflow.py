@@ -19,7 +19,7 @@ from torch import nn
 
 from qbert import checkpoint
 from qbert.calibrate import calibrate, default_texts
-from qbert.compress import BudgetNotMet, Compression, CompressionReport, SearchReport
+from qbert.compress import BudgetNotMet, Compression, CompressionReport, Guide, SearchReport
 from qbert.convert import Progress, quantize_
 from qbert.errors import MissingDependency, QBertError
 from qbert.evaluate import TASKS, file_task, get_task, prepare_baseline, read_user_file, score
@@ -364,6 +364,18 @@ def search_checkpoint(
         files=[str(Path(folder) / name) for name in files],
         report=found.report,
     )
+
+
+def guide_model(
+    source: str, *, tasks: Sequence[str] = (), data: str | Path | None = None, texts: str | None = None, **wanted: Any
+) -> Guide:
+    """Measures what each method of compression would bring to a model; see `search_checkpoint` and `qbert.compress.guide`."""
+    from qbert.compress import guide
+
+    given = None if texts is None else compression_texts(texts)
+    labelled = [*tasks, *([] if data is None else [file_task(data)])]
+    model, tokenizer = load_float(source), load_tokenizer(resolve_model(source))
+    return guide(model, tasks=labelled, texts=given, tokenizer=tokenizer, **wanted)
 
 
 def _again(source: str, folder: str | Path, texts: str) -> str:

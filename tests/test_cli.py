@@ -222,6 +222,21 @@ def test_a_search_that_fails_says_the_best_and_writes_nothing(with_words, labell
     assert not (tmp_path / "out").exists()
 
 
+def test_advise_measures_every_method_where_a_goal_is_given(with_words, labelled):
+    asked = ["advise", with_words, "--goal", "size", "--data", labelled, "--max-drop", 90, "--batch", 1, "--seq", 16]
+    printed = run(*asked).stdout
+    for said in (
+        "quantize",
+        "vocabulary",
+        "not measured",
+        "take quantize",
+        "to run it: qbert compress",
+        "as a recipe:",
+    ):
+        assert said in printed
+    assert "layers" in printed  # it has one, of which none can go
+
+
 def test_verify_measures_each_weight(quantized, tiny):
     folder, _ = quantized
     report = json.loads(run("verify", folder, "--against", tiny, "--json").stdout)
@@ -362,6 +377,9 @@ def test_an_emulated_folder_is_a_checkpoint_like_any_other(tiny, tmp_path):
         (["compare", "{tiny}", "--scheme", "w8a8:sometimes"], "sometimes"),
         (["advise", "{tiny}", "--target", "abacus"], "abacus"),
         (["advise", "{tiny}", "--batch", "0"], "batch 0"),
+        (["advise", "{tiny}", "--task", "trec"], "allowed with --goal"),
+        (["advise", "{tiny}", "--goal", "speed", "--task", "trec"], "goal 'speed'"),
+        (["advise", "{tiny}", "--goal", "size", "--target", "h100"], "on this machine"),
         (["advise", "{tiny}", "--results", "{out}/none.json"], "none.json"),
         (["quantize", "{tiny}", "--emulate", "weights=mxfp5", "-o", "{out}"], "mxfp5"),
         (["quantize", "{tiny}", "--emulate", "bias=int8", "-o", "{out}"], "bias=int8"),

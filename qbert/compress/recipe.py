@@ -8,13 +8,14 @@ import time
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from qbert.calibrate import tokenizer_beside
+from qbert.compress.baselines import Method
 from qbert.compress.latency import Load, fused_recipe, measured_ms
 from qbert.compress.report import Agreement, Size
 from qbert.compress.steps import CALIBRATED_BY, STEPS, Given, Progress, quantize_last
@@ -48,7 +49,8 @@ class Pruning(BaseModel):
     heads: int | list[int] | None = None
     ffn: int | list[int] | None = None
     uniform: bool = False
-    refit: bool = True
+    refit: bool | Literal["scales"] = True
+    method: Method = "second-order"
 
 
 class Compression(BaseModel):

@@ -65,18 +65,23 @@ class Seen:
         per_text.index_add_(1, self.texts, per_token)
         return float(per_text.double().pow(2).mean())
 
+    def slopes(self, weight: Tensor, group: int, *, centred: bool = True) -> Tensor:
+        """(projections, texts, k / group) of each scalar with respect to a factor at one unit of `group` inputs.
+
+        Args:
+            centred: whether inputs are taken from their means, which go into the bias when a unit goes.
+        """
+        inputs = self.inputs - self.inputs.mean(0) if centred else self.inputs
+        found = []
+        for gradients in self.gradients:
+            per_token = ((gradients @ weight) * inputs).unflatten(1, (-1, group)).sum(2)
+            per_text = torch.zeros(self.count, per_token.shape[1], dtype=per_token.dtype, device=per_token.device)
+            found.append(per_text.index_add_(0, self.texts, per_token))
+        return torch.stack(found)
+
     def importance(self, weight: Tensor, group: int) -> Tensor:
         """(k / group,) predicted squared change of the output when one unit of `group` inputs goes, by itself."""
-        centred = self.inputs - self.inputs.mean(0)
-        found = torch.zeros(centred.shape[1] // group, dtype=torch.float64)
-        for gradients in self.gradients:
-            per_token = (gradients @ weight) * centred
-            per_token = per_token.unflatten(1, (-1, group)).sum(2)
-            per_text = torch.zeros(self.count, per_token.shape[1], dtype=per_token.dtype).index_add_(
-                0, self.texts, per_token
-            )
-            found += per_text.double().pow(2).mean(0)
-        return found / len(self.gradients)
+        return self.slopes(weight, group).double().pow(2).mean((0, 1)).cpu()
 
 
 def look(
