@@ -257,7 +257,7 @@ def quantize_checkpoint(
 
     with checkpoint.replacing(folder) as fresh, quiet_transformers():
         save(model, fresh, source=source)
-        _copy_companions(resolve_model(source), fresh)
+        copy_companions(resolve_model(source), fresh)
     explanation = explain(model)
     float32_bytes, file_bytes = _float32_bytes(model), _file_bytes(folder)
     return QuantizeReport(
@@ -300,7 +300,7 @@ def compress_checkpoint(
     small = compress(model, recipe, texts=given, tokenizer=tokenizer, after_step=scored, progress=progress)
     with checkpoint.replacing(folder) as fresh, quiet_transformers():
         small.model.save_pretrained(fresh)  # of a plain float one transformers' own files say all of it
-        _copy_companions(resolve_model(source), fresh)
+        copy_companions(resolve_model(source), fresh)
         small.tokenizer.save_pretrained(fresh)
     return CompressReport(
         source=source,
@@ -533,7 +533,7 @@ def _tensor_names(file: Path) -> list[str]:
         return list(opened.keys())
 
 
-def _copy_companions(path: str, folder: Path) -> None:
+def copy_companions(path: str, folder: Path) -> None:
     """The tokenizer, and what sentence-transformers needs, if the source has them."""
     source = Path(path)
     try:

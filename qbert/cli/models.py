@@ -265,6 +265,34 @@ def explain(model: Model) -> None:
     terminal.out.print(str(explained(load_any(model))), soft_wrap=True, highlight=False, markup=False)
 
 
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a quantized checkpoint")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="folder to write, new or empty")],
+    to: Annotated[str, typer.Option("--to", help="onnx-qdq: int8 weights, QuantizeLinear and DequantizeLinear")],
+    as_json: Json = False,
+) -> None:
+    """Write a quantized MODEL as a graph for other runtimes, and say how near ONNX Runtime's vectors are to qbert's."""
+    from qbert.export import FORMATS, export_onnx
+
+    if to not in FORMATS:
+        raise QBertError(f"--to {to!r}; allowed: {', '.join(FORMATS)}")
+    with terminal.err.status("exporting"):
+        report = export_onnx(model, output)
+    terminal.emit(report, as_json)
+    if as_json:
+        return
+    lines = [
+        f"{', '.join(report.inputs)} -> {report.output}, {report.variant}; {report.file_bytes / 1e6:.1f} MB: {report.folder}"
+    ]
+    if report.cosine_mean is None or report.cosine_min is None:
+        lines.append("not compared: onnxruntime is not installed")
+    else:
+        near = f"{report.cosine_mean:.4f} (least {report.cosine_min:.4f})"
+        lines.append(f"cosine of ONNX Runtime's vectors and qbert's: {near}, {report.texts} texts")
+    for line in lines:
+        terminal.out.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
 def info(as_json: Json = False) -> None:
     """What is installed here and what would run: versions, instruction set, extensions or why not, GPUs."""
     from qbert.workflow import info as ask
