@@ -30,12 +30,17 @@ def quantize(
         typer.Option("--emulate", help="block formats in place of a scheme: 'weights=mxfp4 activations=mxfp8'"),
     ] = None,
     fuse: Annotated[
-        bool, typer.Option("--fuse", help="run BERT-type encoders fused: few operators, no padding")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--fuse/--no-fuse", help="run encoders fused: few operators, no padding; by default where that pays"
+        ),
+    ] = None,
     calibrate: Annotated[
         str | None,
         typer.Option(
-            "--calibrate", metavar="TEXTS", help="static scales from: default, a task, a .txt, .tsv or .jsonl"
+            "--calibrate",
+            metavar="TEXTS",
+            help="static scales from: default (English prose), a task, a .txt, .tsv or .jsonl; none; by default where it pays",
         ),
     ] = None,
     as_json: Json = False,
@@ -50,7 +55,9 @@ def quantize(
         report = quantize_checkpoint(model, output, recipe, fuse=fuse, calibrate_with=calibrate, progress=progress)
     terminal.emit(report, as_json)
     if not as_json:
-        terminal.print_encoders(report.encoders if fuse else [])
+        terminal.print_encoders(report.encoders if fuse is not False else [])
+        for note in report.notes:
+            terminal.out.print(note, soft_wrap=True, highlight=False, markup=False)
         terminal.out.print(
             f"{report.modules} modules at {report.bits_per_weight:.3f} bits per weight in {report.seconds:.1f} s; "
             f"{report.file_bytes / 1e6:.1f} MB, {report.percent_of_float32:.1f}% of float32: {report.folder}",

@@ -190,6 +190,8 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _require_packages() -> None:
+    if not hasattr(torch.onnx, "ops"):
+        raise MissingDependency(f"an export needs torch 2.8 or newer; this is {torch.__version__}")
     for package in _PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise MissingDependency(f"an export needs {package}, which is not installed: pip install 'qbert[onnx]'")
