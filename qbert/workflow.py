@@ -28,6 +28,7 @@ from qbert.evaluate import TASKS, file_task, get_task, prepare_baseline, read_us
 from qbert.evaluate.loading import has_tokenizer, load_fp32, load_tokenizer, quiet_transformers
 from qbert.explain import Explanation, explain
 from qbert.formats import SCHEMES
+from qbert.integrations.pipelines import say_quantized
 from qbert.metrics import sqnr_db
 from qbert.modules import QuantizedModule
 from qbert.recipe import Recipe
@@ -269,6 +270,7 @@ def quantize_checkpoint(
     with checkpoint.replacing(folder) as fresh, quiet_transformers():
         save(model, fresh, source=source)
         copy_companions(resolve_model(source), fresh)
+        say_quantized(fresh)
     explanation = explain(model)
     float32_bytes, file_bytes = _float32_bytes(model), _file_bytes(folder)
     return QuantizeReport(
@@ -351,6 +353,8 @@ def compress_checkpoint(
         small.model.save_pretrained(fresh)  # of a plain float one transformers' own files say all of it
         copy_companions(resolve_model(source), fresh)
         small.tokenizer.save_pretrained(fresh)
+        if any(isinstance(module, QuantizedModule) for module in small.model.modules()):
+            say_quantized(fresh)
     return CompressReport(
         source=source,
         folder=str(folder),

@@ -23,6 +23,7 @@ from qbert.evaluate.encode import pad, tokenize
 from qbert.evaluate.loading import load_tokenizer, quiet_transformers
 from qbert.export import qdq
 from qbert.folders import new_folder
+from qbert.integrations.pipelines import say_float
 from qbert.modules import QuantizedModule
 from qbert.workflow import calibration_texts, copy_companions, load_any
 from qbert.zoo import resolve_model
@@ -87,6 +88,7 @@ def export_onnx(source: str, folder: str | Path, *, check_with: str = "default")
     with new_folder(target, replace=True) as fresh, quiet_transformers():
         _write(twin, batch, fresh / MODEL_FILE)
         copy_companions(path, fresh)
+        say_float(fresh)
         shutil.copyfile(Path(path) / "config.json", fresh / "config.json")
         found = _compared(model, fresh / MODEL_FILE, batch)
     size = (target / MODEL_FILE).stat().st_size
