@@ -350,11 +350,7 @@ def compress_checkpoint(
     scored = lambda small, its: [score(small, its, baseline).model_dump(mode="json") for baseline in baselines]
     small = compress(model, recipe, texts=given, tokenizer=tokenizer, after_step=scored, progress=progress)
     with checkpoint.replacing(folder) as fresh, quiet_transformers():
-        small.model.save_pretrained(fresh)  # of a plain float one transformers' own files say all of it
-        copy_companions(resolve_model(source), fresh)
-        small.tokenizer.save_pretrained(fresh)
-        if any(isinstance(module, QuantizedModule) for module in small.model.modules()):
-            say_quantized(fresh)
+        _write_small(small, source, fresh)
     return CompressReport(
         source=source,
         folder=str(folder),
@@ -405,9 +401,7 @@ def search_checkpoint(
         raise
     found.report.commands = commands
     with checkpoint.replacing(folder) as fresh, quiet_transformers():
-        found.model.save_pretrained(fresh)
-        _copy_companions(resolve_model(source), fresh)
-        found.tokenizer.save_pretrained(fresh)
+        _write_small(found, source, fresh)
         files = _write_search(found.report, fresh, source)
     return SearchedReport(
         source=source,
@@ -584,6 +578,15 @@ def _tensor_names(file: Path) -> list[str]:
 
     with safe_open(file, framework="pt") as opened:
         return list(opened.keys())
+
+
+def _write_small(small: Any, source: str, folder: Path) -> None:
+    """What compressing gave, with its own tokenizer."""
+    small.model.save_pretrained(folder)  # of a plain float one transformers' own files say all of it
+    copy_companions(resolve_model(source), folder)
+    small.tokenizer.save_pretrained(folder)
+    if any(isinstance(module, QuantizedModule) for module in small.model.modules()):
+        say_quantized(folder)
 
 
 def copy_companions(path: str, folder: Path) -> None:

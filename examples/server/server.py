@@ -8,6 +8,7 @@ A fused encoder gives a text the same bits in every batch, so an answer does not
 
 import base64
 import sys
+import warnings
 from typing import Annotated, Any, Literal
 
 import litserve
@@ -118,6 +119,7 @@ def main(
         sys.exit(f"error: {error}")
     if bits != SAME_BITS:
         print(f"an answer's {bits}", file=sys.stderr)
+    warnings.filterwarnings("ignore", message=".*has both batch and unbatch methods.*")  # of no use for one request
     api = Embeddings(model, options, requests, wait / 1000)
     litserve.LitServer(api, accelerator="cpu", timeout=60).run(
         host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning"
