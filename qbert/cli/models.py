@@ -30,12 +30,17 @@ def quantize(
         typer.Option("--emulate", help="block formats in place of a scheme: 'weights=mxfp4 activations=mxfp8'"),
     ] = None,
     fuse: Annotated[
-        bool, typer.Option("--fuse", help="run BERT-type encoders fused: few operators, no padding")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--fuse/--no-fuse", help="run encoders fused: few operators, no padding; by default where that pays"
+        ),
+    ] = None,
     calibrate: Annotated[
         str | None,
         typer.Option(
-            "--calibrate", metavar="TEXTS", help="static scales from: default, a task, a .txt, .tsv or .jsonl"
+            "--calibrate",
+            metavar="TEXTS",
+            help="static scales from: default (English prose), a task, a .txt, .tsv or .jsonl; none; by default where it pays",
         ),
     ] = None,
     as_json: Json = False,
@@ -50,7 +55,9 @@ def quantize(
         report = quantize_checkpoint(model, output, recipe, fuse=fuse, calibrate_with=calibrate, progress=progress)
     terminal.emit(report, as_json)
     if not as_json:
-        terminal.print_encoders(report.encoders if fuse else [])
+        terminal.print_encoders(report.encoders if fuse is not False else [])
+        for note in report.notes:
+            terminal.out.print(note, soft_wrap=True, highlight=False, markup=False)
         terminal.out.print(
             f"{report.modules} modules at {report.bits_per_weight:.3f} bits per weight in {report.seconds:.1f} s; "
             f"{report.file_bytes / 1e6:.1f} MB, {report.percent_of_float32:.1f}% of float32: {report.folder}",
@@ -263,6 +270,34 @@ def explain(model: Model) -> None:
     from qbert.workflow import load_any
 
     terminal.out.print(str(explained(load_any(model))), soft_wrap=True, highlight=False, markup=False)
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a quantized checkpoint")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="folder to write, new or empty")],
+    to: Annotated[str, typer.Option("--to", help="onnx-qdq: int8 weights, QuantizeLinear and DequantizeLinear")],
+    as_json: Json = False,
+) -> None:
+    """Write a quantized MODEL as a graph for other runtimes, and say how near ONNX Runtime's vectors are to qbert's."""
+    from qbert.export import FORMATS, export_onnx
+
+    if to not in FORMATS:
+        raise QBertError(f"--to {to!r}; allowed: {', '.join(FORMATS)}")
+    with terminal.err.status("exporting"):
+        report = export_onnx(model, output)
+    terminal.emit(report, as_json)
+    if as_json:
+        return
+    lines = [
+        f"{', '.join(report.inputs)} -> {report.output}, {report.variant}; {report.file_bytes / 1e6:.1f} MB: {report.folder}"
+    ]
+    if report.cosine_mean is None or report.cosine_min is None:
+        lines.append("not compared: onnxruntime is not installed")
+    else:
+        near = f"{report.cosine_mean:.4f} (least {report.cosine_min:.4f})"
+        lines.append(f"cosine of ONNX Runtime's vectors and qbert's: {near}, {report.texts} texts")
+    for line in lines:
+        terminal.out.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def info(as_json: Json = False) -> None:
