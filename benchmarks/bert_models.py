@@ -117,12 +117,9 @@ def tensor_bytes(model: nn.Module) -> int:
 
 def random_model(shape: Shape, *, classifies: bool = False) -> Any:
     """An encoder of that shape without its pooler, or a classifier of sequences; the same one every time."""
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+    from transformers import AutoModel, AutoModelForSequenceClassification
 
-    config = AutoConfig.for_model(
-        shape.family, num_hidden_layers=shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads,
-        intermediate_size=shape.inner, vocab_size=shape.vocabulary, **_SETTINGS.get(shape.family, {}),
-    )  # fmt: skip
+    config = config_of(shape)
     model = (AutoModelForSequenceClassification if classifies else AutoModel).from_config(config).eval()
     if hasattr(model, "pooler"):  # a classifier's is its encoder's
         model.pooler = None
@@ -135,6 +132,16 @@ def random_model(shape: Shape, *, classifies: bool = False) -> Any:
                 noise = torch.randn(parameter.shape, generator=generator) * DEVIATION
                 parameter.add_(noise)
     return model
+
+
+def config_of(shape: Shape) -> Any:
+    """The configuration of an encoder of that shape."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(
+        shape.family, num_hidden_layers=shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads,
+        intermediate_size=shape.inner, vocab_size=shape.vocabulary, **_SETTINGS.get(shape.family, {}),
+    )  # fmt: skip
 
 
 def realistic_weights(rows: int, columns: int, *, generator: torch.Generator) -> Tensor:

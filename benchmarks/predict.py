@@ -6,7 +6,8 @@
 
 A tile keeps one multiprocessor's matrix unit busy for a known number of cycles, and tiles come in waves of as many as there are
 multiprocessors: the last wave is rarely full, and the edges of a matrix rarely fill their tiles. The floor is the longer of the
-waves' time and the time for the bytes that must move; no kernel is faster, and none reaches it.
+waves' time and the time for the bytes that must move; no kernel is faster, and none reaches it. Tiles and waves are those of
+`qbert.cost`, which models whole encoders, any formats, and energy.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rich.table import Table
 
 from qbert import devices
 from qbert.analyze.targets import TARGETS, RooflineTarget
+from qbert.cost.tiling import Matrices, array_operations, tiles_of
 from qbert.errors import QBertError
 from qbert.formats import Role, Scheme, get_scheme
 from qbert.ops.table import select_layout
@@ -91,16 +93,15 @@ def predict(scheme: Scheme, t: int, n: int, k: int, gpu: str) -> Prediction:
         raise QBertError(f"unknown target {gpu!r}; allowed: {', '.join(GPUS)}")
     target, rates = GPUS[gpu], TARGETS[gpu]
     tile = select_tile(tile_key(scheme), t, n, k, target)
-    tiles = math.ceil(t / tile.block_t) * math.ceil(n / tile.block_n) * tile.split_k
-    waves = math.ceil(tiles / target.sm_count)
+    problem, block = Matrices(t, n, k, 1.0, 1.0, _BF16_BYTES), (tile.block_t, tile.block_n, tile.block_k)
+    tiles = tiles_of(problem, block, tile.split_k)
     # One multiprocessor's share of the peak, for the whole blocks of input channels that one of split_k programs takes.
-    depth = math.ceil(math.ceil(k / tile.block_k) / tile.split_k) * tile.block_k
-    wave_operations = 2.0 * tile.block_t * tile.block_n * depth * target.sm_count
+    operations = array_operations(problem, block, target.sm_count, "output", tile.split_k)
     peak = rates.peak("int8" if scheme.activation else "bf16")
     return Prediction(
-        scheme=scheme.name, t=t, n=n, k=k, tile=tile, tiles=tiles, waves=waves,
-        busy=2.0 * t * n * k / (waves * wave_operations),
-        math_s=waves * wave_operations / peak,
+        scheme=scheme.name, t=t, n=n, k=k, tile=tile, tiles=tiles, waves=math.ceil(tiles / target.sm_count),
+        busy=problem.operations / operations,
+        math_s=operations / peak,
         bytes_s=_bytes(scheme, t, n, k, target) / rates.bandwidth,
         bf16_s=_bf16_floor(t, n, k, rates),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""GPUs as their data sheets have them: every figure stands here once.
+"""GPUs as their data sheets have them: every figure stands once, in `qbert/hardware/*.toml`.
 
 For machines that are not here: what this machine is says `qbert.target`, what it reaches is measured. The limits of a thread
 block are those of NVIDIA's CUDA programming guide. All rates are dense (data sheets that print only the figure with 2:4
@@ -7,8 +7,10 @@ sparsity are halved) and at boost clock: no kernel reaches them, so a time predi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -48,46 +50,34 @@ class Gpu:
         }
 
 
-def _gpu(names: tuple[str, str, str], block: tuple[int, int, int], gigabytes: float, source: str, **tera: float) -> Gpu:
-    """From GB/s and TFLOPS (TOPS for int8)."""
-    return Gpu(*names, *block, gigabytes * 1e9, {precision: each * 1e12 for precision, each in tera.items()}, source)
+HARDWARE = Path(__file__).parent / "hardware"  # a file for each machine; `qbert.cost.target` says what stands in one
+_PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8", "int8")
 
 
+def _gpus() -> Iterator[Gpu]:
+    for path in sorted(HARDWARE.glob("*.toml")):
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        if "gpu" in data:
+            chip = data["gpu"]
+            peaks: dict[str, float] = {}
+            for precision in _PRECISIONS:
+                rates = [rate["ops"] for rate in data["rate"] if _multiplies(rate, precision)]
+                peaks |= {precision: max(rates)} if rates else {}
+            yield Gpu(
+                data["name"], data["description"], chip["driver_name"], chip["sm"], data["array"]["units"],
+                chip["shared_memory"], data["memory"][0]["bandwidth"], peaks, data["source"],
+            )  # fmt: skip
+
+
+def _multiplies(rate: Mapping[str, Any], precision: str) -> bool:
+    """Whether a rate is that of products of two matrices in a precision."""
+    return all(precision == each or precision in each for each in (rate["weights"], rate["activations"]))
+
+
+_NEWEST_FIRST = ("h100", "h200", "b200")
 GPUS: dict[str, Gpu] = {
-    gpu.name: gpu
-    for gpu in (
-        _gpu(
-            ("h100", "NVIDIA H100 SXM5 80 GB", "NVIDIA H100 80GB HBM3"), (90, 132, 232_448), 3350,
-            "NVIDIA H100 Tensor Core GPU Architecture whitepaper, H100 SXM5; bandwidth: datasheet",
-            fp32=66.9, tf32=494.7, bf16=989.4, fp16=989.4, fp8=1978.9, int8=1978.9,
-        ),
-        _gpu(
-            ("h200", "NVIDIA H200 SXM 141 GB", "NVIDIA H200"), (90, 132, 232_448), 4800,
-            "NVIDIA H200 datasheet: rates as H100 SXM5, 4.8 TB/s",
-            fp32=66.9, tf32=494.7, bf16=989.4, fp16=989.4, fp8=1978.9, int8=1978.9,
-        ),
-        _gpu(
-            ("a100", "NVIDIA A100 SXM4 80 GB", "NVIDIA A100-SXM4-80GB"), (80, 108, 166_912), 2039,
-            "NVIDIA A100 80GB datasheet, SXM",
-            fp32=19.5, tf32=156, bf16=312, fp16=312, int8=624,
-        ),
-        _gpu(
-            ("l40s", "NVIDIA L40S 48 GB", "NVIDIA L40S"), (89, 142, 101_376), 864,
-            "NVIDIA L40S datasheet, figures without sparsity",
-            fp32=91.6, tf32=183, bf16=362.05, fp16=362.05, fp8=733, int8=733,
-        ),
-        _gpu(
-            ("a10", "NVIDIA A10 24 GB", "NVIDIA A10"), (86, 72, 101_376), 600,
-            "NVIDIA A10 datasheet, figures without sparsity",
-            fp32=31.2, tf32=62.5, bf16=125, fp16=125, int8=250,
-        ),
-        _gpu(
-            ("t4", "NVIDIA T4 16 GB", "Tesla T4"), (75, 40, 65_536), 320,
-            "NVIDIA T4 datasheet",
-            fp32=8.1, fp16=65, int8=130,
-        ),
-    )
-}  # fmt: skip
+    gpu.name: gpu for gpu in sorted(_gpus(), key=lambda gpu: (gpu.name not in _NEWEST_FIRST, -gpu.sm, gpu.name))
+}
 
 
 def datasheet_of(driver_name: str) -> Gpu | None:

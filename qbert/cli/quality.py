@@ -163,23 +163,42 @@ def study(
     store: Annotated[
         Path | None, typer.Option("--store", help="folder of finished formats, by default in qbert's cache")
     ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", help="model time and energy on h100, b200, amx ..., or a .toml file; may be repeated"),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", help="sequences of the modelled forward")] = 8,
+    seq: Annotated[int, typer.Option("--seq", help="tokens of each")] = 128,
     plot: Annotated[Path | None, typer.Option("--plot", help="a page (.html) or a picture (.png, .svg, .pdf)")] = None,
     as_json: Json = False,
 ) -> None:
-    """What number formats do to MODEL: error by site, accuracy with intervals, true size. Goes on where it was killed."""
+    """What number formats do to MODEL: error by site, accuracy with intervals, true size, modelled time and energy.
+
+    Goes on where it was killed.
+    """
     from qbert import study as studying
+    from qbert.cost import load_hardware
     from qbert.formats import load_format
     from qbert.formats import sweep as swept
 
     chosen = [load_format(each) for each in fmt or ()] + [each for text in sweep or () for each in swept(text)]
+    machines = [load_hardware(each) for each in dict.fromkeys(target or ())]
+    measured = []
+    if machines:
+        from qbert.benchmarks.modelled import beside
+
+        measured = [row for each in machines for row in beside(each)]
     with terminal.err.status("loading") as status:
         step = lambda text: status.update(text)
         result = studying.run_study(
-            model, chosen, terminal.tasks(task, data), sites=sites.split(","), store=store, by_part=by_part, step=step
-        )
+            model, chosen, terminal.tasks(task, data), sites=sites.split(","), store=store, by_part=by_part,
+            targets=machines, batch=batch, seq=seq, beside=measured, step=step,
+        )  # fmt: skip
     terminal.emit(result, as_json)
     if not as_json:
         terminal.out.print(studying.to_table(result))
+        if machines:
+            terminal.out.print(studying.to_cost_table(result))
     if plot is not None:
         studying.plot(result, plot)
         terminal.err.print(f"page or picture: {plot}", soft_wrap=True)

@@ -4,7 +4,7 @@
 """
 
 from qbert.study.plan import SITES, Point, plan_points
-from qbert.study.report import plot, to_html, to_table
+from qbert.study.report import plot, to_cost_table, to_html, to_table
 from qbert.study.result import PointResult, Reference, Study
 from qbert.study.run import run_study
 
@@ -17,6 +17,7 @@ __all__ = [
     "plan_points",
     "plot",
     "run_study",
+    "to_cost_table",
     "to_html",
     "to_table",
 ]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from qbert.errors import MissingDependency
+from qbert.study import costs
 from qbert.study.result import Decibels, PointResult, Study
 
 _GOOD_DB, _BAD_DB = 40.0, 5.0  # ends of the map's colours
@@ -27,7 +29,18 @@ def to_table(study: Study) -> Table:
         table.add_column(f"{result.task}\n{result.metric}, n={result.n}", justify="right", no_wrap=True)
     reference = study.reference
     scores = [f"{each.score:.1f} [{each.interval[0]:.1f}, {each.interval[1]:.1f}]" for each in reference.results]
-    table.add_row("float32", "32", f"{reference.model_bytes / 1e6:.1f}", "100.0", "", "", "1.0000", "1.000", *scores)
+    table.add_row(
+        "float32",
+        "32",
+        f"{reference.model_bytes / 1e6:.1f}",
+        "100.0",
+        "",
+        "",
+        "1.0000",
+        "1.000",
+        *scores,
+        *costs.cells(reference.costs),
+    )
     for point in study.points:
         table.add_row(*_cells(point))
     table.caption = (
@@ -38,17 +51,37 @@ def to_table(study: Study) -> Table:
     return table
 
 
-def pareto(study: Study, value: Any) -> list[PointResult]:
-    """Points that no other one beats in both bytes and `value(point)`, by bytes."""
+Measure = Callable[[PointResult], float]
+
+
+def to_cost_table(study: Study) -> Table:
+    """Modelled time, energy, bound and utilization of each format on each target, for a terminal."""
+    table = Table(title=f"{study.model}, modelled", title_justify="left", caption_justify="left")
+    for header in ("format", "target", "ms", "mJ", "bound", "used", "notes"):
+        table.add_column(header, justify="right" if header in ("ms", "mJ", "used") else "left", overflow="fold")
+    rows = [("float", study.reference.costs), *((point.name, point.costs) for point in study.points)]
+    for name, modelled in rows:
+        for cost in modelled:
+            table.add_row(name, cost.target, *costs.cells([cost]), "; ".join(cost.notes))
+    assumed = [f"{target.name}: {len(target.assumptions)} figures" for target in study.targets if target.assumptions]
+    table.caption = (
+        costs.caption(study) + (f" Assumed: {', '.join(assumed)}, as the page names." if assumed else "")
+    ).strip()
+    return table
+
+
+def pareto(study: Study, value: Measure, cost: Measure = lambda point: point.model_bytes) -> list[PointResult]:
+    """Points that no other one beats in both `cost(point)` (bytes) and `value(point)`, by cost."""
     front: list[PointResult] = []
-    for point in sorted(study.points, key=lambda each: (each.model_bytes, -value(each))):
+    for point in sorted(study.points, key=lambda each: (cost(each), -value(each))):
         if not front or value(point) > value(front[-1]):
             front.append(point)
     return front
 
 
 def plot(study: Study, path: str | Path) -> None:
-    """Megabytes against cosine and scores, with the points that no other beats joined; or, to an .html file, the whole page.
+    """Megabytes and modelled milliseconds against cosine and scores, with the points that no other beats joined; or, to an
+    .html file, the whole page.
 
     Raises:
         MissingDependency: matplotlib is not installed.
@@ -72,8 +105,10 @@ def to_html(study: Study) -> str:
     about = html.escape(
         f"Formats at {', '.join(study.sites)}; {study.device}, torch {study.torch_version}, qbert {study.qbert_version}; "
         f"errors site by site on {study.sample_tokens} tokens. Intervals are 95%; changes are paired with float32."
+        + costs.caption(study)
     )
     parts = [_summary(study), svg[svg.index("<svg") :], *(_details(point) for point in study.points)]
+    parts.append(costs.about_targets(study, _html_table))
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
         f"<h1>{title}</h1><p>{about}</p>{''.join(parts)}"
@@ -97,7 +132,7 @@ _STYLE = (
 
 def _summary(study: Study) -> str:
     tasks = [f"{each.task} ({each.metric}, n={each.n})" for each in study.reference.results]
-    heads = ["format", "bits", "MB", "% fp32", "SQNR dB", "worst", "cosine", "worst text", *tasks]
+    heads = ["format", "bits", "MB", "% fp32", "SQNR dB", "worst", "cosine", "worst text", *tasks, *costs.heads(study)]
     reference = [
         f"{each.score:.1f} [{each.interval[0]:.1f}, {each.interval[1]:.1f}]" for each in study.reference.results
     ]
@@ -111,8 +146,9 @@ def _summary(study: Study) -> str:
         "1.0000",
         "1.000",
         *reference,
+        *costs.cells(study.reference.costs),
     ]
-    return _html_table(heads, [first, *(_cells(point) for point in study.points)])
+    return _html_table(heads, [first, *([*_cells(point), *costs.cells(point.costs)] for point in study.points)])
 
 
 def _details(point: PointResult) -> str:
@@ -134,6 +170,7 @@ def _details(point: PointResult) -> str:
     for what, errors in sites.items():
         rows = [[key, _db(value)] for key, value in _worst(errors)]
         body += f"<p>{what}, the worst:</p>{_html_table(['site', 'SQNR dB'], rows)}" if rows else ""
+    body += costs.steps_of(point, _html_table)
     return f"<details><summary><b>{name}</b></summary>{body}</details>"
 
 
@@ -204,23 +241,33 @@ def _figure(study: Study) -> Any:
     except ImportError:
         raise MissingDependency("pictures need matplotlib; install it with: pip install 'qbert[plot]'") from None
     tasks = study.reference.results
-    figure = Figure(figsize=(5.2 * (1 + len(tasks)), 4.2), layout="constrained")
-    axes = figure.subplots(1, 1 + len(tasks), squeeze=False).flatten()
-    _draw(axes[0], study, lambda point: point.cosine_mean, "mean cosine to float32")
-    for index, (axis, task) in enumerate(zip(axes[1:], tasks, strict=True)):
-        _draw(
-            axis,
-            study,
-            lambda point, index=index: point.results[index].score,
-            f"{task.task}: {task.metric}, n={task.n}",
-            index,
-        )
-        axis.axhline(task.score, color="0.35", linestyle="--", linewidth=1)
-    figure.suptitle(f"{study.model}: bytes against quality (bars: 95% of the paired change)")
+    abscissae: list[tuple[str, Measure]] = [("megabytes of the model", lambda point: point.model_bytes / 1e6)]
+    for number, target in enumerate(study.targets):
+        abscissae.append((f"modelled ms on {target.name}", functools.partial(_modelled_ms, number)))
+    figure = Figure(figsize=(5.2 * (1 + len(tasks)), 4.2 * len(abscissae)), layout="constrained")
+    grid = figure.subplots(len(abscissae), 1 + len(tasks), squeeze=False)
+    for row, (name, cost) in zip(grid, abscissae, strict=True):
+        _draw(row[0], study, (name, cost), lambda point: point.cosine_mean, "mean cosine to float32")
+        for index, (axis, task) in enumerate(zip(row[1:], tasks, strict=True)):
+            score = functools.partial(_score, index)
+            _draw(axis, study, (name, cost), score, f"{task.task}: {task.metric}, n={task.n}", index)
+            axis.axhline(task.score, color="0.35", linestyle="--", linewidth=1)
+    figure.suptitle(f"{study.model}: what a format costs against quality (bars: 95% of the paired change)")
     return figure
 
 
-def _draw(axis: Any, study: Study, value: Any, label: str, task: int | None = None) -> None:
+def _modelled_ms(target: int, point: PointResult) -> float:
+    return point.costs[target].ms
+
+
+def _score(task: int, point: PointResult) -> float:
+    return point.results[task].score
+
+
+def _draw(
+    axis: Any, study: Study, abscissa: tuple[str, Measure], value: Measure, label: str, task: int | None = None
+) -> None:
+    name, cost = abscissa
     for point in study.points:
         bars = None
         change = None if task is None else point.results[task].comparison
@@ -228,13 +275,11 @@ def _draw(axis: Any, study: Study, value: Any, label: str, task: int | None = No
             centre = change.baseline_score - change.drop
             low, high = (change.baseline_score - each for each in reversed(change.drop_interval))
             bars = [[max(0.0, centre - low)], [max(0.0, high - centre)]]
-        size = point.model_bytes / 1e6
-        axis.errorbar(size, value(point), bars, fmt="o", color="#0072B2", elinewidth=0.8)
-        axis.annotate(
-            point.name, (size, value(point)), xytext=(4, 4), textcoords="offset points", fontsize=7, parse_math=False
-        )
-    front = pareto(study, value)
-    axis.plot([each.model_bytes / 1e6 for each in front], [value(each) for each in front], color="#D55E00", linewidth=1)
-    axis.set_xlabel("megabytes of the model")
+        place = (cost(point), value(point))
+        axis.errorbar(*place, bars, fmt="o", color="#0072B2", elinewidth=0.8)
+        axis.annotate(point.name, place, xytext=(4, 4), textcoords="offset points", fontsize=7, parse_math=False)
+    front = pareto(study, value, cost)
+    axis.plot([cost(each) for each in front], [value(each) for each in front], color="#D55E00", linewidth=1)
+    axis.set_xlabel(name)
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from qbert.cost import Beside, EncoderCost
 from qbert.evaluate import EvalResult
 
 Decibels = float | None  # None: no error at all
@@ -52,6 +53,7 @@ class PointResult(_Record):
         description="seconds of the emulated forwards over those of float32: what emulating costs"
     )
     seconds: float = Field(description="all that this point took")
+    costs: list[EncoderCost] = Field([], description="modelled, one for each target")
 
     @property
     def worst(self) -> list[str]:
@@ -66,6 +68,16 @@ class Reference(_Record):
 
     model_bytes: int
     results: list[EvalResult]
+    costs: list[EncoderCost] = Field([], description="of the target's own float")
+
+
+class TargetNote(_Record):
+    """A machine that costs were modelled for."""
+
+    name: str
+    description: str
+    source: str
+    assumptions: list[str] = Field(description="sections of its file whose figures are assumed")
 
 
 class Study(_Record):
@@ -79,5 +91,7 @@ class Study(_Record):
     sample_tokens: int
     reference: Reference
     points: list[PointResult]
+    targets: list[TargetNote] = []
+    beside: list[Beside] = Field([], description="model beside measurement, where results are stored for a target")
     resumed: int = Field(description="points that were found in the store")
     seconds: float

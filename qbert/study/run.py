@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ from torch import nn
 import qbert
 from qbert.analyze.targets import device_description
 from qbert.calibrate import default_texts
+from qbert.cost import Beside, EncoderCost, EncoderWork, Formats, Hardware, encoder_cost, read_work
+from qbert.emulation import Emulation
 from qbert.errors import QBertError
 from qbert.evaluate import Baseline, load_fp32, load_tokenizer, prepare_baseline, score
 from qbert.evaluate.encode import checked_max_length, pad, tokenize
@@ -32,7 +35,7 @@ from qbert.study.measure import (
     weight_errors,
 )  # fmt: skip
 from qbert.study.plan import Point, plan_points
-from qbert.study.result import PointResult, Reference, Study
+from qbert.study.result import PointResult, Reference, Study, TargetNote
 from qbert.zoo import cache_dir, resolve_model
 
 Step = Callable[[str], None]
@@ -49,6 +52,10 @@ def run_study(
     sites: Sequence[str] = ("weights",),
     store: str | Path | None = None,
     by_part: bool = True,
+    targets: Sequence[Hardware] = (),
+    batch: int = 8,
+    seq: int = 128,
+    beside: Sequence[Beside] = (),
     step: Step = lambda text: None,
 ) -> Study:
     """What formats do to a model.
@@ -60,6 +67,8 @@ def run_study(
         sites: where each format is put, all at once; see `plan.SITES`.
         store: folder for finished points, by default in qbert's cache: a study that was killed goes on where it was.
         by_part: measure each linear and table alone, too (a forward of the sample each).
+        targets: machines to model a forward's time and energy on (`qbert.cost`); `batch` sequences of `seq` tokens.
+        beside: what of these machines was measured, for the page.
         step: told what is being done.
 
     Raises:
@@ -72,6 +81,9 @@ def run_study(
     folder = cache_dir() / "study" if store is None else Path(store)
     path = resolve_model(source)
     model, tokenizer = load_fp32(path), load_tokenizer(path)
+    work = read_work(model) if targets else None
+    modelled = functools.partial(_costs, work, targets, batch, seq)
+    float_costs = modelled(None)  # before anything takes long: a target that cannot do floats is refused at once
     sample = Sample.of(model, _sample_inputs(model, tokenizer))
     baselines = []
     for task in tasks:
@@ -87,7 +99,7 @@ def run_study(
         if known is None:
             known = measure_point(model, tokenizer, point, baselines, sample, by_part=by_part)
             _write(file, known)
-        results.append(known)
+        results.append(known.model_copy(update={"costs": modelled(point)}))
     return Study(
         model=source,
         sites=list(sites),
@@ -95,10 +107,35 @@ def run_study(
         torch_version=torch.__version__,
         qbert_version=qbert.__version__,
         sample_tokens=sample.tokens,
-        reference=Reference(model_bytes=stored(model).model_bytes, results=[each.result for each in baselines]),
+        reference=Reference(
+            model_bytes=stored(model).model_bytes, results=[each.result for each in baselines], costs=float_costs
+        ),
         points=results,
+        targets=[
+            TargetNote(name=each.name, description=each.description, source=each.source, assumptions=each.assumptions)
+            for each in targets
+        ],
+        beside=list(beside),
         resumed=resumed,
         seconds=time.perf_counter() - start,
+    )
+
+
+def _costs(
+    work: EncoderWork | None, targets: Sequence[Hardware], batch: int, seq: int, point: Point | None
+) -> list[EncoderCost]:
+    """Of a point, or of float, on each target. Not stored: a target may change, and modelling takes milliseconds."""
+    formats = Formats() if point is None else formats_of(point.emulation)
+    return [] if work is None else [encoder_cost(work, each, formats, batch=batch, seq=seq) for each in targets]
+
+
+def formats_of(emulation: Emulation) -> Formats:
+    """What the model of cost is told of an emulation; formats of norms and GELU change no product."""
+    return Formats(
+        weights=emulation.weights,
+        activations=emulation.activations,
+        attention=emulation.attention,
+        embeddings=emulation.embeddings,
     )
 
 

@@ -67,7 +67,7 @@ def test_targets_are_dense_figures() -> None:
 
 
 def test_unknown_target_is_named() -> None:
-    with pytest.raises(QBertError, match="unknown target 'b900'; allowed: here, h100"):
+    with pytest.raises(QBertError, match="unknown target 'b900'; allowed: here, b200, h100"):
         get_target("b900", torch.device("cpu"))
 
 

@@ -72,7 +72,7 @@ def test_the_command_prints_tiles_beside_floors() -> None:
 
 
 def test_an_unknown_gpu_is_named() -> None:
-    with pytest.raises(QBertError, match="unknown target 'tpu'; allowed: h100, h200"):
+    with pytest.raises(QBertError, match="unknown target 'tpu'; allowed: b200, h100, h200"):
         prediction.predictions("tpu")
 
 
