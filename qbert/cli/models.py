@@ -127,7 +127,7 @@ def compress(
     data: Data = None,
     as_json: Json = False,
 ) -> None:
-    """Make MODEL smaller without training: fewer words, layers, heads and neurons, then quantized, into the folder OUT.
+    """Make MODEL smaller without training: fewer words, layers, heads, neurons, ranks, then quantized, into the folder OUT.
 
     With --max-drop the recipe is searched for: every step is kept only if it pays, in time or bytes measured here, on texts
     that no method has seen. OUT then holds the report too: compression.json, compression.toml (the recipe), compression.png.
