@@ -63,6 +63,12 @@ PLANS: dict[str, dict[str, Any]] = {
         for name, how in OTHERS.items()
     },
     "5 layers, prune x1.25": {"layers": 5, "prune": {"speedup": 1.25}},
+    "low rank where it pays": {"rank": "auto"},
+    "low rank, 99% of the energy": {"rank": {"energy": 0.99}},
+    "low rank, 99.95% of the energy": {"rank": {"energy": 0.9995}},
+    "low rank, by outputs alone": {"rank": {"fisher": False}},
+    "FFN out of rank 192": {"rank": {"rank": 192, "linears": ["ffn_out"]}},
+    "prune x1.25, low rank": {"prune": {"speedup": 1.25}, "rank": "auto"},
     "16,384 words": {"vocabulary": 16384},
     "8,192 words": {"vocabulary": 8192},
 }
@@ -117,6 +123,12 @@ def line(row: Row) -> str:
         low, high = found.comparison.drop_interval
         cells.append(f"{-found.comparison.drop:+.1f} [{-high:+.1f}, {-low:+.1f}]")
     return f"| {' | '.join([*cells, f'{seconds:.0f}'])} |"
+
+
+def details(row: Row) -> list[str]:
+    """What became of each linear that might have been two: why it is, or why not."""
+    notes = [note for step in row.report.steps if step.method == "low rank" for note in step.notes]
+    return [f"\n{row.plan}:", *notes] if notes else []
 
 
 def header(tasks: list[str]) -> str:
@@ -181,6 +193,8 @@ def main(
         print(line(rows[-1]), flush=True)
         if out is not None:
             out.write_text(json.dumps([row.model_dump(mode="json") for row in rows], indent=1))
+    for row in rows:
+        print("\n".join(details(row)), end="\n" if details(row) else "")
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ def random_activations(t: int, k: int, *, seed: int = 0, dtype: torch.dtype = to
 def random_problem(
     operation: str, t: int, n: int, k: int, *, seed: int = 0, dtype: torch.dtype = torch.float32,
     layout: Layout = Layout.PLAIN, scheme: str | None = None, bias: bool = True, activation: str | Activation = "none",
-    gated: bool = False, int8_out: bool = False, zero: int = 0, per_token: bool = False, keeps: Keeps = Keeps.NORM, matrices: int = 1,
-    device: torch.device | str = "cpu",
+    gated: bool = False, int8_out: bool = False, zero: int = 0, per_token: bool = False, keeps: Keeps = Keeps.NORM,
+    matrices: int = 1, device: torch.device | str = "cpu",
 ) -> Any:  # fmt: skip
     """The record of an operation.
 

@@ -30,7 +30,7 @@ from qbert.explain import Explanation, explain
 from qbert.formats import SCHEMES
 from qbert.integrations.pipelines import say_quantized
 from qbert.metrics import sqnr_db
-from qbert.modules import QuantizedModule
+from qbert.modules import FactoredLinear, QuantizedModule
 from qbert.recipe import Recipe
 from qbert.shapes import Kept, recorded_plan
 from qbert.target import cpu_target, extensions, native_cpu, physical_cores
@@ -547,6 +547,7 @@ def _compare_weights(model: nn.Module, original: nn.Module, against: str) -> lis
         if not isinstance(module, QuantizedModule):
             continue
         source = kept.source(name)
+        _require_as_factored(model, name, original, source, against)
         try:
             whole = original.get_submodule(source).get_parameter("weight").detach().to(torch.float32)
         except AttributeError:
@@ -572,6 +573,15 @@ def _compare_weights(model: nn.Module, original: nn.Module, against: str) -> lis
             )
         )
     return rows
+
+
+def _require_as_factored(model: nn.Module, name: str, original: nn.Module, source: str, against: str) -> None:
+    """Raises QBertError for a part of a linear that is two products here and one there."""
+    here, there = name.rpartition(".")[0], source.rpartition(".")[0]
+    if isinstance(model.get_submodule(here), FactoredLinear) and type(original.get_submodule(there)) is nn.Linear:
+        raise QBertError(
+            f"{here} is two products of low rank here and one in {against!r}; allowed: the float model that was quantized"
+        )
 
 
 def _float32_bytes(model: nn.Module) -> int:

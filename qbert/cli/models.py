@@ -115,6 +115,10 @@ def compress(
     uniform: Annotated[
         bool, typer.Option("--uniform", help="a plain model: all heads, the same width in every layer")
     ] = False,
+    rank: Annotated[
+        str | None,
+        typer.Option("--rank", help="of linears that become two thin ones: a number, or auto, where that pays here"),
+    ] = None,
     scheme: Annotated[
         str | None,
         typer.Option(
@@ -130,14 +134,14 @@ def compress(
     data: Data = None,
     as_json: Json = False,
 ) -> None:
-    """Make MODEL smaller without training: fewer words, layers, heads and neurons, then quantized, into the folder OUT.
+    """Make MODEL smaller without training: fewer words, layers, heads, neurons, ranks, then quantized, into the folder OUT.
 
     With --max-drop the recipe is searched for: every step is kept only if it pays, in time or bytes measured here, on texts
     that no method has seen. OUT then holds the report too: compression.json, compression.toml (the recipe), compression.png.
     """
     fixed = {
         "--recipe": recipe, "--vocabulary": vocabulary, "--layers": layers, "--macs": macs, "--uniform": uniform or None,
-        "--embedding": embedding,
+        "--embedding": embedding, "--rank": rank,
     }  # fmt: skip
     if max_drop is not None or goal is not None or smallest:
         _refuse([name for name, value in fixed.items() if value is not None], "a search finds these itself")
@@ -159,7 +163,7 @@ def compress(
     prune = {"speedup": speedup, "macs": macs, "uniform": uniform} if speedup or macs else None
     fields = {
         "vocabulary": vocabulary, "layers": layers, "prune": prune, "quantize": None if scheme == NONE else scheme,
-        "embedding": embedding,
+        "embedding": embedding, "rank": _number_or_word(rank),
     }  # fmt: skip
     _compress_by_recipe(model, output, recipe, fields, texts, task or [], batch, seq, as_json)
 
@@ -226,6 +230,10 @@ def _compress_by_recipe(
         f"{report.file_bytes / 1e6:.1f} MB, {100 * report.file_bytes / report.float32_bytes:.1f}% of float32: {report.folder}",
         soft_wrap=True,
     )
+
+
+def _number_or_word(value: str | None) -> int | str | None:
+    return int(value) if value is not None and value.isdecimal() else value
 
 
 def inspect(

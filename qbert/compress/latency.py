@@ -59,6 +59,11 @@ class Load:
         """What the model is quantized to."""
         return fused_recipe(self.scheme)
 
+    @property
+    def linear(self) -> str | None:
+        """The scheme of linears; None where they stay float."""
+        return None if self.recipe is None else self.recipe.linear
+
     def __str__(self) -> str:
         return f"{self.batch} x {self.seq}, {self.scheme or 'float'}"
 

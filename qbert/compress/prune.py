@@ -27,7 +27,7 @@ from qbert.compress.drift import Followed
 from qbert.compress.latency import Load, Table, ffn_levels, head_levels, measure_table, measured_ms
 from qbert.compress.removal import Moments, Removal, Sums, refit, remove_heads, remove_neurons
 from qbert.compress.report import SEQUENCE, Report, Size, report_of
-from qbert.compress.sensitivity import ATTENTION, FFN, Seen, Site, look, rank_agreement
+from qbert.compress.sensitivity import ATTENTION, FFN, Seen, Site, look, output_root, rank_agreement
 from qbert.compress.stream import Stream
 from qbert.compress.texts import (
     Texts,
@@ -395,7 +395,7 @@ def _sublayer(encoder: Shaped, site: Site, moments: Moments, seen: Seen, wanted:
         if len(levels) <= _POINTS
         else [levels[round(i * (len(levels) - 1) / (_POINTS - 1))] for i in range(_POINTS)]
     )
-    root = _output_root(seen.gradients)
+    root = output_root(seen.gradients)
     scored = root @ weight  # so that errors count by what they do to the output
     removal = (
         remove_heads(scored, moments, group, points) if kind == ATTENTION else remove_neurons(scored, moments, points)
@@ -407,15 +407,6 @@ def _sublayer(encoder: Shaped, site: Site, moments: Moments, seen: Seen, wanted:
     made.ranks = rank_agreement(seen, linear.weight.detach(), group)
     removal.weights.clear()
     return made
-
-
-def _output_root(gradients: Tensor) -> Tensor:
-    """(n, n) upper triangular R with R' R the mean product of gradients, a little damped."""
-    flat = gradients.flatten(0, 1).double().cpu()
-    gram = flat.T @ flat / max(1, len(flat))
-    level = float(gram.diagonal().mean())
-    eye = torch.eye(len(gram), dtype=torch.float64)
-    return torch.linalg.cholesky((gram + 0.1 * level * eye) / max(level, 1e-300), upper=True) if level > 0 else eye
 
 
 # ---- bottom up ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from qbert.encoder.stock import stock_obstacle
 from qbert.errors import QBertError
 from qbert.families import FAMILIES, EncoderFamily, family_of
 from qbert.families.mpnet import KEPT_HEADS
-from qbert.modules import EmulatedModule, QEmbedding, QLinear
+from qbert.modules import EmulatedModule, FactoredLinear, QEmbedding, QLinear
 from qbert.modules.sites import describe_sites
 from qbert.ops import FLOAT_DTYPES, Activation
 from qbert.ops.kernel import Pattern, Problem
@@ -185,6 +185,8 @@ def _layer_obstacle(base: nn.Module, name: str, parts: LayerParts, hidden: int) 
         if reason is not None:
             return reason
     together: list[Any] = [base.get_submodule(f"{name}.{path}") for path in parts.qkv]
+    if any(type(each) is FactoredLinear for each in together):
+        return f"query, key and value of {name} are one product, of which no part can be two"
     schemes = [str(each.scheme.name) for each in together]
     if len(set(schemes)) > 1:
         return f"query, key and value of {name} have different schemes: {', '.join(schemes)}"
@@ -215,6 +217,8 @@ def _takes(linear: Any, path: str, width: int) -> str | None:
 
 def _linear_obstacle(base: nn.Module, path: str) -> str | None:
     module = base.get_submodule(path)
+    if type(module) is FactoredLinear:
+        return _factored_obstacle(base, path, module)
     if type(module) is not QLinear:
         return f"{path} is {'float' if type(module) is nn.Linear else type(module).__name__}"
     if module.scheme.activation is None:
@@ -224,6 +228,17 @@ def _linear_obstacle(base: nn.Module, path: str) -> str | None:
     if module.bias is not None and module.bias.shape != (module.out_features,):
         return f"{path}.bias is {tuple(module.bias.shape)}, not {(module.out_features,)}"
     return None
+
+
+def _factored_obstacle(base: nn.Module, path: str, factored: FactoredLinear) -> str | None:
+    for part in ("first", "second"):
+        reason = _linear_obstacle(base, f"{path}.{part}")
+        if reason is not None:
+            return reason
+    first, second = factored.first, factored.second
+    if first.bias is not None:
+        return f"{path}.first has a bias, which a linear of low rank has at its end alone"
+    return _takes(second, f"{path}.second", int(first.out_features))
 
 
 def _norm_obstacle(base: nn.Module, path: str, width: int) -> str | None:
