@@ -47,18 +47,19 @@ class QdqLinear(nn.Module):
         weight: of a scheme with int8 activations.
         bias: (n,) or None.
         reads: static scale of what is read; None for one a token.
+        zero: the code of 0 in what is read with a static scale.
     """
 
-    def __init__(self, weight: Weight, bias: Tensor | None, reads: float | None = None) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None, reads: float | None = None, zero: int = 0) -> None:
         super().__init__()
         scale = row_scales(weight).clone()
         self.register_buffer("codes", operand(weight).t().contiguous())  # (k, n): MatMul's own order
         self.register_buffer("scale", scale if reads is None else scale * reads)
         self.register_buffer("bias", bias)
-        self.reads = reads
+        self.reads, self.zero = reads, zero
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(codes_of(x, self.reads))
+        return self.product(codes_of(x, self.reads, self.zero))
 
     def product(self, given: Codes) -> Tensor:
         """Of tokens that are codes already."""
@@ -73,16 +74,17 @@ class QdqFeedForwardOut(nn.Module):
 
     Args:
         up, down: the feed-forward network's linears.
-        reads: static scale of what `down` reads.
+        given: static scale of what `down` reads, and what it cuts off.
     """
 
-    def __init__(self, up: QLinear, down: QLinear, reads: float, overflow: Overflow) -> None:
+    def __init__(self, up: QLinear, down: QLinear, given: LayerScales) -> None:
         super().__init__()
+        overflow = given.overflow["inner"]
         neurons = torch.tensor(overflow.neurons)
-        self.down = QdqLinear(down.quantized, _bias(down), reads)
+        self.down = QdqLinear(down.quantized, _bias(down), given.scales["inner"], given.zeros.get("inner", 0))
         rising, back = decode(up.quantized)[neurons], decode(down.quantized)[:, neurons].contiguous()
         bias = rising.new_zeros(len(neurons)) if up.bias is None else up.bias.detach().float()[neurons]
-        self.rise = QdqLinear(_int8(rising), bias - INT8.qmax * reads)
+        self.rise = QdqLinear(_int8(rising), bias - given.top("inner"))
         self.back = QdqLinear(_int8(back), None, overflow.scale)
         self.hidden: list[Tensor] = []  # what `up` read, from `QdqFeedForwardIn`
 
@@ -187,10 +189,10 @@ def _of_keys(value: Codes, static: float | None) -> Tensor | float:
     return static
 
 
-def codes_of(x: Tensor, static: float | None) -> Codes:
-    """Of tokens x (..., k), as `quantize_rows` and kernels with static scales round them."""
+def codes_of(x: Tensor, static: float | None, zero: int = 0) -> Codes:
+    """Of tokens x (..., k), as `quantize_rows` and kernels with static scales round them; less the code of 0."""
     if static is not None:
-        return Codes(_rounded((x * (1.0 / static)).clamp(min=-INT8.qmax), torch.int8), None)
+        return Codes(_rounded((x * (1.0 / static)).clamp(min=-INT8.qmax - zero), torch.int8, zero), None)
     absmax = x.abs().amax(dim=-1, keepdim=True).clamp(min=MIN_ABSMAX)
     return Codes(_rounded(x * (INT8.qmax / absmax), torch.int8), absmax / INT8.qmax)
 
@@ -230,14 +232,14 @@ def _install_layer(encoder: Any, layer: nn.Module, family: EncoderFamily, given:
     linears: dict[str, Any] = {path: layer.get_submodule(path) for path in _linear_paths(family)}
     made = {path: QdqLinear(module.quantized, _bias(module)) for path, module in linears.items()}
     made[paths.attention_output] = QdqLinear(*_parts(linears[paths.attention_output]), scales.get("context"))
-    overflow = None if given is None else given.overflow.get("inner")
-    if overflow is not None:
-        down = QdqFeedForwardOut(linears[paths.ffn_in], linears[paths.ffn_out], scales["inner"], overflow)
+    if given is not None and "inner" in given.overflow:
+        down = QdqFeedForwardOut(linears[paths.ffn_in], linears[paths.ffn_out], given)
         _put(layer, paths.ffn_out, down)
         _put(layer, paths.ffn_in, QdqFeedForwardIn(made[paths.ffn_in], down))
     else:
         _put(layer, paths.ffn_in, made[paths.ffn_in])
-        _put(layer, paths.ffn_out, QdqLinear(*_parts(linears[paths.ffn_out]), scales.get("inner")))
+        zero = 0 if given is None else given.zeros.get("inner", 0)
+        _put(layer, paths.ffn_out, QdqLinear(*_parts(linears[paths.ffn_out]), scales.get("inner"), zero))
     place = _ATTENTION[family.name]
     within = paths.attention_output.startswith(f"{place}.")
     statics = [scales[slot] for slot in QKV] if QKV[0] in scales else None
@@ -284,12 +286,14 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 # ---- the two operators: in a graph ONNX's own, elsewhere what they compute --------------------------------------------
 
 
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x rounded to integers of a type, as floats."""
-    step, zero = torch.tensor(1.0), torch.tensor(0, dtype=dtype)
+def _rounded(x: Tensor, dtype: torch.dtype, zero: int = 0) -> Tensor:
+    """x rounded to integers that a type has when `zero` is added to them, as floats."""
+    step, point = torch.tensor(1.0), torch.tensor(zero, dtype=dtype)
     if not torch.onnx.is_in_onnx_export():
-        return torch.round(x).clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max)
-    return _onnx("DequantizeLinear", (_onnx("QuantizeLinear", (x, step, zero), dtype, x), step, zero), torch.float32, x)
+        return torch.round(x).clamp(torch.iinfo(dtype).min - zero, torch.iinfo(dtype).max - zero)
+    return _onnx(
+        "DequantizeLinear", (_onnx("QuantizeLinear", (x, step, point), dtype, x), step, point), torch.float32, x
+    )
 
 
 def _dequantized(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
