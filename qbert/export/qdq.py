@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qbert.encoder import LayerScales, Overflow, fused_forward
+from qbert.encoder import LayerScales, fused_forward
 from qbert.encoder.build import head_size
 from qbert.encoder.parts import QKV
 from qbert.errors import QBertError
