@@ -134,14 +134,18 @@ def _times_logistic(x, power):
 
 
 @triton.jit
-def finish(y, inverse_out_scale, DTYPE: tl.constexpr):
-    """y float32 as DTYPE: rounded to a float type, or for int8 the codes of round(y * inverse_out_scale).
+def finish(y, end, DTYPE: tl.constexpr):
+    """y float32 as DTYPE: rounded to a float type, or for int8 the codes of round(y * end.inverse_out_scale) + end.zero.
 
-    Codes are rounded half to even and clamped to -127 ... 127; NaN becomes 0.
+    Codes are rounded half to even and clamped to -127 ... 127; NaN becomes the code of 0.
     """
     if DTYPE == tl.int8:  # noqa: SIM300 (DTYPE is no constant here)
-        y = y * inverse_out_scale
+        SHIFTED: tl.constexpr = end.zero is not None
+        y = y * end.inverse_out_scale
         y = tl.where(y == y, y, 0.0)
+        if SHIFTED:
+            y = tl.minimum(tl.maximum(y, -QMAX - end.zero), QMAX - end.zero) + ROUND
+            return (y.to(tl.int32, bitcast=True) + end.zero.to(tl.int32)).to(tl.int8)
         y = tl.minimum(tl.maximum(y, -QMAX), QMAX) + ROUND
         return y.to(tl.int32, bitcast=True).to(tl.int8)
     else:

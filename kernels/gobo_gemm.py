@@ -80,5 +80,5 @@ def _end(acc, dictionaries, y, end, place, k, META: tl.constexpr):
     tokens, rows = first_t + tl.arange(0, META.BLOCK_T), first_n + tl.arange(0, META.BLOCK_N)
     value = value * tl.load(end.s + tokens, mask=tokens < t, other=0.0)[None, :]
     bias_n = tl.load(end.bias + rows, mask=rows < n, other=0.0)[:, None] if HAS_BIAS else value
-    value = finish(activated(value, bias_n, HAS_BIAS, META.ACTIVATION), end.inverse_out_scale, y.dtype.element_ty)
+    value = finish(activated(value, bias_n, HAS_BIAS, META.ACTIVATION), end, y.dtype.element_ty)
     store(y, value, place)

@@ -83,4 +83,4 @@ def _end(acc, y, end, place, ACTIVATION: tl.constexpr):
     scale_n = tl.load(end.scale + rows, mask=rows < n, other=0.0)[:, None]
     bias_n = tl.load(end.bias + rows, mask=rows < n, other=0.0)[:, None] if HAS_BIAS else scale_n
     value = scaled(acc.to(tl.float32), s_t, scale_n, bias_n, HAS_BIAS, ACTIVATION)
-    store(y, finish(value, end.inverse_out_scale, y.dtype.element_ty), place)
+    store(y, finish(value, end, y.dtype.element_ty), place)

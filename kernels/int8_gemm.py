@@ -49,7 +49,7 @@ def store_tile(out_desc, acc, end, place, SUBTILES: tl.constexpr, ACTIVATION: tl
         token, channel = t0 + tl.arange(0, BLOCK_T), n0 + tl.arange(0, BLOCK_N)
         s, scale, bias = vectors(end, token, channel, t, n)
         y = scaled(acc.to(tl.float32), s[:, None], scale[None, :], bias[None, :], end.bias is not None, ACTIVATION)
-        out_desc.store([t0, n0], finish(y, end.inverse_out_scale, out_desc.dtype))
+        out_desc.store([t0, n0], finish(y, end, out_desc.dtype))
     else:
         left, right = tl.split(acc.reshape(BLOCK_T, 2, BLOCK_N // 2).permute(0, 2, 1))
         store_tile(out_desc, left, end, place, SUBTILES // 2, ACTIVATION)
@@ -117,7 +117,7 @@ def int8_gemm_few(q_desc, w_desc, out_ptr, end, t, sizes, META: tl.constexpr):
         q = q_desc.load([t0, k0])
         acc = tl.dot(w, q.T, acc, out_dtype=tl.int32)
     y = scaled(acc.to(tl.float32), s[None, :], scale[:, None], bias[:, None], end.bias is not None, META.ACTIVATION)
-    store(out_ptr, finish(y, end.inverse_out_scale, out_ptr.dtype.element_ty).T, token, channel, t, n)
+    store(out_ptr, finish(y, end, out_ptr.dtype.element_ty).T, token, channel, t, n)
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -143,7 +143,7 @@ def int8_gemm_pointer(q_ptr, w_ptr, out_ptr, end, t, sizes, META: tl.constexpr):
             w = tl.load(w_rows + inner, mask=inner < k, other=0)
         acc = tl.dot(q, w.T, acc, out_dtype=tl.int32)
     y = scaled(acc.to(tl.float32), s[:, None], scale[None, :], bias[None, :], end.bias is not None, META.ACTIVATION)
-    store(out_ptr, finish(y, end.inverse_out_scale, out_ptr.dtype.element_ty), token, channel, t, n)
+    store(out_ptr, finish(y, end, out_ptr.dtype.element_ty), token, channel, t, n)
 
 
 @triton.jit

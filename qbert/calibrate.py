@@ -131,6 +131,14 @@ class _Ranges:
         self.largest[slot] = largest if before is None else torch.maximum(before, largest)
 
 
+class _Choice(NamedTuple):
+    """A slot's scale and its code of 0, and the sum of squared errors that they leave."""
+
+    scale: float
+    zero: int
+    error: float
+
+
 @dataclass
 class _Spectrum:
     """A histogram of magnitudes from 0 to `top`, of all channels or of those in `channels`."""
@@ -139,25 +147,51 @@ class _Spectrum:
     channels: Tensor | None
     counts: Tensor
     held_out: Tensor  # the part of `counts` that is of the half of the texts that is held out
+    below: Tensor  # the part of `counts` that is below 0
 
     @classmethod
     def empty(cls, largest: Tensor, channels: Tensor | None = None) -> _Spectrum:
         seen = largest if channels is None else largest[channels]
         nothing = torch.zeros(_BINS, dtype=torch.float64)
-        return cls(max(float(seen.amax()), _LEAST), channels, nothing, nothing.clone())
+        return cls(max(float(seen.amax()), _LEAST), channels, nothing, nothing.clone(), nothing.clone())
 
     def add(self, x: Tensor, held_out: Tensor) -> None:
-        seen = (x if self.channels is None else x[:, self.channels]).abs().float()
-        self.counts += torch.histc(seen, _BINS, 0.0, self.top).cpu().double()
-        self.held_out += torch.histc(seen[held_out.to(seen.device)], _BINS, 0.0, self.top).cpu().double()
+        seen = (x if self.channels is None else x[:, self.channels]).float()
+        self.counts += self._counted(seen.abs())
+        self.held_out += self._counted(seen[held_out.to(seen.device)].abs())
+        self.below += self._counted(-seen[seen < 0])
 
-    def best(self) -> tuple[float, float]:
-        """The scale with the smallest sum of squared errors, and that sum."""
-        return self._best(self.counts)
+    def _counted(self, magnitudes: Tensor) -> Tensor:
+        return torch.histc(magnitudes, _BINS, 0.0, self.top).cpu().double()
+
+    def best(self, shifted: bool = False) -> _Choice:
+        """That with the smallest sum of squared errors.
+
+        Args:
+            shifted: 0 may have another code than 0.
+        """
+        around_zero = self._best(self.counts)
+        return min(around_zero, self._best_shifted(), key=lambda each: each.error) if shifted else around_zero
+
+    def _best_shifted(self) -> _Choice:
+        """Of those whose codes reach down to the least value."""
+        values, above = self._values(), self.counts - self.below
+        bins = self.below.nonzero()
+        down = 0.0 if not len(bins) else float(values[bins[-1]])
+        found = []
+        for top in (self.top * _CLIPS).tolist():
+            scale = (top + down) / (2 * INT8.qmax)
+            zero = round(down / scale) - INT8.qmax
+            error = sum(
+                float((counts * ((values / scale).round().clamp(max=largest) * scale - values) ** 2).sum())
+                for counts, largest in ((above, INT8.qmax - zero), (self.below, INT8.qmax + zero))
+            )
+            found.append(_Choice(scale, zero, error))
+        return min(found, key=lambda each: each.error)
 
     def saturated(self) -> _Saturated:
         """What becomes of the held-out half with the scale that is best for the other."""
-        scale, _ = self._best(self.counts - self.held_out)
+        scale = self._best(self.counts - self.held_out).scale
         cut, own = self._values() > (INT8.qmax + 0.5) * scale, self.counts - self.held_out
         held_out = self.held_out
         return _Saturated(*(float(each.sum()) for each in (held_out[cut], held_out, own[cut], own)))
@@ -165,7 +199,7 @@ class _Spectrum:
     def _values(self) -> Tensor:
         return (torch.arange(_BINS, dtype=torch.float64) + 0.5) * (self.top / _BINS)
 
-    def _best(self, counts: Tensor) -> tuple[float, float]:
+    def _best(self, counts: Tensor) -> _Choice:
         values = self._values()
         scales = (self.top * _CLIPS / INT8.qmax).tolist()
         errors = []
@@ -173,7 +207,7 @@ class _Spectrum:
             rounded = (values / scale).round().clamp(max=INT8.qmax) * scale
             errors.append(float((counts * (rounded - values) ** 2).sum()))
         least = min(range(len(errors)), key=errors.__getitem__)
-        return scales[least], errors[least]
+        return _Choice(scales[least], 0, errors[least])
 
 
 class _Spectra:
@@ -187,6 +221,7 @@ class _Spectra:
         for slot, largest in ranges.largest.items():
             if not bool(largest.isfinite().all()):
                 raise QBertError(f"{layer}: {slot} is NaN or infinite on these texts; it cannot be calibrated")
+        self._activated = activated
         self._spectra = {slot: _Spectrum.empty(largest) for slot, largest in ranges.largest.items()}
         self._rest = {
             slot: _Rest(ranges.largest[slot].cpu(), overflow_neurons)
@@ -206,15 +241,18 @@ class _Spectra:
 
     def scales(self) -> LayerScales:
         """The choice."""
-        best = {slot: spectrum.best() for slot, spectrum in self._spectra.items()}
-        scales = {slot: scale for slot, (scale, _) in best.items()}
+        best = {slot: spectrum.best(slot in self._activated) for slot, spectrum in self._spectra.items()}
         overflow = {}
         for slot, rest in self._rest.items():
-            scale, error = rest.spectrum.best()
-            if best[slot][1] > _OVERFLOW_GAIN * error:
-                scales[slot] = scale
-                overflow[slot] = rest.overflow(scale)
-        return LayerScales(scales=scales, overflow={slot: each for slot, each in overflow.items() if each is not None})
+            choice = rest.spectrum.best(shifted=True)
+            if best[slot].error > _OVERFLOW_GAIN * choice.error:
+                best[slot] = choice
+                overflow[slot] = rest.overflow(choice)
+        return LayerScales(
+            scales={slot: choice.scale for slot, choice in best.items()},
+            zeros={slot: choice.zero for slot, choice in best.items() if choice.zero},
+            overflow={slot: each for slot, each in overflow.items() if each is not None},
+        )
 
 
 class _Rest:
@@ -230,9 +268,9 @@ class _Rest:
         self._order = largest.sort(descending=True, stable=True).indices
         self.spectrum = _Spectrum.empty(largest, self._order[kept:])
 
-    def overflow(self, scale: float) -> Overflow | None:
+    def overflow(self, rest: _Choice) -> Overflow | None:
         """What the scale of the rest cuts off."""
-        top = INT8.qmax * scale
+        top = (INT8.qmax - rest.zero) * rest.scale
         neurons = [index for index in self._order[: self._kept].tolist() if self._neurons[index] > top]
         if not neurons:
             return None

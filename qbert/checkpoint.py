@@ -33,9 +33,12 @@ from qbert.weight.specs import TensorSpec
 from qbert.weight.tensor import plain_specs
 from qbert.weight.validate import check_finite, check_plain_tensors, check_spec
 
+# 5: with linears of low rank.
 # 4: records with block formats. 3: with shapes. 2: with a calibration, which names slots, where version 1 had five fields.
 # Without any of these nothing differs, and older versions of qbert read it.
-FORMAT_VERSION: Final = 4
+FORMAT_VERSION: Final = 5
+_WITH_RANKS: Final = 5
+_WITH_EMULATION: Final = 4
 _WITH_SHAPES: Final = 3
 _WITH_CALIBRATION: Final = 2
 _WITH_NONE: Final = 1
@@ -62,7 +65,7 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     quant_method: Literal["qbert"]
-    format_version: Literal[1, 2, 3, 4]
+    format_version: Literal[1, 2, 3, 4, 5]
     linear: str | None
     embedding: str | None
     exclude: list[str] = []
@@ -96,10 +99,21 @@ class Record(BaseModel):
 
     @model_validator(mode="after")
     def _only_emulations_are_of_their_version(self) -> Record:
-        if (self.format_version == FORMAT_VERSION) != (self.emulation is not None):
+        allowed = {_WITH_EMULATION, _WITH_RANKS} if self.emulation is not None else {1, 2, 3, _WITH_RANKS}
+        if self.format_version not in allowed:
             there = "no emulation" if self.emulation is None else "one"
             raise ValueError(
-                f"format_version {FORMAT_VERSION} is of emulated models; this is {self.format_version} with {there}"
+                f"format_version {_WITH_EMULATION} is of emulated models; this is {self.format_version} with {there}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_low_ranks_are_of_their_version(self) -> Record:
+        factorized = self.shapes is not None and self.shapes.factorized
+        if (self.format_version == _WITH_RANKS) != factorized:
+            there = "some" if factorized else "none"
+            raise ValueError(
+                f"format_version {_WITH_RANKS} is of linears of low rank; this is {self.format_version} with {there}"
             )
         return self
 
@@ -154,10 +168,12 @@ class Record(BaseModel):
 
 def format_version(
     calibration: Calibration | None, shapes: ShapePlan | None = None, emulation: Mapping[str, Any] | None = None
-) -> Literal[1, 2, 3, 4]:
+) -> Literal[1, 2, 3, 4, 5]:
     """Of a record with that calibration, those shapes and that emulation."""
+    if shapes is not None and shapes.factorized:
+        return _WITH_RANKS
     if emulation is not None:
-        return FORMAT_VERSION
+        return _WITH_EMULATION
     if shapes is not None:
         return _WITH_SHAPES
     return _WITH_NONE if calibration is None else _WITH_CALIBRATION

@@ -11,10 +11,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 
 from qbert.encoder import encoders
@@ -23,6 +23,7 @@ from qbert.errors import CheckpointError, QBertError
 from qbert.families import EncoderFamily
 from qbert.families.family import Reshaping
 from qbert.families.mpnet import KEPT_HEADS, narrowed_bias
+from qbert.modules import FactoredLinear
 
 _MOST = 2**31 - 1
 _PLAN = "_qbert_shapes"  # attribute of a bare encoder
@@ -30,6 +31,10 @@ _WHERE = "quantization_config.shapes"
 
 Count = Annotated[int, Field(ge=1, le=_MOST)]
 Index = Annotated[int, Field(ge=0, le=_MOST)]
+# Linears of a layer that may be of low rank, by their names in `families.family.LayerPaths`. Queries, keys and values are one
+# product, whose parts cannot each have two.
+Factorable = Literal["attention_output", "ffn_in", "ffn_out"]
+FACTORABLE: tuple[Factorable, ...] = ("attention_output", "ffn_in", "ffn_out")
 
 
 class Original(BaseModel):
@@ -50,6 +55,8 @@ class LayerShape(BaseModel):
         source: its index in the original.
         heads: which of its heads are left, by their indexes in the original, ascending.
         ffn: how many neurons its feed-forward network has left.
+        ranks: of the linears that are two thin ones each (`qbert.modules.FactoredLinear`), by their names; none where nothing
+            was factorized, and then it is not written, so that older versions read the plan.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -57,6 +64,12 @@ class LayerShape(BaseModel):
     source: Index
     heads: Annotated[tuple[Index, ...], Field(strict=False, min_length=1)]
     ffn: Count
+    ranks: dict[Factorable, Count] = {}
+
+    @model_serializer(mode="wrap")
+    def _without_no_ranks(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        return {name: value for name, value in data.items() if name != "ranks" or value}
 
     @model_validator(mode="after")
     def _ascending(self) -> LayerShape:
@@ -97,8 +110,13 @@ class ShapePlan(BaseModel):
     @property
     def plain(self) -> bool:
         """Whether transformers' own class builds these shapes from a configuration."""
-        whole = all(len(each.heads) == self.of.heads for each in self.layers)
+        whole = all(len(each.heads) == self.of.heads and not each.ranks for each in self.layers)
         return whole and len({each.ffn for each in self.layers}) == 1
+
+    @property
+    def factorized(self) -> bool:
+        """Whether some linear is two thin ones."""
+        return any(each.ranks for each in self.layers)
 
     @property
     def whole(self) -> bool:
@@ -114,12 +132,20 @@ class ShapePlan(BaseModel):
             f" ({kept})" if len(self.layers) < self.of.layers else ""
         )
         words = f"vocabulary {self.vocabulary:,} of {self.of.vocabulary:,}"
-        return f"{layers}, heads {_run(heads, self.of.heads)}, FFN {_run(ffn, self.of.ffn)}, {words}"
+        factored = ((name, _ranks(self.layers, name)) for name in FACTORABLE)
+        ranks = "".join(f", rank of {name} {each}" for name, each in factored if each)
+        return f"{layers}, heads {_run(heads, self.of.heads)}, FFN {_run(ffn, self.of.ffn)}{ranks}, {words}"
 
 
 def _run(counts: Sequence[int], of: int) -> str:
     """`12 of 12` where all layers have as many, else one a layer."""
     return f"{counts[0]} of {of}" if len(set(counts)) == 1 else f"{' '.join(map(str, counts))} of {of}"
+
+
+def _ranks(layers: Sequence[LayerShape], name: Factorable) -> str:
+    """One a layer, `-` where it is whole; nothing where all are."""
+    found = [layer.ranks.get(name) for layer in layers]
+    return " ".join("-" if each is None else str(each) for each in found) if any(found) else ""
 
 
 @dataclass(frozen=True)
@@ -322,7 +348,16 @@ def resize_(model: nn.Module, plan: ShapePlan) -> None:
         _resize(layer.get_submodule(paths.ffn_in), rows=shape.ffn)
         _resize(layer.get_submodule(paths.ffn_out), columns=shape.ffn)
         _count_heads(encoder, layer, shape.heads, plan.of.heads, head_dim)
+        for name, rank in shape.ranks.items():
+            _check_rank(layer.get_submodule(linear_path(encoder, name)), f"layers.{shape.source}.ranks.{name}", rank)
+            factor_(encoder, layer, name, rank)
     note(encoder, plan)
+
+
+def _check_rank(linear: Any, name: str, rank: int) -> None:
+    most = min(linear.out_features, linear.in_features)
+    if rank > most:
+        raise CheckpointError(f"{_WHERE}.{name}", f"must be at most {most}, the sides of the linear", rank)
 
 
 def _check_fits(encoder: Shaped, plan: ShapePlan) -> None:
@@ -428,7 +463,36 @@ def keep_words_(model: nn.Module, keep: Sequence[int]) -> ShapePlan:
     return plan
 
 
+def linear_path(encoder: Shaped, name: Factorable) -> str:
+    """Where a linear that may be of low rank is, from its layer."""
+    return str(getattr(encoder.family.layer, name))
+
+
+def factor_(encoder: Shaped, layer: Any, name: Factorable, rank: int) -> FactoredLinear:
+    """Puts two thin linears in the place of one, whose values are yet to be set; the bias stays. The plan is not changed."""
+    parent, _, last = linear_path(encoder, name).rpartition(".")
+    made = FactoredLinear.empty(layer.get_submodule(linear_path(encoder, name)), rank)
+    setattr(layer.get_submodule(parent), last, made)
+    return made
+
+
+@torch.no_grad()
+def factorize_linear_(model: nn.Module, place: int, name: Factorable, first: Tensor, second: Tensor) -> ShapePlan:
+    """Makes a linear of the layer at that place the product of two: first (rank, k), second (n, rank). Returns the new plan."""
+    encoder, plan = shaped(model), plan_of(model)
+    made, shape = factor_(encoder, encoder.layers[place], name, len(first)), plan.layers[place]
+    made.first.weight.copy_(first)  # type: ignore[operator]
+    made.second.weight.copy_(second)  # type: ignore[operator]
+    return _changed(encoder, plan, place, {"ranks": {**shape.ranks, name: len(first)}})
+
+
 def _select(linear: Any, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    if isinstance(linear, FactoredLinear):
+        if rows is not None:
+            _select(linear.second, rows=rows)
+        if columns is not None:
+            _select(linear.first, columns=columns)
+        return
     weight = linear.weight
     if rows is not None:
         rows = rows.to(weight.device)

@@ -127,7 +127,9 @@ def _int_mm_is_exact() -> bool:
     import torch
 
     k = 64
-    row = torch.full((32, k), 127, dtype=torch.int8)
+    row = torch.full(
+        (32, k), 127, dtype=torch.int8, device="cpu"
+    )  # whoever asks first may do so where meta is the default
     return bool((torch._int_mm(row, row.t()) == k * 127 * 127).all())
 
 

@@ -90,8 +90,8 @@ def random_activations(t: int, k: int, *, seed: int = 0, dtype: torch.dtype = to
 def random_problem(
     operation: str, t: int, n: int, k: int, *, seed: int = 0, dtype: torch.dtype = torch.float32,
     layout: Layout = Layout.PLAIN, scheme: str | None = None, bias: bool = True, activation: str | Activation = "none",
-    gated: bool = False, int8_out: bool = False, per_token: bool = False, keeps: Keeps = Keeps.NORM, matrices: int = 1,
-    device: torch.device | str = "cpu",
+    gated: bool = False, int8_out: bool = False, zero: int = 0, per_token: bool = False, keeps: Keeps = Keeps.NORM,
+    matrices: int = 1, device: torch.device | str = "cpu",
 ) -> Any:  # fmt: skip
     """The record of an operation.
 
@@ -105,6 +105,7 @@ def random_problem(
         bias, activation, gated: of linears; a gated one's weight has 2 n rows.
         keeps: of an addition and its norm.
         int8_out: whether a linear of int8 tokens, or attention, gives int8 codes.
+        zero: the code of 0 in those of a linear.
         per_token: whether attention's scales are one for each token, (t, 3), or static, (3,).
         matrices: how many matrices of n / matrices rows, each with its dictionary, an int8 dictionary weight is stacked from.
         device: where the tensors are.
@@ -118,6 +119,7 @@ def random_problem(
         y = evaluate(problem, torch.float64)
         # The largest values lie beyond the largest code, so that clamping is part of the problem.
         problem = problem._replace(out=1.25 * float(y.abs().max()) / INT8.qmax / 2 if y.numel() else 1.0)
+        problem = problem._replace(zero=zero) if zero else problem
     return to_device(problem, device)
 
 
@@ -430,7 +432,8 @@ def _assert_product(operation: str, problem: Any, found: Tensor, exact: Tensor) 
     room = _attention(problem, torch.float64)[1] if isinstance(problem, Attention) else 0.0
     if found.dtype == torch.int8:
         inner = _error(evaluate(problem, torch.float32), exact)
-        _assert_nearest_codes(operation, found, exact / problem.out, slack=2 * inner, room=room / problem.out)
+        zero = getattr(problem, "zero", 0)
+        _assert_nearest_codes(operation, found, exact / problem.out + zero, 2 * inner, room / problem.out, zero)
         return
     integer = isinstance(problem, Attention) or problem.s is not None
     inner_dtype = torch.float32 if integer else found.dtype  # of an integer product only the epilogue is float
@@ -456,11 +459,11 @@ def _error(actual: Tensor, exact: Tensor, room: Tensor | float = 0.0) -> float:
 
 
 def _assert_nearest_codes(
-    what: str, codes: Tensor, exact_codes: Tensor, slack: float, room: Tensor | float = 0.0
+    what: str, codes: Tensor, exact_codes: Tensor, slack: float, room: Tensor | float = 0.0, zero: int = 0
 ) -> None:
-    """`slack` is relative to the largest value of the token, `room` is in steps; a token with NaN in it has codes 0."""
+    """`slack` is relative to the largest value of the token, `room` is in steps; a token with NaN in it has codes `zero`."""
     nan = exact_codes.isnan()
-    assert bool((codes[nan] == 0).all()), f"{what}: a NaN must become code 0"
+    assert bool((codes[nan] == zero).all()), f"{what}: a NaN must become code {zero}"
     size = exact_codes.nan_to_num(0.0).abs().amax(dim=1, keepdim=True)
     distance = (codes.to(torch.float64) - exact_codes.clamp(-INT8.qmax, INT8.qmax)).abs()
     wrong = (distance > 0.5 + slack * size + room + 1e-9) & ~nan

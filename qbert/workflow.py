@@ -19,14 +19,18 @@ from torch import nn
 
 from qbert import checkpoint
 from qbert.calibrate import calibrate, default_texts
-from qbert.compress import BudgetNotMet, Compression, CompressionReport, SearchReport
+from qbert.compress import BudgetNotMet, Compression, CompressionReport, Guide, SearchReport
 from qbert.convert import Progress, quantize_
+from qbert.emulation import Emulation
+from qbert.encoder import Calibration, encoders
 from qbert.errors import MissingDependency, QBertError
 from qbert.evaluate import TASKS, file_task, get_task, prepare_baseline, read_user_file, score
-from qbert.evaluate.loading import load_fp32, load_tokenizer, quiet_transformers
+from qbert.evaluate.loading import has_tokenizer, load_fp32, load_tokenizer, quiet_transformers
 from qbert.explain import Explanation, explain
+from qbert.formats import SCHEMES
+from qbert.integrations.pipelines import say_quantized
 from qbert.metrics import sqnr_db
-from qbert.modules import QuantizedModule
+from qbert.modules import FactoredLinear, QuantizedModule
 from qbert.recipe import Recipe
 from qbert.shapes import Kept, recorded_plan
 from qbert.target import cpu_target, extensions, native_cpu, physical_cores
@@ -44,6 +48,7 @@ _SENTENCE_FILES = (
 _PACKAGES = ("torch", "transformers", "triton", "sentence-transformers", "peft")
 _FLOAT32_BYTES = 4
 DEFAULT_TEXTS = "default"  # calibrate with Python's own language reference
+NO_TEXTS = "none"
 CALIBRATION_TEXTS = 128
 SEARCH_FILES = "compression"  # beside a model that was searched for: .json, .toml, .png
 COMPRESSION_TEXTS = 8192  # words want all there are; the other methods stop where more change nothing
@@ -54,12 +59,15 @@ class _Report(BaseModel):
 
 
 class QuantizeReport(_Report):
-    """Outcome of `quantize_checkpoint`; sizes in bytes; a line for each encoder says whether it runs fused."""
+    """Outcome of `quantize_checkpoint`; sizes in bytes; a line for each encoder says whether it runs fused; `calibrated_with`
+    names the texts of its static scales, and `notes` says what was chosen that nobody asked for."""
 
     source: str
     folder: str
     modules: int
     encoders: list[dict[str, Any]]
+    calibrated_with: str | None
+    notes: list[str]
     bits_per_weight: float
     float32_bytes: int
     file_bytes: int
@@ -232,8 +240,8 @@ def quantize_checkpoint(
     folder: str | Path,
     recipe: Recipe,
     *,
-    fuse: bool = False,
-    calibrate_with: str | None = None,
+    fuse: bool | None = False,
+    calibrate_with: str | None = NO_TEXTS,
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Quantizes a model into a folder, with its tokenizer. Nothing is left behind on an error.
@@ -241,23 +249,28 @@ def quantize_checkpoint(
     Args:
         source: local folder, hub id or alias of a float model.
         folder: new, empty, or holding an older checkpoint.
-        fuse: for the fused encoder.
-        calibrate_with: texts for its static scales, see `calibration_texts`; None to take scales token by token.
+        fuse: for the fused encoder; None where that pays.
+        calibrate_with: texts for its static scales, see `calibration_texts`; ``"none"`` to take scales token by token; None for
+            English prose where that pays.
     """
     from qbert.integrations.transformers import save
 
-    if calibrate_with is not None and not fuse:
-        raise QBertError("calibration is for the fused encoder; ask for that too (--fuse)")
-    texts = None if calibrate_with is None else calibration_texts(calibrate_with)
+    if calibrate_with not in (None, NO_TEXTS):
+        if fuse is False:
+            raise QBertError("calibration is for the fused encoder; ask for that too (--fuse)")
+        calibration_texts(calibrate_with)  # before a model is loaded for nothing
     model = load_float(source)
+    fuse, calibrate_with, notes = _where_it_pays(model, recipe, resolve_model(source), fuse, calibrate_with)
+    texts = None if calibrate_with is None else calibration_texts(calibrate_with)
     start = time.perf_counter()
-    calibration = None if texts is None else calibrate(model, texts, tokenizer=load_tokenizer(resolve_model(source)))
+    calibration = None if texts is None else _calibrated(model, texts, source, progress)
     quantize_(model, recipe, fuse=fuse, calibration=calibration, progress=progress)
     seconds = time.perf_counter() - start
 
     with checkpoint.replacing(folder) as fresh, quiet_transformers():
         save(model, fresh, source=source)
-        _copy_companions(resolve_model(source), fresh)
+        copy_companions(resolve_model(source), fresh)
+        say_quantized(fresh)
     explanation = explain(model)
     float32_bytes, file_bytes = _float32_bytes(model), _file_bytes(folder)
     return QuantizeReport(
@@ -265,12 +278,50 @@ def quantize_checkpoint(
         folder=str(folder),
         modules=len(explanation.quantized),
         encoders=[asdict(row) for row in explanation.encoders],
+        calibrated_with=calibrate_with,
+        notes=notes,
         bits_per_weight=explanation.bits_per_weight,
         float32_bytes=float32_bytes,
         file_bytes=file_bytes,
         percent_of_float32=100 * file_bytes / float32_bytes,
         seconds=seconds,
     )
+
+
+def _calibrated(model: nn.Module, texts: Sequence[str], source: str, progress: Progress | None) -> Calibration:
+    advance = None if progress is None else lambda done, total: progress(done, total, "calibrating")
+    return calibrate(model, texts, tokenizer=load_tokenizer(resolve_model(source)), progress=advance)
+
+
+def _where_it_pays(
+    model: nn.Module, recipe: Recipe, path: str, fuse: bool | None, calibrate_with: str | None
+) -> tuple[bool, str | None, list[str]]:
+    """Whether to fuse, the texts to calibrate with, and what is to be said about what was left to choose.
+
+    Fused encoders are faster for every family with int8 activations, and static scales faster again (docs/cpu.md).
+    """
+    notes = []
+    if fuse is None:
+        known = not isinstance(recipe, Emulation) and any(True for _ in encoders(model))
+        scheme = None if recipe.linear is None or not known else SCHEMES[recipe.linear]
+        fuse = calibrate_with not in (None, NO_TEXTS) or (scheme is not None and scheme.activation is not None)
+        if fuse:
+            notes.append("fused, because that is faster; --no-fuse leaves the modules as they are")
+        elif known:
+            notes.append(f"not fused: {recipe.linear or 'float linears'} has no int8 activations")
+        if calibrate_with is None and fuse:
+            calibrate_with, note = _default_calibration(model, path)
+            notes.append(note)
+    return fuse, None if calibrate_with == NO_TEXTS else calibrate_with, notes
+
+
+def _default_calibration(model: nn.Module, path: str) -> tuple[str, str]:
+    """The texts to calibrate with that nobody named, and what is said about them."""
+    if len(list(encoders(model))) != 1:
+        return NO_TEXTS, "not calibrated: it has several encoders"
+    if not has_tokenizer(path):
+        return NO_TEXTS, "not calibrated, which would be faster: no tokenizer beside the model"
+    return DEFAULT_TEXTS, "calibrated on English prose, because that is faster; --calibrate TEXTS takes yours, or none"
 
 
 def compress_checkpoint(
@@ -299,9 +350,7 @@ def compress_checkpoint(
     scored = lambda small, its: [score(small, its, baseline).model_dump(mode="json") for baseline in baselines]
     small = compress(model, recipe, texts=given, tokenizer=tokenizer, after_step=scored, progress=progress)
     with checkpoint.replacing(folder) as fresh, quiet_transformers():
-        small.model.save_pretrained(fresh)  # of a plain float one transformers' own files say all of it
-        _copy_companions(resolve_model(source), fresh)
-        small.tokenizer.save_pretrained(fresh)
+        _write_small(small, source, fresh)
     return CompressReport(
         source=source,
         folder=str(folder),
@@ -352,9 +401,7 @@ def search_checkpoint(
         raise
     found.report.commands = commands
     with checkpoint.replacing(folder) as fresh, quiet_transformers():
-        found.model.save_pretrained(fresh)
-        _copy_companions(resolve_model(source), fresh)
-        found.tokenizer.save_pretrained(fresh)
+        _write_small(found, source, fresh)
         files = _write_search(found.report, fresh, source)
     return SearchedReport(
         source=source,
@@ -364,6 +411,18 @@ def search_checkpoint(
         files=[str(Path(folder) / name) for name in files],
         report=found.report,
     )
+
+
+def guide_model(
+    source: str, *, tasks: Sequence[str] = (), data: str | Path | None = None, texts: str | None = None, **wanted: Any
+) -> Guide:
+    """Measures what each method of compression would bring to a model; see `search_checkpoint` and `qbert.compress.guide`."""
+    from qbert.compress import guide
+
+    given = None if texts is None else compression_texts(texts)
+    labelled = [*tasks, *([] if data is None else [file_task(data)])]
+    model, tokenizer = load_float(source), load_tokenizer(resolve_model(source))
+    return guide(model, tasks=labelled, texts=given, tokenizer=tokenizer, **wanted)
 
 
 def _again(source: str, folder: str | Path, texts: str) -> str:
@@ -488,6 +547,7 @@ def _compare_weights(model: nn.Module, original: nn.Module, against: str) -> lis
         if not isinstance(module, QuantizedModule):
             continue
         source = kept.source(name)
+        _require_as_factored(model, name, original, source, against)
         try:
             whole = original.get_submodule(source).get_parameter("weight").detach().to(torch.float32)
         except AttributeError:
@@ -515,6 +575,15 @@ def _compare_weights(model: nn.Module, original: nn.Module, against: str) -> lis
     return rows
 
 
+def _require_as_factored(model: nn.Module, name: str, original: nn.Module, source: str, against: str) -> None:
+    """Raises QBertError for a part of a linear that is two products here and one there."""
+    here, there = name.rpartition(".")[0], source.rpartition(".")[0]
+    if isinstance(model.get_submodule(here), FactoredLinear) and type(original.get_submodule(there)) is nn.Linear:
+        raise QBertError(
+            f"{here} is two products of low rank here and one in {against!r}; allowed: the float model that was quantized"
+        )
+
+
 def _float32_bytes(model: nn.Module) -> int:
     """Bytes of the model's parameters as float32: quantized weights count as many weights as they stand for."""
     floats = sum(parameter.numel() for parameter in model.parameters())
@@ -533,7 +602,16 @@ def _tensor_names(file: Path) -> list[str]:
         return list(opened.keys())
 
 
-def _copy_companions(path: str, folder: Path) -> None:
+def _write_small(small: Any, source: str, folder: Path) -> None:
+    """What compressing gave, with its own tokenizer."""
+    small.model.save_pretrained(folder)  # of a plain float one transformers' own files say all of it
+    copy_companions(resolve_model(source), folder)
+    small.tokenizer.save_pretrained(folder)
+    if any(isinstance(module, QuantizedModule) for module in small.model.modules()):
+        say_quantized(folder)
+
+
+def copy_companions(path: str, folder: Path) -> None:
     """The tokenizer, and what sentence-transformers needs, if the source has them."""
     source = Path(path)
     try:

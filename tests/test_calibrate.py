@@ -97,7 +97,7 @@ def test_the_largest_magnitude_is_nearly_covered_where_nothing_is_far_out() -> N
     outlier[0, 0] = 100.0
     spectrum = _Spectrum.empty(outlier.abs().amax(0))
     spectrum.add(outlier, torch.arange(4000) % 2 == 1)
-    scale, error = spectrum.best()
+    scale, _, error = spectrum.best()
     assert scale * INT8.qmax < 95.0
 
     def squared(scale: float) -> float:
@@ -106,6 +106,45 @@ def test_the_largest_magnitude_is_nearly_covered_where_nothing_is_far_out() -> N
 
     assert error == pytest.approx(squared(scale), rel=0.05)
     assert squared(scale) <= 1.05 * min(squared(100.0 * 2 ** (-step / 16) / INT8.qmax) for step in range(128))
+
+
+def test_codes_reach_as_far_down_as_the_values() -> None:
+    """What an activation gives has next to nothing below 0: a code of 0 near the lowest makes steps half as wide."""
+    x = torch.nn.functional.gelu(torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)))
+    spectrum = _Spectrum.empty(x.abs().amax(0))
+    spectrum.add(x, torch.arange(4000) % 2 == 1)
+    around, shifted = spectrum.best(), spectrum.best(shifted=True)
+    assert around.zero == 0
+    assert shifted.zero < -100
+
+    def squared(choice: Any) -> float:
+        codes = (x / choice.scale).round().clamp(-INT8.qmax - choice.zero, INT8.qmax - choice.zero)
+        return float(((codes * choice.scale - x) ** 2).sum())
+
+    for choice in (around, shifted):
+        assert choice.error == pytest.approx(squared(choice), rel=0.05)
+    assert squared(shifted) < 0.35 * squared(around)
+    symmetric = torch.cat((x, -x))
+    spectrum = _Spectrum.empty(symmetric.abs().amax(0))
+    spectrum.add(symmetric, torch.arange(8000) % 2 == 1)
+    assert spectrum.best(shifted=True).scale == pytest.approx(spectrum.best().scale, rel=0.1)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+def test_a_fused_encoder_computes_with_the_code_of_0(activation: str) -> None:
+    """Codes that all are larger by as much stand for the same values: nothing but the last bits of a bias may differ."""
+    model, batch = _model(hidden_act=activation), _batches(1)[0]
+    calibration = calibrate(model, _batches(), overflow_neurons=0)
+    first = calibration.layers["encoder.layer.0"]
+    assert all(list(layer.zeros) == ["inner"] and layer.zeros["inner"] < -60 for layer in calibration.layers.values())
+    scale, found = 2 * first.top("inner") / INT8.qmax, []  # none is cut off, whichever code 0 has
+    for zero in (-77, -20, 0):
+        moved = LayerScales(scales={**first.scales, "inner": scale}, zeros={"inner": zero})
+        given = Calibration(layers={**calibration.layers, "encoder.layer.0": moved})
+        with torch.no_grad():
+            found.append(quantize_(copy.deepcopy(model), "w8a8+none", fuse=True, calibration=given)(**batch)[0])
+    there = batch["attention_mask"].bool()
+    assert all(sqnr_db(found[0][there], each[there]) > 60 for each in found[1:])
 
 
 def test_padding_is_not_looked_at() -> None:
@@ -281,6 +320,29 @@ def test_version_1_of_a_calibration_is_held_to_the_same_rules(changes: dict[str,
         Calibration.from_dict({"layers": {"encoder.layer.0": {**VERSION_1, **changes}}})
 
 
+def test_a_code_of_0_is_data_where_it_is_another() -> None:
+    """And where it is not, calibrations are spelled as before there was one: digests of older files are of that."""
+    assert "zeros" not in LayerScales(scales=SCALES).model_dump()
+    layer = LayerScales(scales=SCALES, zeros={"inner": -117})
+    calibration = Calibration(layers={"encoder.layer.0": layer})
+    assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
+    assert layer.top("inner") == 244 * 0.03
+    assert layer.top("value") == 127 * 0.05
+
+
+@pytest.mark.parametrize(
+    ("zeros", "words"),
+    [
+        ({"inner": 128}, r"zeros\.inner: .*less than or equal to 127"),
+        ({"inner": 1.0}, r"zeros\.inner: .*valid integer"),
+        ({"gate": 3}, "zero of a slot 'gate' without a scale"),
+    ],
+)
+def test_codes_of_0_that_are_none_are_refused(zeros: Any, words: str) -> None:
+    with pytest.raises(QBertError, match=f"calibration: .*{words}"):
+        Calibration.from_dict({"layers": {"encoder.layer.0": {"scales": SCALES, "zeros": zeros}}})
+
+
 @pytest.mark.parametrize(
     "data", [{}, {"layers": {}}, {"layers": []}, {"layers": {"a": 1}}, {"layers": {1: {"scales": SCALES}}}, {"x": 1}]
 )
@@ -289,8 +351,10 @@ def test_data_of_another_shape_is_refused(data: dict[str, Any]) -> None:
         Calibration.from_dict(data)
 
 
-def _calibration(scales: dict[str, float] = SCALES, **overflow: Overflow) -> Calibration:
-    layer = LayerScales(scales=scales, overflow=overflow)
+def _calibration(
+    scales: dict[str, float] = SCALES, zeros: dict[str, int] | None = None, **overflow: Overflow
+) -> Calibration:
+    layer = LayerScales(scales=scales, zeros=zeros or {}, overflow=overflow)
     return Calibration(layers={f"encoder.layer.{index}": layer for index in range(2)})
 
 
@@ -304,6 +368,10 @@ def _calibration(scales: dict[str, float] = SCALES, **overflow: Overflow) -> Cal
         (
             _calibration(context=Overflow(neurons=(5,), scale=0.1)),
             r"encoder\.layer\.0 has overflow in 'context', which comes out of no activation",
+        ),
+        (
+            _calibration(zeros={"context": 5}),
+            r"encoder\.layer\.0 has a zero in 'context', which comes out of no activation",
         ),
         (
             _calibration({**SCALES, "gate": 0.1}),
@@ -320,7 +388,7 @@ def _calibration(scales: dict[str, float] = SCALES, **overflow: Overflow) -> Cal
             r"encoder\.layer\.0 lacks a slot '(key|value|context)'",
         ),
     ],
-    ids=["neuron", "no_activation", "unknown", "missing", "version_1_missing"],
+    ids=["neuron", "no_activation", "no_activation_zero", "unknown", "missing", "version_1_missing"],
 )
 def test_slots_that_the_encoder_has_not_are_refused(calibration: Calibration, words: str) -> None:
     model = _model()

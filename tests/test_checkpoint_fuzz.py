@@ -27,7 +27,7 @@ from qbert import CheckpointError, Recipe
 from qbert.checkpoint import Record, signed
 from qbert.convert import note_reshaped
 from qbert.formats import block_format, table
-from qbert.shapes import keep_heads_, keep_neurons_, keep_words_
+from qbert.shapes import factorize_linear_, keep_heads_, keep_neurons_, keep_words_
 from qbert.testing import random_weight
 
 # Small enough that a random bit is as likely to be in a header as in a code.
@@ -45,6 +45,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 SHAPED = "shaped"  # float, with heads, neurons and words taken out
+LOW_RANK = "low rank"  # the same, with a linear that is two
 VERSION_1 = "version_1"  # a checkpoint with a record of that version, as it was written then
 VERSION_1_FOLDER = Path(__file__).parent / "data" / "version_1" / "checkpoint"
 IDS = torch.tensor([[1, 22, 7, 0, 9], [3, 3, 0, 0, 0]])
@@ -71,8 +72,8 @@ def _original(recipe: str) -> Files:
     if recipe == VERSION_1:
         return tuple((VERSION_1_FOLDER / name).read_bytes() for name in ("config.json", "model.safetensors"))
     torch.manual_seed(0)
-    if recipe == SHAPED:
-        return _files(_shaped())
+    if recipe in (SHAPED, LOW_RANK):
+        return _files(_shaped(factored=recipe == LOW_RANK))
     fuse = recipe == "fused"
     model = BertForMaskedLM(BertConfig(**{**SIZES, "num_attention_heads": 1 if fuse else 2})).eval()
     with torch.no_grad():
@@ -84,11 +85,13 @@ def _original(recipe: str) -> Files:
     return _files(model)
 
 
-def _shaped() -> nn.Module:
+def _shaped(*, factored: bool) -> nn.Module:
     model = BertModel(BertConfig(**{**SIZES, "num_hidden_layers": 2, "num_attention_heads": 2})).eval()
     keep_heads_(model, 0, [1])
     keep_neurons_(model, 1, range(48))
     keep_words_(model, range(23))
+    if factored:
+        factorize_linear_(model, 1, "ffn_out", torch.randn(8, 48), torch.randn(32, 8))
     note_reshaped(model)
     return model
 
@@ -318,7 +321,7 @@ CONFIG_EDITS: dict[str, Callable[..., bytes]] = {
 }
 EDITS = [*WEIGHT_EDITS, *CONFIG_EDITS]
 CASES = [(edit, recipe) for edit in EDITS for recipe in RECIPES]
-CASES += [(edit, recipe) for edit in CONFIG_EDITS for recipe in (VERSION_1, SHAPED)]
+CASES += [(edit, recipe) for edit in CONFIG_EDITS for recipe in (VERSION_1, SHAPED, LOW_RANK)]
 # What is done to tensors does not ask what they mean: one recipe less, where time is short.
 SHORT_CASES = [(edit, recipe) for edit, recipe in CASES if recipe != "emulated" or edit in CONFIG_EDITS]
 
@@ -452,7 +455,8 @@ def test_a_spoiled_model_configuration_raises_nothing_else_at_length(recipe: str
     run()
 
 
-def test_a_forged_plan_of_shapes_is_refused_or_runs() -> None:
+@pytest.mark.parametrize("recipe", [SHAPED, LOW_RANK])
+def test_a_forged_plan_of_shapes_is_refused_or_runs(recipe: str) -> None:
     """Any value in the plan, with a digest that is right."""
     refused = 0
 
@@ -463,7 +467,7 @@ def test_a_forged_plan_of_shapes_is_refused_or_runs() -> None:
     @given(st.data())
     def run(data: st.DataObject) -> None:
         nonlocal refused
-        config, weights = _original(SHAPED)
+        config, weights = _original(recipe)
         edited = json.loads(_edit_config(config, data.draw, wanted, NUMBERS | JSON))
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -475,12 +479,12 @@ def test_a_forged_plan_of_shapes_is_refused_or_runs() -> None:
             note(str(error))
             refused += 1
         else:
-            assert _output(model).shape == _expected(SHAPED)[1].shape
+            assert _output(model).shape == _expected(recipe)[1].shape
 
     run()
     assert refused
 
 
 def test_the_originals_load() -> None:
-    for recipe in (*RECIPES, VERSION_1, SHAPED):
+    for recipe in (*RECIPES, VERSION_1, SHAPED, LOW_RANK):
         assert _judge(recipe, _original(recipe))

@@ -111,11 +111,11 @@ def test_quantize_fused_and_calibrated(with_words, tmp_path):
     lines = tmp_path / "lines.txt"
     lines.write_text("one text\n\nanother text\n")
     for arguments, fused in (
-        ([], "dynamic"),
-        (["--calibrate", "default"], "static"),
+        (["--fuse"], "dynamic"),
+        (["--fuse", "--calibrate", "default"], "static"),
         (["--calibrate", lines], "static"),
     ):
-        report = json.loads(run("quantize", with_words, "--fuse", *arguments, "-o", tmp_path / "out", "--json").stdout)
+        report = json.loads(run("quantize", with_words, *arguments, "-o", tmp_path / "out", "--json").stdout)
         assert [row["fused"] for row in report["encoders"]] == [fused]
         assert json.loads(run("inspect", tmp_path / "out", "--json").stdout)["encoders"][0]["fused"] == fused
         assert f"BertModel: fused: {fused} (" in run("inspect", tmp_path / "out").stdout
@@ -127,6 +127,43 @@ def test_quantize_fused_and_calibrated(with_words, tmp_path):
     assert "steps of the fused" not in unfused.stdout
     printed = run("quantize", with_words, "--fuse", "--scheme", "w8a16", "-o", tmp_path / "out").stdout
     assert "BertModel: fused: no (encoder.layer.0.attention.self.query has scheme w8a16" in printed
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "fused", "says"),
+    [
+        (
+            "with_words",
+            [],
+            "static",
+            "calibrated on English prose, because that is faster; --calibrate TEXTS takes yours",
+        ),
+        (
+            "with_words",
+            ["--calibrate", "none"],
+            "dynamic",
+            "fused, because that is faster; --no-fuse leaves the modules",
+        ),
+        ("with_words", ["--no-fuse"], "no", ""),
+        ("with_words", ["--scheme", "gobo4"], "no", "not fused: gobo4 has no int8 activations"),
+        ("with_words", ["--emulate", "weights=mxfp4"], "no", ""),
+        (
+            "tiny",
+            ["--scheme", "w4a8"],
+            "dynamic",
+            "not calibrated, which would be faster: no tokenizer beside the model",
+        ),
+    ],
+)
+def test_quantize_fuses_and_calibrates_where_that_pays(request, tmp_path, model, arguments, fused, says):
+    source, out = request.getfixturevalue(model), tmp_path / "out"
+    printed = run("quantize", source, *arguments, "-o", out).stdout
+    assert says in printed
+    assert ("--calibrate" in printed) == ("calibrated on" in says)
+    assert json.loads(run("inspect", out, "--json").stdout)["encoders"][0]["fused"] == fused
+    report = json.loads(run("quantize", source, *arguments, "-o", out, "--json").stdout)
+    assert report["calibrated_with"] == ("default" if fused == "static" else None)
+    assert any(says in note for note in report["notes"]) or not says
 
 
 def test_compress_writes_a_smaller_model_and_explain_shows_its_shapes(with_words, tmp_path):
@@ -220,6 +257,21 @@ def test_a_search_that_fails_says_the_best_and_writes_nothing(with_words, labell
     assert "x900 of the float model's speed at a loss of at most 90 points cannot be met" in done.stderr
     assert done.stderr.startswith("error: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_advise_measures_every_method_where_a_goal_is_given(with_words, labelled):
+    asked = ["advise", with_words, "--goal", "size", "--data", labelled, "--max-drop", 90, "--batch", 1, "--seq", 16]
+    printed = run(*asked).stdout
+    for said in (
+        "quantize",
+        "vocabulary",
+        "not measured",
+        "take quantize",
+        "to run it: qbert compress",
+        "as a recipe:",
+    ):
+        assert said in printed
+    assert "layers" in printed  # it has one, of which none can go
 
 
 def test_verify_measures_each_weight(quantized, tiny):
@@ -319,7 +371,7 @@ def test_an_emulated_folder_is_a_checkpoint_like_any_other(tiny, tmp_path):
         (["quantize", "{tiny}", "--override", "nothing.here=w8a8", "-o", "{out}"], "nothing.here"),
         (["quantize", "{tiny}", "--override", "half", "-o", "{out}"], "half"),
         (["quantize", "{out}/missing", "-o", "{out}"], "missing"),
-        (["quantize", "{tiny}", "--calibrate", "default", "-o", "{out}"], "--fuse"),
+        (["quantize", "{tiny}", "--no-fuse", "--calibrate", "default", "-o", "{out}"], "--fuse"),
         (["quantize", "{tiny}", "--fuse", "--calibrate", "nonsense", "-o", "{out}"], "nonsense"),
         (["quantize", "{tiny}", "--fuse", "--calibrate", "none.tsv", "-o", "{out}"], "none.tsv"),
         (["quantize", "{tiny}", "--fuse", "--calibrate", "lee", "-o", "{out}"], "lee"),
@@ -362,6 +414,9 @@ def test_an_emulated_folder_is_a_checkpoint_like_any_other(tiny, tmp_path):
         (["compare", "{tiny}", "--scheme", "w8a8:sometimes"], "sometimes"),
         (["advise", "{tiny}", "--target", "abacus"], "abacus"),
         (["advise", "{tiny}", "--batch", "0"], "batch 0"),
+        (["advise", "{tiny}", "--task", "trec"], "allowed with --goal"),
+        (["advise", "{tiny}", "--goal", "speed", "--task", "trec"], "goal 'speed'"),
+        (["advise", "{tiny}", "--goal", "size", "--target", "h100"], "on this machine"),
         (["advise", "{tiny}", "--results", "{out}/none.json"], "none.json"),
         (["quantize", "{tiny}", "--emulate", "weights=mxfp5", "-o", "{out}"], "mxfp5"),
         (["quantize", "{tiny}", "--emulate", "bias=int8", "-o", "{out}"], "bias=int8"),

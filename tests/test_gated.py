@@ -88,8 +88,9 @@ def test_matches_reference(scheme: str, t: int, n: int, k: int) -> None:
 @pytest.mark.parametrize("scheme", INTEGER)
 @ACTIVATIONS
 def test_codes_with_a_static_scale(scheme: str, activation: Activation) -> None:
-    a = problem(scheme, 19, 32, 128, activation=activation, int8_out=True)
-    assert_matches_reference(a, call(a))
+    for zero in (0, -100):
+        a = problem(scheme, 19, 32, 128, activation=activation, int8_out=True, zero=zero)
+        assert_matches_reference(a, call(a))
 
 
 def test_torch_s_kernels_and_the_composition_agree(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -478,6 +478,23 @@ def test_an_int8_result_is_the_float_one_with_a_static_scale(case: Case) -> None
     _assert_same_bits(call(problem), reference.to_out(floats, problem.out))
 
 
+@IMPLEMENTATION
+@of(INT8_LINEARS)
+@pytest.mark.parametrize("zero", [-127, -115, 3, 127])
+def test_an_int8_result_may_have_another_code_of_0(implementation: str, case: Case, zero: int) -> None:
+    problem = case.draw(20, 19, 64, activation="gelu")._replace(zero=zero)
+    problem.s[3] = math.nan
+    codes = call(problem)
+    testing.assert_matches_reference(problem, codes)
+    assert bool((codes[3] == zero).all())
+    floats = call(problem._replace(out=torch.float32, zero=0))
+    values = (codes.float() - zero) * problem.out
+    inside = (floats > (-127.4 - zero) * problem.out) & (floats < (127.4 - zero) * problem.out)
+    assert bool(((values - floats).abs()[inside] <= 0.501 * problem.out).all())
+    assert bool(inside.any())
+    assert bool((codes[~inside & ~floats.isnan()].abs() == 127).all())
+
+
 @DTYPES
 def test_fused_look_up_of_a_float_table(dtype: torch.dtype) -> None:
     """A word table that was not quantized gives the norm of the plain sum."""
@@ -902,6 +919,15 @@ def test_a_static_scale_that_is_none_is_an_error(case: Case, scale: float) -> No
     for each in (problem, testing.to_device(problem, "meta")):
         with pytest.raises(QBertError, match=f"out_scale is {scale}; allowed: finite and above 0"):
             call(each)
+
+
+@of(INT8_LINEARS)
+@pytest.mark.parametrize("zero", [-128, 128])
+def test_a_code_of_0_that_is_none_is_an_error(case: Case, zero: int) -> None:
+    with pytest.raises(QBertError, match=rf"zero is {zero}; allowed: -127 \.\.\. 127"):
+        call(case.draw(3, 5, 64)._replace(zero=zero))
+    with pytest.raises(QBertError, match="zero is 5; allowed: 0 of a float result"):
+        call(case.draw(3, 5, 64)._replace(zero=5, out=torch.float32))
 
 
 @of(FLOAT_LINEARS)

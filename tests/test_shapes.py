@@ -24,6 +24,7 @@ from qbert.shapes import (
     LayerShape,
     Original,
     ShapePlan,
+    factorize_linear_,
     keep_heads_,
     keep_layers_,
     keep_neurons_,
@@ -110,6 +111,10 @@ def layer(source: int = 0, heads: list[int] | None = None, ffn: int = 8) -> dict
         ({"layers": [layer(ffn=129)]}, "there were 128"),
         ({"layers": [layer(ffn=2**31)]}, "ffn"),
         ({"layers": [{**layer(), "more": 1}]}, "more"),
+        ({"layers": [{**layer(), "ranks": {"query": 1}}]}, "ranks"),
+        ({"layers": [{**layer(), "ranks": {"ffn_in": 0}}]}, "ranks"),
+        ({"layers": [{**layer(), "ranks": {"ffn_in": True}}]}, "ranks"),
+        ({"layers": [{**layer(), "ranks": [4]}]}, "ranks"),
         ({"vocabulary": 98}, "there were 97 words"),
         ({"vocabulary": 0}, "vocabulary"),
         ({"vocabulary": 90.5}, "vocabulary"),
@@ -313,6 +318,41 @@ def test_a_plan_that_is_not_the_files_is_refused_by_name(edit: Any, tensor: str,
 def _load_forged(folder: Path, edit: Any) -> None:
     forged(folder, edit)
     qbert.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "tensor"),
+    [
+        (lambda record: record["shapes"]["layers"][0]["ranks"].update(ffn_in=9), "intermediate.dense.first"),
+        (
+            lambda record: record["shapes"]["layers"][0]["ranks"].update(ffn_in=2**31 - 1),
+            r"ranks\.ffn_in: must be at most 64",
+        ),
+        (lambda record: record["shapes"]["layers"][0]["ranks"].update(attention_output=8), "attention.output.dense"),
+        (lambda record: record["shapes"]["layers"][0].pop("ranks"), "format_version 5 is of linears of low rank"),
+        (lambda record: record.update(format_version=3), "format_version 5 is of linears of low rank"),
+        (lambda record: record.update(format_version=4), "format_version 4 is of emulated models"),
+    ],
+)
+def test_ranks_that_are_not_the_files_are_refused_by_name(edit: Any, tensor: str, tmp_path: Path) -> None:
+    model = float_model()
+    factorize_linear_(model, 0, "ffn_in", torch.ones(8, 64), torch.ones(128, 8))
+    note_reshaped(model)
+    model.save_pretrained(tmp_path)
+    assert plan_of(qbert.load(tmp_path)).layers[0].ranks == {"ffn_in": 8}
+    with pytest.raises(CheckpointError, match=tensor):
+        _load_forged(tmp_path, edit)
+
+
+def test_linears_of_low_rank_are_emulated_too(tmp_path: Path) -> None:
+    model = float_model()
+    factorize_linear_(model, 1, "ffn_out", torch.ones(8, 128), torch.ones(64, 8))
+    note_reshaped(model)
+    qbert.quantize_(model, qbert.emulate("mxfp4"))
+    model.save_pretrained(tmp_path)
+    again = qbert.load(tmp_path)
+    assert again.config.quantization_config.record.format_version == 5
+    assert torch.equal(hidden_of(again, **padded_batch()), hidden_of(model, **padded_batch()))
 
 
 def test_shapes_are_not_given_by_hand() -> None:

@@ -217,3 +217,10 @@ def test_a_missing_cpu_extension_is_said_once_in_the_log_and_in_explain(
         assert caplog.text.count("torch's kernels run, several times slower: qbert was installed without") == 1
     finally:
         cpu_target.cache_clear()
+
+
+def test_integer_products_are_asked_about_wherever_tensors_are_made_by_default():
+    """Loading builds a model on the meta device, and may be the first to ask."""
+    with torch.device("meta"):
+        elsewhere = target._int_mm_is_exact()
+    assert elsewhere == target._int_mm_is_exact()

@@ -10,7 +10,7 @@ namespace {
 
 // out_type is a FloatType, or -1 for int8 with one static scale.
 void call_linear(const Weight& weight, uintptr_t q, uintptr_t s, int64_t t, uintptr_t bias, int activation, bool gated, uintptr_t out,
-                 int out_type, float inverse_out_scale, int threads) {
+                 int out_type, float inverse_out_scale, int zero, int threads) {
     LinearArgs args{};
     args.weight = weight;
     args.t = t;
@@ -23,6 +23,7 @@ void call_linear(const Weight& weight, uintptr_t q, uintptr_t s, int64_t t, uint
     args.requantize = out_type < 0;
     args.float_type = args.requantize ? FloatType::f32 : static_cast<FloatType>(out_type);
     args.inverse_out_scale = inverse_out_scale;
+    args.zero = zero;
     linear(args, threads);
 }
 

@@ -80,7 +80,7 @@ struct FinishPair {
             const f32x16 s = broadcast(args.s[first + token]);
             const f32x16 y = activated_as<kActivation>(args.activation, half_of(0, token, sums, s)) * half_of(1, token, sums, s);
             if (kRequantize) {
-                store_static_codes(static_cast<int8_t*>(args.out) + index, kLanes, y * args.inverse_out_scale);
+                store_static_codes(static_cast<int8_t*>(args.out) + index, kLanes, y * args.inverse_out_scale, args.zero);
             } else {
                 store_floats(args.out, args.float_type, index, kLanes, y);
             }

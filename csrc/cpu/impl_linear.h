@@ -120,7 +120,7 @@ struct FinishRows {
 
     QBERT_MEMBER void put(int64_t index, int64_t count, f32x16 y) const {
         if (kRequantize) {
-            store_static_codes(static_cast<int8_t*>(args.out) + index, count, y * args.inverse_out_scale);
+            store_static_codes(static_cast<int8_t*>(args.out) + index, count, y * args.inverse_out_scale, args.zero);
         } else {
             store_floats(args.out, args.float_type, index, count, y);
         }

@@ -62,9 +62,10 @@ struct LinearArgs {
     bool gated;             // y = activation(first half of the channels) * second half; n is a multiple of 2 kPanelLanes
     void* out;              // (t, n), or (t, n / 2) of a gated product
     int64_t blocks_ahead;   // the block so many further is read into the cache meanwhile
-    bool requantize;        // to int8 with inverse_out_scale; else to float_type
+    bool requantize;        // to int8 with inverse_out_scale and zero; else to float_type
     FloatType float_type;
     float inverse_out_scale;
+    int zero;               // code of 0
 };
 
 // Weight-only product of few tokens: y = activation(x . dequantized(w) + bias).

@@ -381,10 +381,11 @@ QBERT_INLINE i32x16 round_to_int(f32x16 v) {
     return (i32x16)((u32x16)(v + kRounder) - 0x4b400000);  // the bits of kRounder
 }
 
-// The first `count` lanes rounded to int8 codes -127 ... 127; NaN becomes 0: the residual stream, not this, carries it.
-QBERT_INLINE void store_static_codes(int8_t* to, int64_t count, f32x16 v) {
-    const f32x16 inside = max(min(select(v == v, v, f32x16{}), broadcast(127.0f)), broadcast(-127.0f));
-    const i32x16 code = (i32x16)(inside + kRounder);  // as round_to_int, whose last step changes other bytes only
+// The first `count` lanes rounded, plus `zero`, as int8 codes -127 ... 127; NaN is as 0: the residual stream, not this, carries it.
+QBERT_INLINE void store_static_codes(int8_t* to, int64_t count, f32x16 v, int zero = 0) {
+    const float shift = static_cast<float>(zero);
+    const f32x16 inside = max(min(select(v == v, v, f32x16{}), broadcast(127.0f - shift)), broadcast(-127.0f - shift));
+    const i32x16 code = (i32x16)(inside + kRounder) + zero;  // as round_to_int, whose last step changes other bytes only
     if (count >= kLanes) return store_codes(to, code);
     int8_t lane[kLanes];
     store_codes(lane, code);

@@ -113,6 +113,10 @@ _OF_STEPS: dict[str, Component] = {
     "attention codes": Component.ATTENTION_OUTPUT,
     "attention output": Component.ATTENTION_OUTPUT,
     "feed-forward in codes": Component.FFN,
+    "attention output, thin": Component.ATTENTION_OUTPUT,
+    "attention output, thin codes": Component.ATTENTION_OUTPUT,
+    "feed-forward in, thin codes": Component.FFN,
+    "feed-forward out, thin codes": Component.FFN,
 }
 
 

@@ -22,6 +22,7 @@ app = typer.Typer(
 _COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": models.quantize,
     "compress": models.compress,
+    "export": models.export,
     "inspect": models.inspect,
     "explain": models.explain,
     "verify": models.verify,

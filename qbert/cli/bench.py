@@ -14,6 +14,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "bert": ("bench_bert", "whole encoders beside their peers, each in a process of its own"),
     "overhead": ("bench_overhead", "what Python, launches and norms take of a fused forward of few tokens"),
     "readers": ("bench_readers", "what a classifier saves by computing only the token that is read"),
+    "embed": ("bench_embed", "files of sentences to files of vectors, beside sentence-transformers in float32"),
     "quantize": ("bench_quantize", "seconds and peak memory of quantizing, scheme by scheme"),
     "accuracy": (
         "bench_accuracy",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,8 @@ import typer
 from rich.table import Table
 
 from qbert.cli import terminal
-from qbert.cli.terminal import Json, PlotFile
+from qbert.cli.terminal import Data, Json, PlotFile, Tasks
+from qbert.errors import QBertError
 from qbert.formats import FORMATS, NAMED, SCHEMES, BlockFormat, Kind, describe, load_format
 
 
@@ -60,12 +62,37 @@ def advise(
     seq: Annotated[int, typer.Option("--seq", help="tokens of each sequence")] = 128,
     target: Annotated[str, typer.Option("--target", help="here, h100, a100 ...")] = "here",
     max_drop: Annotated[float, typer.Option("--max-drop", help="points of accuracy that it may cost")] = 1.0,
+    goal: Annotated[
+        str | None,
+        typer.Option("--goal", help="MEASURE here what every method of compression brings: for latency, or for size"),
+    ] = None,
+    task: Tasks = None,
+    data: Data = None,
+    texts: Annotated[
+        str | None, typer.Option("--texts", help="with --goal: for the methods, in place of the tasks' training texts")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="with --goal: which texts are for what")] = 0,
     results: Annotated[
         list[Path] | None, typer.Option("--results", help="results file; may be repeated; by default the stored ones")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Does quantizing MODEL pay, with which scheme, and how sure that is: from stored results and the roofline."""
+    """Does quantizing MODEL pay, with which scheme, and how sure that is: from stored results and the roofline.
+
+    With --goal every method of compression is measured on MODEL here instead, in minutes: which pay and by how much, in
+    milliseconds, megabytes and points on labelled texts, which do not and why, and the recipe to run.
+    """
+    if goal is not None:
+        if target != "here" or results is not None:
+            raise QBertError("--goal measures on this machine; leave --target and --results out")
+        _guide(
+            model, as_json, goal=goal, max_drop=max_drop, tasks=task or [], data=data, texts=texts, batch=batch, seq=seq,
+            seed=seed,
+        )  # fmt: skip
+        return
+    for name, value in (("--task", task), ("--data", data), ("--texts", texts)):
+        if value:
+            raise QBertError(f"{name} is for what is measured; allowed with --goal latency or --goal size")
     from qbert.benchmarks import advise as advising
     from qbert.benchmarks.results_schema import load_results
 
@@ -80,6 +107,30 @@ def advise(
         terminal.out.print(f"smallest that keeps its accuracy: {advice.smallest}", highlight=False)
     for line in advice.faster_elsewhere:
         terminal.out.print(line, soft_wrap=True, highlight=False)
+
+
+def _guide(model: str, as_json: bool, **wanted: Any) -> None:
+    from qbert.workflow import guide_model
+
+    with terminal.progress("measuring", as_json) as progress:
+        found = guide_model(model, progress=lambda done, total, what: progress(done, None, what), **wanted)
+    terminal.emit(found, as_json)
+    if as_json:
+        return
+    terminal.out.print(found.table())
+    terminal.out.print(found.verdict(), soft_wrap=True, highlight=False, markup=False)
+    if found.recipe is not None:
+        terminal.out.print(f"as a recipe:\n{found.recipe.toml()}", highlight=False, markup=False)
+        by = wanted["texts"] or ",".join([*wanted["tasks"], *([str(wanted["data"])] if wanted["data"] else [])])
+        run = shlex.join(["qbert", "compress", model, "--recipe", "small.toml", "--texts", by, "-o", "OUT"])
+        terminal.out.print(f"to run it: {run}", soft_wrap=True, highlight=False, markup=False)
+        labelled = [f"--task={name}" for name in wanted["tasks"]] + (
+            [f"--data={wanted['data']}"] if wanted["data"] else []
+        )
+        given = [f"--texts={wanted['texts']}"] if wanted["texts"] else []
+        asked = ["--goal", found.goal, "--max-drop", f"{found.max_drop:g}", *labelled, *given]
+        search = shlex.join(["qbert", "compress", model, *asked, "-o", "OUT"])
+        terminal.out.print(f"to look further: {search}", soft_wrap=True, highlight=False, markup=False)
 
 
 def formats(

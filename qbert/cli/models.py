@@ -30,12 +30,17 @@ def quantize(
         typer.Option("--emulate", help="block formats in place of a scheme: 'weights=mxfp4 activations=mxfp8'"),
     ] = None,
     fuse: Annotated[
-        bool, typer.Option("--fuse", help="run BERT-type encoders fused: few operators, no padding")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--fuse/--no-fuse", help="run encoders fused: few operators, no padding; by default where that pays"
+        ),
+    ] = None,
     calibrate: Annotated[
         str | None,
         typer.Option(
-            "--calibrate", metavar="TEXTS", help="static scales from: default, a task, a .txt, .tsv or .jsonl"
+            "--calibrate",
+            metavar="TEXTS",
+            help="static scales from: default (English prose), a task, a .txt, .tsv or .jsonl; none; by default where it pays",
         ),
     ] = None,
     as_json: Json = False,
@@ -50,7 +55,9 @@ def quantize(
         report = quantize_checkpoint(model, output, recipe, fuse=fuse, calibrate_with=calibrate, progress=progress)
     terminal.emit(report, as_json)
     if not as_json:
-        terminal.print_encoders(report.encoders if fuse else [])
+        terminal.print_encoders(report.encoders if fuse is not False else [])
+        for note in report.notes:
+            terminal.out.print(note, soft_wrap=True, highlight=False, markup=False)
         terminal.out.print(
             f"{report.modules} modules at {report.bits_per_weight:.3f} bits per weight in {report.seconds:.1f} s; "
             f"{report.file_bytes / 1e6:.1f} MB, {report.percent_of_float32:.1f}% of float32: {report.folder}",
@@ -108,6 +115,10 @@ def compress(
     uniform: Annotated[
         bool, typer.Option("--uniform", help="a plain model: all heads, the same width in every layer")
     ] = False,
+    rank: Annotated[
+        str | None,
+        typer.Option("--rank", help="of linears that become two thin ones: a number, or auto, where that pays here"),
+    ] = None,
     scheme: Annotated[
         str | None,
         typer.Option(
@@ -123,14 +134,14 @@ def compress(
     data: Data = None,
     as_json: Json = False,
 ) -> None:
-    """Make MODEL smaller without training: fewer words, layers, heads and neurons, then quantized, into the folder OUT.
+    """Make MODEL smaller without training: fewer words, layers, heads, neurons, ranks, then quantized, into the folder OUT.
 
     With --max-drop the recipe is searched for: every step is kept only if it pays, in time or bytes measured here, on texts
     that no method has seen. OUT then holds the report too: compression.json, compression.toml (the recipe), compression.png.
     """
     fixed = {
         "--recipe": recipe, "--vocabulary": vocabulary, "--layers": layers, "--macs": macs, "--uniform": uniform or None,
-        "--embedding": embedding,
+        "--embedding": embedding, "--rank": rank,
     }  # fmt: skip
     if max_drop is not None or goal is not None or smallest:
         _refuse([name for name, value in fixed.items() if value is not None], "a search finds these itself")
@@ -152,7 +163,7 @@ def compress(
     prune = {"speedup": speedup, "macs": macs, "uniform": uniform} if speedup or macs else None
     fields = {
         "vocabulary": vocabulary, "layers": layers, "prune": prune, "quantize": None if scheme == NONE else scheme,
-        "embedding": embedding,
+        "embedding": embedding, "rank": _number_or_word(rank),
     }  # fmt: skip
     _compress_by_recipe(model, output, recipe, fields, texts, task or [], batch, seq, as_json)
 
@@ -221,6 +232,10 @@ def _compress_by_recipe(
     )
 
 
+def _number_or_word(value: str | None) -> int | str | None:
+    return int(value) if value is not None and value.isdecimal() else value
+
+
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="checkpoint folder")], as_json: Json = False
 ) -> None:
@@ -263,6 +278,34 @@ def explain(model: Model) -> None:
     from qbert.workflow import load_any
 
     terminal.out.print(str(explained(load_any(model))), soft_wrap=True, highlight=False, markup=False)
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a quantized checkpoint")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="folder to write, new or empty")],
+    to: Annotated[str, typer.Option("--to", help="onnx-qdq: int8 weights, QuantizeLinear and DequantizeLinear")],
+    as_json: Json = False,
+) -> None:
+    """Write a quantized MODEL as a graph for other runtimes, and say how near ONNX Runtime's vectors are to qbert's."""
+    from qbert.export import FORMATS, export_onnx
+
+    if to not in FORMATS:
+        raise QBertError(f"--to {to!r}; allowed: {', '.join(FORMATS)}")
+    with terminal.err.status("exporting"):
+        report = export_onnx(model, output)
+    terminal.emit(report, as_json)
+    if as_json:
+        return
+    lines = [
+        f"{', '.join(report.inputs)} -> {report.output}, {report.variant}; {report.file_bytes / 1e6:.1f} MB: {report.folder}"
+    ]
+    if report.cosine_mean is None or report.cosine_min is None:
+        lines.append("not compared: onnxruntime is not installed")
+    else:
+        near = f"{report.cosine_mean:.4f} (least {report.cosine_min:.4f})"
+        lines.append(f"cosine of ONNX Runtime's vectors and qbert's: {near}, {report.texts} texts")
+    for line in lines:
+        terminal.out.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def info(as_json: Json = False) -> None:

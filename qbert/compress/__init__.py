@@ -1,8 +1,10 @@
 """Encoders made smaller without training: layers, heads, neurons and words taken out of a float model, in place.
 
-Order: words, layers, heads and neurons, then quantize and calibrate. Every function returns a report of what it cost.
+Order: words, layers, heads and neurons, low rank, then quantize and calibrate. Every function returns a report of what it cost.
 """
 
+from qbert.compress.factorize import FactorizeReport, LinearRank, factorize_
+from qbert.compress.guide import Guide, guide
 from qbert.compress.layers import drop_layers_
 from qbert.compress.prune import PruneReport, prune_
 from qbert.compress.recipe import Compressed, Compression, CompressionReport, compress
@@ -12,6 +14,7 @@ from qbert.compress.search_report import SearchReport
 from qbert.compress.vocabulary import VocabularyReport, trim_vocabulary_
 
 __all__ = [
-    "Agreement", "BudgetNotMet", "Compressed", "Compression", "CompressionReport", "PruneReport", "Report", "SearchReport",
-    "Searched", "Size", "VocabularyReport", "compress", "drop_layers_", "prune_", "search", "trim_vocabulary_",
+    "Agreement", "BudgetNotMet", "Compressed", "Compression", "CompressionReport", "FactorizeReport", "Guide", "LinearRank",
+    "PruneReport", "Report", "SearchReport", "Searched", "Size", "VocabularyReport", "compress", "drop_layers_", "factorize_",
+    "guide", "prune_", "search", "trim_vocabulary_",
 ]  # fmt: skip

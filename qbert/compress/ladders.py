@@ -6,7 +6,7 @@ A new method is a row of `LADDERS`, beside its row of `steps.STEPS`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -129,3 +129,8 @@ USUAL: dict[Goal, tuple[str, ...]] = {
     "latency": ("quantize", "layers", "prune"),
     "size": ("quantize", "vocabulary", "layers", "prune"),
 }
+
+
+def in_words(fields: Mapping[str, Any]) -> str:
+    """A recipe's fields in a line."""
+    return ", ".join(f"{name} {LADDERS[name].short(value)}" for name, value in fields.items())

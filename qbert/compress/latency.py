@@ -30,7 +30,7 @@ BLOCK = 64  # channels of the kernels' panels: what is between two multiples tak
 _LAYERS = 2  # of a small model: one would leave a quarter of its time to embeddings
 _FFN_POINTS, _HEAD_POINTS = 6, 5
 _ROUNDS, _TABLE_ROUNDS = 7, 15  # a table's entries are differences, which want more of them
-_CALIBRATED_BY = (4, 32)  # (rows, width) of random ids: any scales do, no value matters for the time
+_CALIBRATED_BY = (64, 16)  # (rows, width) of random ids: any scales do, no value matters for the time
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Load:
     def recipe(self) -> Recipe | None:
         """What the model is quantized to."""
         return fused_recipe(self.scheme)
+
+    @property
+    def linear(self) -> str | None:
+        """The scheme of linears; None where they stay float."""
+        return None if self.recipe is None else self.recipe.linear
 
     def __str__(self) -> str:
         return f"{self.batch} x {self.seq}, {self.scheme or 'float'}"

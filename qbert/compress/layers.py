@@ -72,7 +72,7 @@ def drop_layers_(
     start = time.perf_counter()
     require_pooling(pooling)
     keep = plain(keep)
-    encoder = float_encoder(model, "dropping layers")
+    encoder = float_encoder(model, "dropping layers", factored=True)
     kept = _checked(keep, len(encoder.layers))
     if texts is None and (kept is None or compensate):
         raise QBertError(

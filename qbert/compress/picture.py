@@ -23,13 +23,14 @@ def plot(report: SearchReport, path: str | Path, title: str = "") -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import ScalarFormatter
     except ImportError:
         raise MissingDependency("pictures need matplotlib; install it with: pip install 'qbert[plot]'") from None
     figure = Figure(figsize=(8.4, 5.4), layout="constrained")
     axis = figure.subplots()
-    for row in report.rows:
-        if row.speedup is not None:
-            _disc(axis, report, row)
+    timed = [row for row in report.rows if row.speedup is not None]
+    for place, row in enumerate(sorted(timed, key=lambda row: -row.drop)):
+        _disc(axis, report, row, above=place % 2 == 0)
     kept = [row for row in report.rows if row.kept]
     axis.plot([report.ms(row) for row in kept], [-row.drop for row in kept], color=_KEPT, linewidth=1, zorder=1)
     if report.test:
@@ -40,6 +41,8 @@ def plot(report: SearchReport, path: str | Path, title: str = "") -> None:
         asked = report.original_ms / report.given.speedup
         axis.axvline(asked, color="0.35", linestyle=":", linewidth=1, label="speed asked for")
     axis.set_xscale("log")
+    for each in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        each(ScalarFormatter())
     axis.set_xlabel(f"milliseconds of {report.given.batch} x {report.given.seq} tokens here")
     axis.set_ylabel("change in points, worst task (bars: 95%, paired)")
     axis.set_title(title or report.title)
@@ -49,7 +52,7 @@ def plot(report: SearchReport, path: str | Path, title: str = "") -> None:
     figure.savefig(path, dpi=150)
 
 
-def _disc(axis: Any, report: SearchReport, row: Tried) -> None:
+def _disc(axis: Any, report: SearchReport, row: Tried, above: bool) -> None:
     colour = _KEPT if row.kept else _DROPPED
     largest = max(each.megabytes or 0.0 for each in report.rows)
     ms, y = report.ms(row), -row.drop
@@ -58,5 +61,5 @@ def _disc(axis: Any, report: SearchReport, row: Tried) -> None:
         axis.errorbar(ms, y, [[max(0.0, y - low)], [max(0.0, high - y)]], color=colour, elinewidth=0.8, zorder=1)
     area = _LARGEST * (row.megabytes or 0.0) / largest
     axis.scatter(ms, y, area, facecolor=colour if row.kept else "none", edgecolor=colour, alpha=0.6, zorder=2)
-    label = f"{row.step}\n{row.megabytes:.0f} MB"
-    axis.annotate(label, (ms, y), xytext=(6, 5), textcoords="offset points", fontsize=7, color="0.2")
+    label, where = f"{row.step}\n{row.megabytes:.0f} MB", (8, 6 if above else -16)
+    axis.annotate(label, (ms, y), xytext=where, textcoords="offset points", fontsize=7, color="0.2")

@@ -4,8 +4,9 @@
 2. Within each sublayer second-order scores say in which order units go, and what the others must be then (`removal`).
 3. Gradients of random projections of the output say what that does to the embedding (`sensitivity`), at several widths.
 4. Dynamic programming shares the budget among all sublayers (`budget`).
-5. From the first layer to the last: units go, and the linear after them is refitted to the inputs that it gets now. Held-out
-   tokens choose how strongly, or that only means are folded into the bias (`removal.refit`).
+5. From the first layer to the last: units go, and the linear after them is refitted to the inputs that it gets now, also so
+   that it makes up for what earlier layers have lost (`drift`). Held-out tokens choose whether and how strongly, or that only
+   means are folded into the bias (`removal.refit`).
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qbert.compress.baselines import Method, Ranking, ranking, require_method
 from qbert.compress.budget import Option, share
+from qbert.compress.drift import Followed
 from qbert.compress.latency import Load, Table, ffn_levels, head_levels, measure_table, measured_ms
 from qbert.compress.removal import Moments, Removal, Sums, refit, remove_heads, remove_neurons
 from qbert.compress.report import SEQUENCE, Report, Size, report_of
-from qbert.compress.sensitivity import ATTENTION, FFN, Seen, Site, look, rank_agreement
+from qbert.compress.sensitivity import ATTENTION, FFN, Seen, Site, look, output_root, rank_agreement
 from qbert.compress.stream import Stream
 from qbert.compress.texts import (
     Texts,
@@ -39,7 +42,7 @@ from qbert.compress.texts import (
 from qbert.convert import note_reshaped
 from qbert.errors import QBertError
 from qbert.modes import evaluation_mode
-from qbert.shapes import LayerShape, Shaped, keep_heads_, keep_neurons_, plan_of
+from qbert.shapes import LayerShape, Shaped, keep_heads_, keep_neurons_, plan_of, shaped
 
 Progress = Callable[[int, int, str], None]
 Counts = int | Sequence[int]
@@ -91,7 +94,8 @@ def prune_(
     batch: int = 8,
     seq: int = 128,
     uniform: bool = False,
-    refit: bool = True,
+    refit: bool | Literal["scales"] = True,
+    method: Method = "second-order",
     pooling: str = "mean",
     seed: int = 0,
     table: Table | None = None,
@@ -110,7 +114,9 @@ def prune_(
         scheme: what the model will be quantized to, as `quantize_` takes it, fused and calibrated; None if it stays float.
         batch, seq: of the forward that is to be faster.
         uniform: all heads stay and every layer keeps as many neurons: a plain model of transformers, which needs no qbert.
-        refit: whether what is left is refitted; otherwise means alone are folded into biases.
+        refit: whether what is left is refitted; otherwise means alone are folded into biases. ``"scales"``: one factor a unit.
+        method: how units are chosen. The others are there to compare with (`baselines`): ``"fisher"`` with ``"scales"`` is
+            Kwon et al. (2022), but that means are folded; ``"magnitude"``; ``"random"``.
         pooling: of embeddings, ``"mean"`` or ``"cls"``.
         table: milliseconds of this model's layers, by `latency.measure_table`; by default they are measured now.
         progress: called with (steps done, in all, what is done).
@@ -121,12 +127,15 @@ def prune_(
     """
     start = time.perf_counter()
     require_pooling(pooling)
+    require_method(method)
+    if refit not in (True, False, "scales"):
+        raise QBertError(f"refit is {refit!r}; allowed: True, False, 'scales'")
     encoder = float_encoder(model, "pruning")
     labels = None if labels is None else [plain(each) for each in plain(labels)]
     load = Load(batch, seq, scheme)
-    wanted = _wanted(encoder, speedup, macs, heads, ffn, uniform)
+    wanted = _wanted(encoder, speedup, macs, heads, ffn, uniform, method, seed)
     parts = _Parts.of(model, texts, labels, tokenizer)
-    if refit:
+    if refit is True:
         _require_tokens(encoder, parts.fit)
     before = Size.of(model)
     original = outputs_of(model, parts.held_out, pooling)
@@ -158,12 +167,15 @@ class _Wanted:
 
     Attributes:
         counts: site -> units that stay; empty where there is a budget.
+        method, seed: how units are chosen.
     """
 
     speedup: float | None
     macs: float | None
     counts: dict[Site, int]
     uniform: bool
+    method: Method
+    seed: int
 
     def levels(self, encoder: Shaped, site: Site, units: int) -> list[int]:
         """How many units the sublayer may keep, descending."""
@@ -200,8 +212,9 @@ class _Wanted:
 
 
 def _wanted(
-    encoder: Shaped, speedup: float | None, macs: float | None, heads: Counts | None, ffn: Counts | None, uniform: bool
-) -> _Wanted:
+    encoder: Shaped, speedup: float | None, macs: float | None, heads: Counts | None, ffn: Counts | None, uniform: bool,
+    method: Method, seed: int,
+) -> _Wanted:  # fmt: skip
     given = [name for name, each in (("speedup", speedup), ("macs", macs)) if each is not None]
     given += ["heads and ffn"] if heads is not None or ffn is not None else []
     if len(given) != 1:
@@ -218,7 +231,7 @@ def _wanted(
             counts |= _counts(encoder, kind, wanted)
     if counts and uniform and len(set(counts.values())) > 1:
         raise QBertError(f"uniform, and ffn is {list(counts.values())}; allowed: one number")
-    return _Wanted(speedup, macs, counts, uniform)
+    return _Wanted(speedup, macs, counts, uniform, method, seed)
 
 
 def _counts(encoder: Shaped, kind: str, wanted: Counts) -> dict[Site, int]:
@@ -316,7 +329,7 @@ class _Sublayer:
     group: int
     units: int
     levels: list[int]
-    removal: Removal
+    removal: Removal | Ranking
     losses: dict[int, float] = field(default_factory=dict)
     ranks: float = 1.0
 
@@ -366,12 +379,23 @@ def _sublayer(encoder: Shaped, site: Site, moments: Moments, seen: Seen, wanted:
     group = encoder.head_dim(layer) if kind == ATTENTION else 1
     units = linear.in_features // group
     levels, weight = wanted.levels(encoder, site, units), linear.weight.detach().double().cpu()
+    if wanted.method != "second-order":
+        ranked = ranking(wanted.method, seen, weight, group, wanted.seed)
+        return _Sublayer(
+            weight,
+            group,
+            units,
+            levels,
+            ranked,
+            ranked.losses(levels),
+            rank_agreement(seen, linear.weight.detach(), group),
+        )
     points = (
         levels
         if len(levels) <= _POINTS
         else [levels[round(i * (len(levels) - 1) / (_POINTS - 1))] for i in range(_POINTS)]
     )
-    root = _output_root(seen.gradients)
+    root = output_root(seen.gradients)
     scored = root @ weight  # so that errors count by what they do to the output
     removal = (
         remove_heads(scored, moments, group, points) if kind == ATTENTION else remove_neurons(scored, moments, points)
@@ -385,15 +409,6 @@ def _sublayer(encoder: Shaped, site: Site, moments: Moments, seen: Seen, wanted:
     return made
 
 
-def _output_root(gradients: Tensor) -> Tensor:
-    """(n, n) upper triangular R with R' R the mean product of gradients, a little damped."""
-    flat = gradients.flatten(0, 1).double().cpu()
-    gram = flat.T @ flat / max(1, len(flat))
-    level = float(gram.diagonal().mean())
-    eye = torch.eye(len(gram), dtype=torch.float64)
-    return torch.linalg.cholesky((gram + 0.1 * level * eye) / max(level, 1e-300), upper=True) if level > 0 else eye
-
-
 # ---- bottom up ------------------------------------------------------------------------------------------------------
 
 
@@ -403,32 +418,48 @@ def _apply(
     parts: _Parts,
     sublayers: dict[Site, _Sublayer],
     chosen: dict[Site, int],
-    refitting: bool,
+    refitting: bool | Literal["scales"],
     tell: Progress,
 ) -> list[float]:
     """Takes the units out, from the first layer on. Relative errors that are left, sublayer by sublayer."""
-    fit, check = Stream(encoder, parts.fit), Stream(encoder, parts.check.within(_CHECK_TOKENS))
-    layers, errors = len(encoder.layers), []
+    original = shaped(copy.deepcopy(model))
+    fit, check = (
+        Followed(Stream(encoder, texts), Stream(original, texts))
+        for texts in (parts.fit, parts.check.within(_CHECK_TOKENS))
+    )
+    layers, errors, drifted = len(encoder.layers), list[float](), False
+    paths, norms = _paths(encoder), _norms(encoder)
     for place in range(layers):
         tell(layers + place, 2 * layers, f"layer {place}: what is left is refitted")
-        for kind, path in _paths(encoder).items():
+        for stream in (fit, check):
+            stream.look_at(place, list(norms.values()))
+        for kind, path in paths.items():
             sublayer = sublayers[place, kind]
             count = chosen.get((place, kind), sublayer.units)
-            if count == sublayer.units:
+            if count == sublayer.units and not (drifted and refitting is True):
                 errors.append(0.0)
                 continue
-            sums, held_out = Sums.empty(sublayer.weight.shape[1]), list[Tensor]()
-            fit.watch(place, {path: sums.add})
-            check.watch(place, {path: held_out.append})
+            sums, drift = fit.moments(place, path, norms[kind])
             kept = sublayer.removal.kept(sublayer.units, count)
             columns = (torch.tensor(kept)[:, None] * sublayer.group + torch.arange(sublayer.group)).flatten()
-            done = refit(sublayer.weight, sums.moments(), columns, torch.cat(held_out).cpu(), means_only=not refitting)
-            _take_out(model, place, kind, kept)
+            done = refit(
+                sublayer.weight, sums.moments(), columns, check.held_out(place, path, norms[kind]),
+                means_only=refitting is False, scales=sublayer.group if refitting == "scales" else None,
+                drift=drift if drifted else None,
+            )  # fmt: skip
+            if count < sublayer.units:
+                _take_out(model, place, kind, kept)
             _set(encoder.layers[place].get_submodule(path), done.weight, done.bias)
             errors.append(done.error)
+            drifted = True
         fit.advance(place)
         check.advance(place)
     return errors
+
+
+def _norms(encoder: Shaped) -> dict[str, str]:
+    """What is added up is what these norms take."""
+    return {ATTENTION: encoder.family.layer.attention_norm, FFN: encoder.family.layer.output_norm}
 
 
 def _take_out(model: nn.Module, place: int, kind: str, kept: list[int]) -> None:

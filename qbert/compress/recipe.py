@@ -8,13 +8,14 @@ import time
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from qbert.calibrate import tokenizer_beside
+from qbert.compress.baselines import Method
 from qbert.compress.latency import Load, fused_recipe, measured_ms
 from qbert.compress.report import Agreement, Size
 from qbert.compress.steps import CALIBRATED_BY, STEPS, Given, Progress, quantize_last
@@ -30,7 +31,7 @@ from qbert.compress.texts import (
 )
 from qbert.errors import QBertError
 from qbert.recipe import NONE, Recipe
-from qbert.shapes import ShapePlan, plan_of
+from qbert.shapes import FACTORABLE, Factorable, ShapePlan, plan_of
 
 AfterStep = Callable[[nn.Module, Any], Any]  # (model, its tokenizer) -> what goes into the step's `scores`
 
@@ -48,7 +49,19 @@ class Pruning(BaseModel):
     heads: int | list[int] | None = None
     ffn: int | list[int] | None = None
     uniform: bool = False
-    refit: bool = True
+    refit: bool | Literal["scales"] = True
+    method: Method = "second-order"
+
+
+class LowRank(BaseModel):
+    """Arguments of `factorize_`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] = "auto"
+    energy: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.998
+    linears: tuple[Factorable, ...] = FACTORABLE
+    fisher: bool = True
 
 
 class Compression(BaseModel):
@@ -58,6 +71,7 @@ class Compression(BaseModel):
         vocabulary: pieces that stay, see `trim_vocabulary_`.
         layers: how many stay, or which, see `drop_layers_`.
         prune: how many times faster a forward is to be by fewer heads and neurons, or other arguments of `prune_`.
+        rank: of linears that become two thin ones each, ``"auto"`` where it pays, or other arguments of `factorize_`.
         quantize: what `quantize_` takes, ``"w8a8"`` for 8-bit embeddings too; the encoder is calibrated on the texts and fused.
         embedding: scheme of the embeddings, or ``"none"``, where `quantize` names that of the linears alone.
         batch, seq: of the forward that is measured, and that is to be faster.
@@ -83,6 +97,7 @@ class Compression(BaseModel):
     vocabulary: Annotated[int, Field(strict=True, ge=1)] | None = None
     layers: Annotated[int, Field(strict=True, ge=1)] | list[int] | None = None
     prune: float | Pruning | None = None
+    rank: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] | LowRank | None = None
     quantize: str | None = None
     embedding: str | None = None
     batch: Annotated[int, Field(strict=True, ge=1)] = 8
@@ -95,8 +110,8 @@ class Compression(BaseModel):
                 f"embedding, and quantize is {self.quantize!r}; allowed: one that says what embeddings get"
             )
         scheme = self.scheme  # a QBertError is a ValueError, which pydantic reports as its own
-        if not any((self.vocabulary, self.layers, self.prune, scheme)):
-            raise ValueError("it says nothing to do; allowed: vocabulary, layers, prune, quantize, embedding")
+        if not any((self.vocabulary, self.layers, self.prune, self.rank, scheme)):
+            raise ValueError("it says nothing to do; allowed: vocabulary, layers, prune, rank, quantize, embedding")
         return self
 
     @property
@@ -114,11 +129,18 @@ class Compression(BaseModel):
         """Arguments of `prune_`."""
         return Pruning(speedup=self.prune) if isinstance(self.prune, float) else self.prune
 
+    @property
+    def low_rank(self) -> LowRank | None:
+        """Arguments of `factorize_`."""
+        return self.rank if self.rank is None or isinstance(self.rank, LowRank) else LowRank(rank=self.rank)
+
     def step(self, name: str) -> Any:
         """What a row of `STEPS` takes, None where that step is left out."""
-        if name == "prune":
-            return None if self.pruning is None else self.pruning.model_dump()
-        return getattr(self, name)
+        arguments: dict[str, BaseModel | None] = {"prune": self.pruning, "rank": self.low_rank}
+        if name not in arguments:
+            return getattr(self, name)
+        given = arguments[name]
+        return None if given is None else given.model_dump()
 
     @classmethod
     def of(cls, **fields: Any) -> Compression:
@@ -234,7 +256,7 @@ def compress(
     after_step: AfterStep | None = None,
     progress: Progress | None = None,
 ) -> Compressed:
-    """Makes a smaller copy of a model: words, layers, heads and neurons, then calibration and quantization.
+    """Makes a smaller copy of a model: words, layers, heads and neurons, low rank, then calibration and quantization.
 
     Quantizing comes last: weights are refitted before it, and its static scales are those of what is left. One text in eight is
     given to no step and says how near each step's model is to the original.
@@ -255,7 +277,7 @@ def compress(
         QBertError: see the methods.
     """
     require_pooling(pooling)
-    encoder = float_encoder(model, "compressing")
+    encoder = float_encoder(model, "compressing", factored=True)
     labels = None if labels is None else [plain(each) for each in plain(labels)]
     if tokenizer is None:
         inside = tokenizer_inside(model)

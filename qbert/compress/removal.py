@@ -17,6 +17,7 @@ from torch import Tensor
 from qbert.errors import QBertError
 
 RIDGES = (1e-2, 1e-1, 1.0)  # of the mean variance of the inputs; the held-out texts choose
+_WIDEST_FACTOR = 10.0
 _BLOCK = 32  # neurons between two updates of the weights; within a block the inverse alone is kept up to date
 
 
@@ -206,37 +207,102 @@ class Refit:
     ridge: float | None
 
 
-def refit(weight: Tensor, moments: Moments, kept: Tensor, held_out: Tensor, *, means_only: bool = False) -> Refit:
+@dataclass(frozen=True)
+class Drift:
+    """How far what a linear's output is added up to has gone from the original's, by what was taken out before it.
+
+    Attributes:
+        mean: (n,) float64.
+        crossed: (n, k) float64, covariance with the linear's inputs.
+    """
+
+    mean: Tensor
+    crossed: Tensor
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Tokens that are not in the moments.
+
+    Attributes:
+        inputs: (tokens, k).
+        drift: (tokens, n); None where there is none.
+    """
+
+    inputs: Tensor
+    drift: Tensor | None = None
+
+
+def refit(
+    weight: Tensor,
+    moments: Moments,
+    kept: Tensor,
+    held_out: HeldOut,
+    *,
+    means_only: bool = False,
+    scales: int | None = None,
+    drift: Drift | None = None,
+) -> Refit:
     """The weights for the inputs `kept` that give most of what all gave; held-out tokens choose the ridge, or none.
 
     Args:
         weight: (n, k) float64, with all inputs.
         moments: of the inputs, of at least as many tokens as inputs.
         kept: (kept,) indexes, ascending.
-        held_out: (tokens, k) inputs that are not in the moments.
+        held_out: tokens that choose.
         means_only: leave the weights; the means of what is gone go into the bias.
+        scales: in place of a refit one factor for each unit of so many inputs, see `tuned`.
+        drift: to be made up for too, where the held-out tokens say that it helps (K-prune's idea, Park et al., 2024).
     """
     every = torch.ones(weight.shape[1], dtype=torch.bool)
     every[kept] = False
     gone = every.nonzero().flatten()
-    plain = _judged(weight, weight[:, kept], moments, kept, held_out, None)
-    if means_only or not len(gone):
+    plain = _judged(weight, weight[:, kept], moments, kept, held_out, None, None)
+    if means_only or (not len(gone) and drift is None):
         return plain
-    crossed = moments.covariance[gone][:, kept]
+    if scales is not None:
+        return _judged(weight, tuned(weight, moments, kept, scales), moments, kept, held_out, None, None)
     found = [plain]
-    for ridge in RIDGES:
-        damped = moments.damped(ridge)[kept][:, kept]
-        moved = torch.linalg.solve(damped, (weight[:, gone] @ crossed).T).T
-        found.append(_judged(weight, weight[:, kept] + moved, moments, kept, held_out, ridge))
+    for followed in [None] if drift is None else [None, drift]:
+        crossed = weight[:, gone] @ moments.covariance[gone][:, kept]
+        crossed = crossed if followed is None else crossed + followed.crossed[:, kept]
+        for ridge in RIDGES:
+            moved = torch.linalg.solve(moments.damped(ridge)[kept][:, kept], crossed.T).T
+            found.append(_judged(weight, weight[:, kept] + moved, moments, kept, held_out, ridge, followed))
     return min(found, key=lambda each: each.error)
 
 
+def tuned(weight: Tensor, moments: Moments, kept: Tensor, group: int) -> Tensor:
+    """(n, kept) weight with one factor for each unit that is left, by least squares on what all units gave (mask tuning).
+
+    Kwon et al. (2022) have it with LSMR, damped around 1. A layer one of whose factors is beyond 10 stays as it is, too.
+    """
+    products = (weight.T @ weight) * moments.covariance  # of the outputs of two inputs each, mean over tokens
+    units = products.unflatten(1, (-1, group)).sum(2).unflatten(0, (-1, group)).sum(1)
+    alive = kept[::group] // group
+    damp = torch.eye(len(alive), dtype=torch.float64) / max(1, moments.tokens)
+    wanted = units[alive].sum(1) + damp.diagonal()
+    factors = torch.linalg.lstsq(units[alive][:, alive] + damp, wanted[:, None]).solution[:, 0]
+    if not bool((factors.abs() <= _WIDEST_FACTOR).all()):  # NaN too
+        return weight[:, kept]
+    return weight[:, kept] * factors.repeat_interleave(group)
+
+
 def _judged(
-    weight: Tensor, fitted: Tensor, moments: Moments, kept: Tensor, held_out: Tensor, ridge: float | None
+    weight: Tensor,
+    fitted: Tensor,
+    moments: Moments,
+    kept: Tensor,
+    held_out: HeldOut,
+    ridge: float | None,
+    drift: Drift | None,
 ) -> Refit:
     missing = weight.clone()
     missing[:, kept] -= fitted
-    centred = held_out.float() - moments.mean.float()
-    error = (centred @ missing.T.float()).pow(2).sum()
+    bias = missing @ moments.mean + (0.0 if drift is None else drift.mean)
+    centred = held_out.inputs.float() - moments.mean.float()
+    left = centred @ missing.T.float()
+    if held_out.drift is not None:
+        left += held_out.drift.float() - (0.0 if drift is None else drift.mean.float())
     spread = (centred @ weight.T.float()).pow(2).sum()
-    return Refit(fitted, missing @ moments.mean, float((error / spread.clamp(min=1e-30)).sqrt()), ridge)
+    return Refit(fitted, bias, float((left.pow(2).sum() / spread.clamp(min=1e-30)).sqrt()), ridge)

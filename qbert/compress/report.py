@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qbert.errors import QBertError
 from qbert.evaluate.stats import bootstrap_mean
 from qbert.explain import explain
+from qbert.modules import products
 from qbert.shapes import ShapePlan, plan_of, shaped
 
 SEQUENCE = 128  # tokens, of the multiply-adds in reports
@@ -34,7 +35,7 @@ class Size(BaseModel):
         paths = encoder.family.layer
         for layer in encoder.layers:
             linears: list[Any] = [layer.get_submodule(path) for path in paths.linears]
-            macs += sum(each.out_features * each.in_features for each in linears)
+            macs += sum(each.out_features * each.in_features for linear in linears for each in products(linear))
             macs += 2 * SEQUENCE * linears[len(paths.qkv)].in_features  # scores, and what they weigh
         return cls(parameters=sum(each.numel() for each in model.parameters()), macs=macs)
 

@@ -17,16 +17,15 @@ from torch import nn
 
 from qbert.calibrate import tokenizer_beside
 from qbert.compress.judge import Parts
-from qbert.compress.ladders import GOALS, GROUPS, LADDERS, USUAL, Asked, Goal
+from qbert.compress.ladders import GOALS, GROUPS, LADDERS, USUAL, Asked, Goal, in_words
 from qbert.compress.recipe import Compression
 from qbert.compress.search_report import Given, SearchReport
 from qbert.compress.steps import Progress
 from qbert.compress.texts import float_encoder, plain, require_pooling
-from qbert.compress.workshop import Fields, Tried, Workshop
+from qbert.compress.workshop import Fields, Tried, Workshop, gain, objection
 from qbert.errors import QBertError
 from qbert.shapes import ShapePlan
 
-PAYS = 1.02  # times less time or fewer bytes; less is not worth a change of the model
 _NOISE = 0.1  # points: a step that loses less is as good as one that loses nothing
 
 
@@ -189,17 +188,10 @@ class _Climb:
 
     def _against(self, row: Tried, goal: Goal) -> str:
         """Why not to keep it; empty where nothing speaks against it."""
-        if row.drop > self.max_drop:
-            return f"loses {row.drop:.2f} points, more than {self.max_drop:g}"
-        gain = _gain(self.at, row, goal)
-        if gain < PAYS:
-            what = "time" if goal == "latency" else "bytes"
-            return (
-                f"does not pay: {100 * (1 - 1 / gain):+.1f}% of the {what} saved, less than {100 * (1 - 1 / PAYS):.0f}%"
-            )
-        if self.speedup is not None and goal == "size" and (row.speedup or 0.0) < self.speedup:
+        why = objection(self.at, row, goal, self.max_drop)
+        if not why and self.speedup is not None and goal == "size" and (row.speedup or 0.0) < self.speedup:
             return f"x{row.speedup:.2f} is slower than the x{self.speedup:g} that is asked for"
-        return ""
+        return why
 
     def _keep(self, found: list[Tried]) -> None:
         """Goes on from the best of these; the others are tried again after it."""
@@ -219,11 +211,11 @@ class _Climb:
 
     def _worth(self, row: Tried) -> float:
         """Logarithm of what it saves for each point that it loses more."""
-        saved = max(math.log(_gain(self.at, row, "latency")), math.log(_gain(self.at, row, "size")))
+        saved = max(math.log(gain(self.at, row, "latency")), math.log(gain(self.at, row, "size")))
         return saved / max(row.drop - self.at.drop, _NOISE)
 
     def _percent(self, row: Tried, goal: Goal) -> str:
-        return f"{100 * (1 - 1 / _gain(self.at, row, goal)):+.0f}%"
+        return f"{100 * (1 - 1 / gain(self.at, row, goal)):+.0f}%"
 
     def report(self, given: Given) -> SearchReport:
         """All of it."""
@@ -232,12 +224,6 @@ class _Climb:
         return SearchReport(
             given=given, rows=self.rows, original_ms=self.shop.original_ms, recipe=recipe, met=met, test=[]
         )
-
-
-def _gain(before: Tried, after: Tried, goal: Goal) -> float:
-    if goal == "latency":
-        return (after.speedup or 0.0) / (before.speedup or 1.0)
-    return (before.megabytes or 0.0) / (after.megabytes or 1.0)
 
 
 def resolved(row: Tried, shop: Workshop) -> Compression:
@@ -274,10 +260,9 @@ def _not_met(report: SearchReport, climb: _Climb) -> str:
     fast = [row for row in report.rows if asked.speedup is not None and (row.speedup or 0) >= asked.speedup]
     costs = min(fast, key=lambda row: row.drop, default=None)
     priced = "nothing tried is as fast" if costs is None else f"as fast as that, {costs.step} {_said(costs)}"
-    steps = ", ".join(f"{name} {LADDERS[name].short(value)}" for name, value in best.fields.items())
     return (
-        f"{budget} cannot be met here: the best within it, {steps}, {_said(best)}; {priced}. Allowed: a lower speed-up, more "
-        f"points, or the best there is (--best-effort)"
+        f"{budget} cannot be met here: the best within it, {in_words(best.fields)}, {_said(best)}; {priced}. Allowed: a lower "
+        f"speed-up, more points, or the best there is (--best-effort)"
     )
 
 

@@ -11,7 +11,7 @@ information), or, where labels are given, of the label (the empirical one, Kwon 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,38 +65,53 @@ class Seen:
         per_text.index_add_(1, self.texts, per_token)
         return float(per_text.double().pow(2).mean())
 
+    def slopes(self, weight: Tensor, group: int, *, centred: bool = True) -> Tensor:
+        """(projections, texts, k / group) of each scalar with respect to a factor at one unit of `group` inputs.
+
+        Args:
+            centred: whether inputs are taken from their means, which go into the bias when a unit goes.
+        """
+        inputs = self.inputs - self.inputs.mean(0) if centred else self.inputs
+        found = []
+        for gradients in self.gradients:
+            per_token = ((gradients @ weight) * inputs).unflatten(1, (-1, group)).sum(2)
+            per_text = torch.zeros(self.count, per_token.shape[1], dtype=per_token.dtype, device=per_token.device)
+            found.append(per_text.index_add_(0, self.texts, per_token))
+        return torch.stack(found)
+
     def importance(self, weight: Tensor, group: int) -> Tensor:
         """(k / group,) predicted squared change of the output when one unit of `group` inputs goes, by itself."""
-        centred = self.inputs - self.inputs.mean(0)
-        found = torch.zeros(centred.shape[1] // group, dtype=torch.float64)
-        for gradients in self.gradients:
-            per_token = (gradients @ weight) * centred
-            per_token = per_token.unflatten(1, (-1, group)).sum(2)
-            per_text = torch.zeros(self.count, per_token.shape[1], dtype=per_token.dtype).index_add_(
-                0, self.texts, per_token
-            )
-            found += per_text.double().pow(2).mean(0)
-        return found / len(self.gradients)
+        return self.slopes(weight, group).double().pow(2).mean((0, 1)).cpu()
 
 
 def look(
-    model: nn.Module, encoder: Shaped, texts: Texts, labels: Sequence[int] | None, pooling: str, seed: int
+    model: nn.Module,
+    encoder: Shaped,
+    texts: Texts,
+    labels: Sequence[int] | None,
+    pooling: str,
+    seed: int,
+    paths: Mapping[str, str] | None = None,
 ) -> dict[Site, Seen]:
     """Runs the model on texts, forward and backward.
+
+    Args:
+        paths: of the linears of a layer that are looked at, by name; the last of each sublayer by default.
 
     Raises:
         QBertError: labels for something that is no classifier, not one for each text, or a gradient that is NaN or infinite.
     """
     _check_labels(model, texts, labels)
     generator = torch.Generator().manual_seed(seed)
-    sites = {(place, kind): path for place in range(len(encoder.layers)) for kind, path in _paths(encoder).items()}
+    paths = _paths(encoder) if paths is None else paths
+    sites = {(place, kind): path for place in range(len(encoder.layers)) for kind, path in paths.items()}
     inputs: dict[Site, list[Tensor]] = {site: [] for site in sites}
     gradients: dict[Site, list[Tensor]] = {site: [] for site in sites}
     owners: list[Tensor] = []
     device = next(model.parameters()).device
     for places, batch in texts.batches(device):
         mask = batch["attention_mask"].bool()
-        with _watched(encoder) as passed:
+        with _watched(encoder, paths) as passed:
             output = output_of(model, batch, pooling)
         owners.append(torch.tensor(places, device=device)[:, None].expand(mask.shape)[mask])
         outputs = [passed[site][1] for site in sites]
@@ -112,6 +127,15 @@ def look(
     if not all(bool(each.gradients.isfinite().all()) for each in seen.values()):
         raise QBertError("a gradient is NaN or infinite on these texts; nothing can be said of what may go")
     return seen
+
+
+def output_root(gradients: Tensor) -> Tensor:
+    """(n, n) upper triangular R with R' R the mean product of gradients (projections, tokens, n), a little damped."""
+    flat = gradients.flatten(0, 1).double().cpu()
+    gram = flat.T @ flat / max(1, len(flat))
+    level = float(gram.diagonal().mean())
+    eye = torch.eye(len(gram), dtype=torch.float64)
+    return torch.linalg.cholesky((gram + 0.1 * level * eye) / max(level, 1e-300), upper=True) if level > 0 else eye
 
 
 def rank_agreement(seen: Seen, weight: Tensor, group: int) -> float:
@@ -140,12 +164,12 @@ def _paths(encoder: Shaped) -> dict[str, str]:
 
 
 @contextmanager
-def _watched(encoder: Shaped) -> Iterator[dict[Site, tuple[Tensor, Tensor]]]:
-    """Inside, (input, output) of the last linear of every sublayer; outputs are where gradients begin."""
+def _watched(encoder: Shaped, paths: Mapping[str, str]) -> Iterator[dict[Site, tuple[Tensor, Tensor]]]:
+    """Inside, (input, output) of those linears of every layer; outputs are where gradients begin."""
     passed: dict[Site, tuple[Tensor, Tensor]] = {}
     handles = []
     for place, layer in enumerate(encoder.layers):
-        for kind, path in _paths(encoder).items():
+        for kind, path in paths.items():
             linear: Any = layer.get_submodule(path)
 
             def caught(_: Any, given: tuple[Tensor, ...], output: Tensor, site: Site = (place, kind)) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from qbert.calibrate import calibrate
+from qbert.compress.factorize import factorize_
 from qbert.compress.latency import Load, Table
 from qbert.compress.layers import drop_layers_
 from qbert.compress.prune import prune_
@@ -62,11 +63,20 @@ def _prune(model: nn.Module, tokenizer: Any, value: Any, given: Given) -> Report
     )  # fmt: skip
 
 
+def _factorize(model: nn.Module, tokenizer: Any, value: Any, given: Given) -> Report:
+    load = given.load
+    return factorize_(
+        model, given.texts, **value, labels=given.labels, tokenizer=tokenizer, scheme=load.scheme, batch=load.batch,
+        seq=load.seq, pooling=given.pooling, seed=given.seed, progress=given.progress,
+    )  # fmt: skip
+
+
 # Field of a recipe -> what changes (model, its tokenizer) by the field's value, both in place.
 STEPS: dict[str, Callable[[nn.Module, Any, Any, Given], Report]] = {
     "vocabulary": _trim_vocabulary,
     "layers": _drop_layers,
     "prune": _prune,
+    "rank": _factorize,
 }
 
 

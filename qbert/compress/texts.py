@@ -24,7 +24,7 @@ from qbert.evaluate.encode import (
     unwrap,
 )
 from qbert.modes import evaluation_mode
-from qbert.modules import QTiedLinear, QuantizedModule
+from qbert.modules import FactoredLinear, QTiedLinear, QuantizedModule, products
 from qbert.shapes import Shaped, shaped
 
 BATCH_TOKENS = 2048
@@ -115,8 +115,11 @@ def tokenizer_inside(model: nn.Module) -> Any:
 _TOKENIZER_HELD_AS = ("processor", "tokenizer")  # attributes of its Transformer module, the latter in older versions
 
 
-def float_encoder(model: nn.Module, what: str) -> Shaped:
+def float_encoder(model: nn.Module, what: str, *, factored: bool = False) -> Shaped:
     """The encoder of a float model, before something is taken out of it.
+
+    Args:
+        factored: linears that are two thin ones will do.
 
     Raises:
         QBertError: see `shapes.shaped`; or a quantized or fused model: quantizing comes last.
@@ -135,7 +138,8 @@ def float_encoder(model: nn.Module, what: str) -> Shaped:
     paths = encoder.family.layer
     for layer in encoder.layers:
         for path in (*paths.qkv, paths.attention_output, paths.ffn_in, paths.ffn_out):
-            _require_plain(layer, path)
+            for each in products(layer.get_submodule(path)) if factored else (layer.get_submodule(path),):
+                _require_plain(path, each, what)
     shared = [id(each) for layer in encoder.layers for each in layer.parameters()]
     if len(shared) != len(set(shared)):
         raise QBertError(
@@ -144,8 +148,9 @@ def float_encoder(model: nn.Module, what: str) -> Shaped:
     return encoder
 
 
-def _require_plain(layer: Any, path: str) -> None:
-    module = layer.get_submodule(path)
+def _require_plain(path: str, module: nn.Module, what: str) -> None:
+    if isinstance(module, FactoredLinear):
+        raise QBertError(f"{path} is two products of low rank already; {what} comes before qbert.factorize_")
     if type(module) is not nn.Linear or "weight" not in module._parameters:
         kind = type(module).__qualname__
         raise QBertError(

@@ -92,7 +92,7 @@ def trim_vocabulary_(
     size = plain(size)
     if isinstance(size, bool) or not isinstance(size, int):
         raise QBertError(f"size is {size!r}; allowed: an int, how many pieces stay")
-    encoder = float_encoder(model, "trimming the vocabulary")
+    encoder = float_encoder(model, "trimming the vocabulary", factored=True)
     _check_head(model)
     _check_inside(model, tokenizer)
     pieces = Pieces.of(tokenizer)

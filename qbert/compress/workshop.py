@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from qbert.compress.judge import Change, Judge, Parts
+from qbert.compress.ladders import Goal
 from qbert.compress.latency import Load, Table, measure_table, random_batch, require_fits
 from qbert.compress.recipe import Compression
 from qbert.compress.report import stored_bytes
@@ -23,6 +24,7 @@ from qbert.shapes import ShapePlan, plan_of
 from qbert.timing import Rules, measure, ratio
 
 Fields = dict[str, Any]  # of `Compression`, those that are not None
+PAYS = 1.02  # times less time or fewer bytes; less is not worth a change of the model
 _ROUNDS = 9
 _CACHED = 4  # float models on the way to finished ones
 
@@ -58,6 +60,24 @@ class Tried(BaseModel):
     def drop(self) -> float:
         """Points, on the task that loses most; below 0 all have gained."""
         return max((-each.change for each in self.changes), default=0.0)
+
+
+def gain(before: Tried, after: Tried, goal: Goal) -> float:
+    """How many times less time, or fewer bytes."""
+    if goal == "latency":
+        return (after.speedup or 0.0) / (before.speedup or 1.0)
+    return (before.megabytes or 0.0) / (after.megabytes or 1.0)
+
+
+def objection(before: Tried, after: Tried, goal: Goal, max_drop: float) -> str:
+    """Why a step does not pay; empty where it does."""
+    if after.drop > max_drop:
+        return f"loses {after.drop:.2f} points, more than {max_drop:g}"
+    saved = gain(before, after, goal)
+    if saved < PAYS:
+        what = "time" if goal == "latency" else "bytes"
+        return f"does not pay: {100 * (1 - 1 / saved):+.1f}% of the {what} saved, less than {100 * (1 - 1 / PAYS):.0f}%"
+    return ""
 
 
 class Finished(NamedTuple):

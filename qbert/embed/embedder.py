@@ -46,12 +46,17 @@ class Embedded:
     Attributes:
         vectors: (n, dimension) float32.
         truncated: texts of which the model read only the beginning.
-        tokens: that were read, special ones included, padding not.
+        lengths: (n,) tokens that were read of each, special ones included, padding not.
     """
 
     vectors: Vectors
     truncated: int
-    tokens: int
+    lengths: NDArray[np.int64]
+
+    @property
+    def tokens(self) -> int:
+        """That were read of all texts."""
+        return int(self.lengths.sum())
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class Embedder:
         broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(broken):
             raise QBertError(f"the model gives NaN or Inf for {len(broken)} texts, row {first + broken[0]} for one")
-        return Embedded(vectors, truncated, sum(lengths))
+        return Embedded(vectors, truncated, np.array(lengths, dtype=np.int64))
 
     @property
     def _encoder(self) -> nn.Module:

@@ -55,7 +55,7 @@ class RayEngine:
         for row in done.iter_rows():
             vectors = np.frombuffer(row["vectors"], dtype=np.float32).reshape(-1, embedder.dimension)
             advance(len(vectors))
-            yield int(row["chunk"]), Embedded(vectors, int(row["truncated"]), int(row["tokens"]))
+            yield int(row["chunk"]), Embedded(vectors, int(row["truncated"]), np.frombuffer(row["lengths"], np.int64))
 
 
 class _Worker:
@@ -68,8 +68,8 @@ class _Worker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         chunk = int(row["chunk"])
         embedded = self._embedder.embed([str(text) for text in row["texts"]], first=chunk * self._chunk_rows)
-        counts = {"truncated": embedded.truncated, "tokens": embedded.tokens}
-        return {"chunk": chunk, "vectors": embedded.vectors.tobytes(), **counts}
+        vectors, lengths = embedded.vectors.tobytes(), embedded.lengths.tobytes()
+        return {"chunk": chunk, "vectors": vectors, "lengths": lengths, "truncated": embedded.truncated}
 
 
 def _ray() -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 
 from qbert.errors import QBertError
 from qbert.evaluate.encode import POOLINGS
+from qbert.integrations.pipelines import MODULES_FILE, QUANTIZED, TRANSFORMER
 
-MODULES_FILE = "modules.json"
 _TRANSFORMER_FILE = "sentence_bert_config.json"
 _PROMPTS_FILE = "config_sentence_transformers.json"
 # Before version 6 a pooling's configuration had a switch for each mode.
@@ -22,7 +22,7 @@ _SWITCHES = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-_STAGES = ("Transformer", "Pooling", "Normalize")
+_STAGES = (TRANSFORMER, "Pooling", "Normalize")
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def _stages(folder: Path) -> dict[str, str]:
     listed = _read(folder / MODULES_FILE)
     rows = listed if isinstance(listed, list) else []
     found = {str(row.get("type", "")).rpartition(".")[2]: str(row.get("path", "")) for row in rows}
+    found = {TRANSFORMER if name == QUANTIZED else name: path for name, path in found.items()}
     for name in found:
         if name not in _STAGES:
             raise QBertError(

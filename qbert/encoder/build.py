@@ -22,8 +22,8 @@ from qbert.encoder.stock import found_in
 from qbert.encoder.watch import Watch
 from qbert.families import EncoderFamily, PositionTable
 from qbert.families.family import BiasOf, RotaryOf, WindowOf
-from qbert.formats import INT8, SCHEMES, Role
-from qbert.modules import QEmbedding, QLinear, QuantizedModule
+from qbert.formats import SCHEMES, Role
+from qbert.modules import FactoredLinear, QEmbedding, QLinear, QuantizedModule
 from qbert.ops.abi import FLOAT_DTYPES, Activation, Keeps
 from qbert.ops.operations import Norm, Out, Table
 from qbert.ops.table import select_layout
@@ -33,6 +33,7 @@ from qbert.weight import Weight
 from qbert.weight.codec import decode
 from qbert.weight.stack import rescaled, share_rows, split, stacked
 
+_THIN = ("first", "second")  # the linears of one of low rank
 KEPT = (HIDDEN, codes_of(HIDDEN), scales_of(HIDDEN), CU_SEQLENS, ONES)  # what goes from layer to layer
 
 
@@ -237,10 +238,10 @@ class LayerBuilder:
         self._steps += [replace(each, first=True) for each in written] if self._of_first else written
 
     def linear(self, path: str, reads: str, writes: str, activation: str | None = None, gated: bool = False) -> None:
-        module = self._linear_at(path)
+        label = Label("feed-forward in", "ffn")
+        module, tokens, _, bias = self._last_of(path, reads, label)
         done = Activation.named(self._settings[activation]) if activation is not None else Activation.NONE
-        bound = BoundLinear(_weight(module), _bias(module), done, self._out(writes), gated)
-        label, tokens = Label("feed-forward in", "ffn"), self._tokens(reads)
+        bound = BoundLinear(_weight(module), bias, done, self._out(writes), gated, self._zero(writes))
         self._written[writes] = module, done, tokens
         self._ffn = bound.width
         self._quantized(
@@ -263,34 +264,59 @@ class LayerBuilder:
 
     def _sum(self, linear: str, norm: nn.Module, reads: str, keeps: Keeps) -> None:
         """A linear from a slot, the stream added to it, and the norm of that."""
-        module, held = self._linear_at(linear), _norm(norm)
         self._watch.tensors(norm)
-        first = reads == "context"
+        held, first = _norm(norm), reads == "context"
         label = Label("attention output", "attention linear") if first else Label("feed-forward out", "ffn")
-        weight = _weight(module)
-        if self._scales is not None and self._static(reads):
-            weight = rescaled(weight, self._scales.scales[reads])
-        bound = BoundLinear(weight, _bias(module), Activation.NONE, self._residual)
+        _, tokens, weight, bias = self._last_of(linear, reads, label)
+        bound = BoundLinear(weight, bias, Activation.NONE, self._residual)
         overflow = None if self._scales is None else self._scales.overflow.get(reads)
         if overflow is None:
-            self._add(*steps.linear_add_norm(label, bound, self._tokens(reads), held, keeps, self._target))
+            self._add(*steps.linear_add_norm(label, bound, tokens, held, keeps, self._target))
         else:
-            self._add(steps.linear(label, bound, self._tokens(reads), "sum", self._target))
-            self._add(*self._overflow(module, reads, overflow))
+            self._add(steps.linear(label, bound, tokens, "sum", self._target))
+            self._add(*self._overflow(linear, reads, overflow))
             self._add(steps.add_norm(label.name, "sum", held, keeps, self._residual, self._target))
 
-    def _overflow(self, down: QLinear, slot: str, overflow: Overflow) -> list[Step]:
+    def _last_of(self, path: str, reads: str, label: Label) -> tuple[QLinear, Tokens, Weight, Tensor | None]:
+        """The linear at a path, or the second of two thin ones, the first of which is written now: the module, what it reads,
+        its weight with the static scale of that, if it has one, and its bias less what a code of 0 adds up to.
+
+        What is between the two gets its scales token by token, calibrated or not: it has a few hundred channels, and they
+        were made alike (`qbert.compress.factorize`), so one pass over them costs less than another calibrated slot would bring.
+        """
+        held = self._watch.module(self._layer, path)
+        linears = [self._linear_at(f"{path}.{part}") for part in _THIN] if isinstance(held, FactoredLinear) else []
+        first = linears[0] if linears else self._linear_at(path)
+        weight, tokens, bias = _weight(first), self._tokens(reads), _bias(first)
+        if self._scales is not None and self._static(reads):
+            weight = rescaled(weight, self._scales.scales[reads])
+            bias = _less_zero(bias, weight, self._zero(reads))
+        if not linears:
+            return first, tokens, weight, bias
+        thin, width = f"{reads}.thin", first.out_features
+        bound = BoundLinear(weight, bias, Activation.NONE, self._residual)
+        name = f"{label.name}, thin"
+        self._add(steps.linear(label._replace(name=name), bound, tokens, thin, self._target))
+        self._add(steps.quantize(name, thin, width, self._residual, self._target))
+        return linears[1], Tokens(codes_of(thin), scales_of(thin)), _weight(linears[1]), _bias(linears[1])
+
+    def _overflow(self, path: str, slot: str, overflow: Overflow) -> list[Step]:
         """GELU(x - top) of the neurons that outgrow `top`, and their way to "sum"; w8a8 whatever the layer's scheme."""
         assert self._scales is not None
         up, activation, tokens = self._written[slot]
-        for each in (up, down):  # whose memory the program shares, too
+        held = self._layer.get_submodule(path)
+        downs: list[Any] = [held.first, held.second] if isinstance(held, FactoredLinear) else [held]
+        for each in (up, *downs):  # whose memory the program shares, too
             self._watch.copied((*each._parameters.values(), *each._buffers.values()))
         neurons = torch.tensor(overflow.neurons, device=up.quantized.device)
         rising = decode(_weight(up))[neurons]
         bias = _bias(up)
-        top = INT8.qmax * self._scales.scales[slot]
+        top = self._scales.top(slot)
         shifted = (rising.new_zeros(len(neurons)) if bias is None else bias[neurons]) - top
-        back = rescaled(_small_weight(decode(_weight(down))[:, neurons].contiguous()), overflow.scale)
+        falling = decode(_weight(downs[0]))[:, neurons]
+        for each in downs[1:]:
+            falling = decode(_weight(each)) @ falling
+        back = rescaled(_small_weight(falling.contiguous()), overflow.scale)
         rise = BoundLinear(_small_weight(rising), shifted, activation, overflow.scale)
         excess = Label("overflow in", "ffn"), Label("overflow out", "ffn")
         return [
@@ -302,7 +328,7 @@ class LayerBuilder:
                 "more",
                 self._target,
             ),
-            steps.add("overflow sum", "more", "sum", down.out_features),
+            steps.add("overflow sum", "more", "sum", falling.shape[0]),
         ]
 
     def _quantized(self, name: str, slot: str, width: int, step: Callable[[str], Step]) -> None:
@@ -318,6 +344,10 @@ class LayerBuilder:
     def _out(self, slot: str) -> Out:
         """What fills a quantized slot gives: codes with its static scale, or floats."""
         return self._scales.scales[slot] if self._scales is not None and self._static(slot) else self._residual
+
+    def _zero(self, slot: str) -> int:
+        """The code of 0 in a quantized slot."""
+        return 0 if self._scales is None else self._scales.zeros.get(slot, 0)
 
     def _tokens(self, slot: str) -> Tokens:
         return Tokens(codes_of(slot), ONES if self._static(slot) else scales_of(slot))
@@ -438,6 +468,14 @@ def _norm(module: nn.Module) -> Norm:
 
 def _bias(module: QLinear) -> Tensor | None:
     return None if module.bias is None else module.bias.detach().to(torch.float32)
+
+
+def _less_zero(bias: Tensor | None, weight: Weight, zero: int) -> Tensor | None:
+    """The bias of a product with codes of which `zero` stands for 0: all are too large by as much, whatever the token."""
+    if zero == 0:
+        return bias
+    too_much = (decode(weight).to(torch.float64).sum(1) * zero).to(torch.float32)
+    return -too_much if bias is None else bias - too_much
 
 
 class Rows(NamedTuple):

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from qbert.errors import QBertError
+from qbert.formats import INT8
 
 # Scales outside would leave float32 where they are multiplied with one another; no real activation is near them.
 _SMALLEST, _LARGEST = 2.0**-60, 2.0**60
@@ -46,24 +55,37 @@ class Overflow(BaseModel):
 
 
 class LayerScales(BaseModel):
-    """Static scales of one layer's int8 slots: value = code * scale.
+    """Static scales of one layer's int8 slots: value = (code - zero) * scale.
 
     Attributes:
         scales: name of the slot in the family's program (``"query"``, ``"context"``, ``"inner"``) -> its scale.
+        zeros: slot -> its code of 0, where that is another than 0: GELU has next to nothing below 0, so codes around 0 would be
+            left empty by half.
         overflow: slot -> what its scale cuts off; slots that are not here are covered.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     scales: dict[str, Scale] = Field(min_length=1)
+    zeros: dict[str, Annotated[int, Field(ge=-INT8.qmax, le=INT8.qmax)]] = {}
     overflow: dict[str, Overflow] = {}
 
     @model_validator(mode="after")
-    def _overflow_is_of_a_slot(self) -> LayerScales:
-        for slot in self.overflow:
-            if slot not in self.scales:
-                raise ValueError(f"overflow of a slot {slot!r} without a scale; it has {', '.join(self.scales)}")
+    def _all_is_of_a_slot(self) -> LayerScales:
+        for what, slots in (("zero", self.zeros), ("overflow", self.overflow)):
+            for slot in slots:
+                if slot not in self.scales:
+                    raise ValueError(f"{what} of a slot {slot!r} without a scale; it has {', '.join(self.scales)}")
         return self
+
+    def top(self, slot: str) -> float:
+        """The largest value that a slot has a code for."""
+        return (INT8.qmax - self.zeros.get(slot, 0)) * self.scales[slot]
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> Any:
+        """Without zeros as it was before there were any, for digests are of this."""
+        return {name: value for name, value in serialize(self).items() if name != "zeros" or value}
 
 
 class Fingerprint(BaseModel):

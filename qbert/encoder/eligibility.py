@@ -16,7 +16,7 @@ from qbert.encoder.stock import stock_obstacle
 from qbert.errors import QBertError
 from qbert.families import FAMILIES, EncoderFamily, family_of
 from qbert.families.mpnet import KEPT_HEADS
-from qbert.modules import EmulatedModule, QEmbedding, QLinear
+from qbert.modules import EmulatedModule, FactoredLinear, QEmbedding, QLinear
 from qbert.modules.sites import describe_sites
 from qbert.ops import FLOAT_DTYPES, Activation
 from qbert.ops.kernel import Pattern, Problem
@@ -72,12 +72,15 @@ def _check_model(base: nn.Module, family: EncoderFamily, calibration: Calibratio
 
 def _check_slots(base: nn.Module, name: str, path: str, calibration: Calibration, parts: LayerParts) -> None:
     scales, overflow = calibration.layers[name].scales, calibration.layers[name].overflow
+    zeros = calibration.layers[name].zeros
     for slot in scales.keys() ^ parts.slots.keys():
         problem = "lacks" if slot in parts.slots else "has"
         raise QBertError(f"calibration: {name} {problem} a slot {slot!r}; allowed: {', '.join(parts.slots)}")
-    for slot, excess in overflow.items():
+    for slot in (*zeros, *overflow):
         if not parts.slots[slot].activated:
-            raise QBertError(f"calibration: {name} has overflow in {slot!r}, which comes out of no activation")
+            what = "a zero" if slot in zeros else "overflow"
+            raise QBertError(f"calibration: {name} has {what} in {slot!r}, which comes out of no activation")
+    for slot, excess in overflow.items():
         linear: Any = base.get_submodule(f"{path}.{parts.slots[slot].path}")
         if excess.neurons[-1] >= linear.in_features:
             last = linear.in_features - 1
@@ -182,6 +185,8 @@ def _layer_obstacle(base: nn.Module, name: str, parts: LayerParts, hidden: int) 
         if reason is not None:
             return reason
     together: list[Any] = [base.get_submodule(f"{name}.{path}") for path in parts.qkv]
+    if any(type(each) is FactoredLinear for each in together):
+        return f"query, key and value of {name} are one product, of which no part can be two"
     schemes = [str(each.scheme.name) for each in together]
     if len(set(schemes)) > 1:
         return f"query, key and value of {name} have different schemes: {', '.join(schemes)}"
@@ -212,6 +217,8 @@ def _takes(linear: Any, path: str, width: int) -> str | None:
 
 def _linear_obstacle(base: nn.Module, path: str) -> str | None:
     module = base.get_submodule(path)
+    if type(module) is FactoredLinear:
+        return _factored_obstacle(base, path, module)
     if type(module) is not QLinear:
         return f"{path} is {'float' if type(module) is nn.Linear else type(module).__name__}"
     if module.scheme.activation is None:
@@ -221,6 +228,17 @@ def _linear_obstacle(base: nn.Module, path: str) -> str | None:
     if module.bias is not None and module.bias.shape != (module.out_features,):
         return f"{path}.bias is {tuple(module.bias.shape)}, not {(module.out_features,)}"
     return None
+
+
+def _factored_obstacle(base: nn.Module, path: str, factored: FactoredLinear) -> str | None:
+    for part in ("first", "second"):
+        reason = _linear_obstacle(base, f"{path}.{part}")
+        if reason is not None:
+            return reason
+    first, second = factored.first, factored.second
+    if first.bias is not None:
+        return f"{path}.first has a bias, which a linear of low rank has at its end alone"
+    return _takes(second, f"{path}.second", int(first.out_features))
 
 
 def _norm_obstacle(base: nn.Module, path: str, width: int) -> str | None:

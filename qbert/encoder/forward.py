@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -74,6 +75,11 @@ class FusedForward:
         self.__setstate__({})
 
     @property
+    def __code__(self) -> CodeType:
+        """Where torch.export says that a model's forward stands."""
+        return FusedForward.__call__.__code__
+
+    @property
     def variant(self) -> str:
         """``"static"`` with calibration, ``"dynamic"`` without."""
         return "dynamic" if self.calibration is None else "static"
@@ -98,7 +104,9 @@ class FusedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_tracing() or _is_exporting():
-            raise QBertError(_refusal("torch.export or torch.jit.trace", "call qbert.unfuse_(model) first"))
+            raise QBertError(
+                _refusal("torch.export or torch.jit.trace", "call qbert.unfuse_(model) first, or qbert export for ONNX")
+            )
         return self._untraced(args, kwargs)
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

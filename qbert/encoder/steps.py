@@ -60,6 +60,7 @@ class BoundLinear:
         bias: (n,) float or None.
         out: type of the float result, or the static scale of an int8 one.
         gated: the second half of the channels multiplies the activated first.
+        zero: code of 0 in an int8 result.
     """
 
     weight: Weight
@@ -67,6 +68,7 @@ class BoundLinear:
     activation: Activation
     out: Out
     gated: bool = False
+    zero: int = 0
 
     @property
     def width(self) -> int:
@@ -87,9 +89,10 @@ def linear(label: Label, bound: BoundLinear, tokens: Tokens, writes: str, target
     call, problem = runner("linear", bound.problem(), target), bound.problem()
     codes, scales = tokens
     weight, bias, activation, out, gated = bound.weight, bound.bias, bound.activation, bound.out, bound.gated
+    zero = bound.zero
 
     def run(slots: Slots) -> None:
-        slots[writes] = call(Linear(slots[codes], slots[scales], weight, bias, activation, gated, out))
+        slots[writes] = call(Linear(slots[codes], slots[scales], weight, bias, activation, gated, out, zero))
 
     return Step(
         *label, "linear", explain("linear", problem, target).name, tokens, (writes,), run, weight.shape, weight.scheme,

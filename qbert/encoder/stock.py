@@ -24,6 +24,7 @@ from qbert.encoder.parts import parts_of
 from qbert.families import EncoderFamily, Part
 from qbert.families.family import ACTIVATIONS, COUNTING
 from qbert.families.mpnet import narrowed_bias
+from qbert.modules import FactoredLinear
 
 FORWARD, CONFIG = "forward", "config"
 # Attributes of linears, norms and tables that a program is made from.
@@ -87,11 +88,26 @@ def _below(
             raise AttributeError(f"{prefix}{name} is a {type(module).__name__} that no {family.name} has")
         part, inside = expected[f"{stars}{star}"]
         yield Found(f"{prefix}{name}", parent, name, module, part, inside)
+        if type(module) is FactoredLinear and part is _LINEAR:
+            yield from _thin(f"{prefix}{name}", module)
+            continue
         yield from _below(module, f"{prefix}{name}", f"{stars}{star}", expected, family)
     optional = {family.embeddings.projection}
     for name in sorted(wanted - {"*"} - {name for name, module in parent._modules.items() if module is not None}):
         if f"{prefix}{name}" not in optional:
             raise AttributeError(f"{prefix}{name} is missing")
+
+
+def _thin(path: str, factored: FactoredLinear) -> Iterator[Found]:
+    """Both linears that one of low rank is.
+
+    Raises:
+        AttributeError: another module in it.
+    """
+    for name, module in factored._modules.items():
+        if module is None or name not in ("first", "second"):
+            raise AttributeError(f"{path}.{name} is no part of a linear of low rank")
+        yield Found(f"{path}.{name}", factored, name, module, _LINEAR, False)
 
 
 def _parts_by_pattern(base: nn.Module, family: EncoderFamily) -> dict[str, tuple[Part, bool]]:

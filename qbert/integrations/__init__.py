@@ -14,6 +14,7 @@ from types import ModuleType
 # it has imported the tables of quantizers when it is done.
 _INTEGRATIONS = {
     "transformers.modeling_utils": "qbert.integrations.transformers",
+    "torch.onnx": "qbert.integrations.onnx",
     "peft": "qbert.integrations.peft",
     "sentence_transformers": "qbert.integrations.sentence_transformers",
 }

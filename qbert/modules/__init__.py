@@ -4,10 +4,11 @@ from qbert.modules.attention import AttentionFormats
 from qbert.modules.base import GUARD, QuantizedModule
 from qbert.modules.embedding import QEmbedding
 from qbert.modules.emulated import EmulatedEmbedding, EmulatedLinear, EmulatedModule, EmulatedTiedLinear
+from qbert.modules.factored import FactoredLinear, products
 from qbert.modules.linear import QLinear, QTiedLinear
 from qbert.modules.spec import ModuleSpec, collect_specs
 
 __all__ = [
-    "GUARD", "AttentionFormats", "EmulatedEmbedding", "EmulatedLinear", "EmulatedModule", "EmulatedTiedLinear", "ModuleSpec",
-    "QEmbedding", "QLinear", "QTiedLinear", "QuantizedModule", "collect_specs",
+    "GUARD", "AttentionFormats", "EmulatedEmbedding", "EmulatedLinear", "EmulatedModule", "EmulatedTiedLinear",
+    "FactoredLinear", "ModuleSpec", "QEmbedding", "QLinear", "QTiedLinear", "QuantizedModule", "collect_specs", "products",
 ]  # fmt: skip

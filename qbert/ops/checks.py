@@ -75,6 +75,15 @@ def out_type(out: torch.dtype | float) -> torch.dtype:
     return out
 
 
+def zero(code: int, out: torch.dtype | float) -> None:
+    """The code of 0 in an int8 result with a static scale; 0 of a float result."""
+    largest = 0 if isinstance(out, torch.dtype) else INT8.qmax
+    if not -largest <= code <= largest:
+        raise QBertError(
+            f"zero is {code}; allowed: {f'{-largest} ... {largest}' if largest else '0 of a float result'}"
+        )
+
+
 def channels(name: str, tensor: Tensor | None, n: int) -> None:
     """One value an output channel."""
     if tensor is not None:

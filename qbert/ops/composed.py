@@ -31,8 +31,8 @@ def _linear(a: Linear) -> Tensor:
     from qbert.ops.table import run
 
     inner = a.x.dtype if a.s is None else torch.float32
-    y = run(a._replace(activation=Activation.NONE, gated=False, out=inner)).to(torch.float32)
-    return reference.to_out(reference.activated(y, a.activation, a.gated), a.out)
+    y = run(a._replace(activation=Activation.NONE, gated=False, out=inner, zero=0)).to(torch.float32)
+    return reference.to_out(reference.activated(y, a.activation, a.gated), a.out, a.zero)
 
 
 def _sums(problem: Problem) -> Problem:

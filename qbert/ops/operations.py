@@ -74,7 +74,8 @@ class Linear(NamedTuple):
         gated: y = activation(a) * b, where a are the sums of the weight's first n rows and b those of its last n (GeGLU and
             its like: Shazeer, 2020).
         out: of y (t, n). Float tokens give floats of their own type. An int8 result clamps to -127 ... 127, and NaN becomes
-            code 0: the residual stream, not this, carries it.
+            the code of 0: the residual stream, not this, carries it.
+        zero: of an int8 result, the code of 0: value = (code - zero) * out. Other results have 0.
 
     The float epilogue of an integer product is float32: (sum * row scale + outliers) * s + bias, activation, product.
     """
@@ -86,9 +87,11 @@ class Linear(NamedTuple):
     activation: Activation
     gated: bool
     out: Out
+    zero: int = 0
 
     def check(self) -> None:
         checks.linear(self.x, self.s, self.weight, self.bias)
+        checks.zero(self.zero, self.out)
         if self.gated:
             checks.gated(self.weight)
         if self.s is not None:

@@ -78,7 +78,7 @@ def finish(y: Tensor, a: Linear) -> Tensor:
     rounding to the result's type."""
     if a.bias is not None:
         y = y + a.bias.to(y.dtype)
-    return to_out(activated(y, a.activation, a.gated), a.out)
+    return to_out(activated(y, a.activation, a.gated), a.out, a.zero)
 
 
 def activated(y: Tensor, activation: Activation, gated: bool) -> Tensor:
@@ -97,12 +97,12 @@ _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-def to_out(y: Tensor, out: Out) -> Tensor:
-    """Floats to a result's type: rounded to it, or to int8 codes with one static scale. NaN becomes code 0."""
+def to_out(y: Tensor, out: Out, zero: int = 0) -> Tensor:
+    """Floats to a result's type: rounded to it, or to int8 codes with one static scale, that of 0 being `zero`. NaN is as 0."""
     if isinstance(out, torch.dtype):
         return y.to(out)
-    codes = torch.round(y.to(torch.float32) * (1.0 / out)).nan_to_num(0.0).clamp(-INT8.qmax, INT8.qmax)
-    return codes.to(torch.int8)
+    steps = torch.round(y.to(torch.float32) * (1.0 / out)).nan_to_num(0.0)
+    return (steps.clamp(-INT8.qmax - zero, INT8.qmax - zero) + zero).to(torch.int8)
 
 
 def embedding(a: Embedding) -> Tensor:

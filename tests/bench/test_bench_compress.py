@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from benchmarks import bench_compress
-from benchmarks.bench_compress import PLANS, header, line, run_plan
+from benchmarks.bench_compress import PLANS, fields_of, header, line, run_plan
 from qbert import Compression, QBertError
 from qbert.compress import latency
-from qbert.evaluate import load_tokenizer, prepare_baseline, task_data
+from qbert.evaluate import TASKS, Task, load_tokenizer, prepare_baseline, task_data
 from qbert.evaluate.datasets import labelled_dataset
 from qbert.zoo import resolve_model
 
@@ -35,6 +35,29 @@ def test_a_row_shows_what_a_plan_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = line(row)
     assert shown.startswith("| 1 layer | x0.50 |")
     assert shown.count("|") == header(["toy"]).split("\n")[0].count("|")
+
+
+def test_budgets_of_multiply_adds_are_the_same_everywhere() -> None:
+    assert fields_of("prune x2, Kwon", macs=True) == {"prune": {"macs": 0.5, "method": "fisher", "refit": "scales"}}
+    assert fields_of("prune x2, Kwon", macs=False) == PLANS["prune x2, Kwon"]
+    assert fields_of("5 layers", macs=True) == {"layers": 5}
+    for plan in PLANS:
+        if fields_of(plan, macs=True):
+            assert Compression.of(**fields_of(plan, macs=True)).batch == 8
+
+
+def test_labels_are_counted_as_the_classifier_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [(f"text {index}", "yes" if index % 3 else "no") for index in range(30)]
+    task = Task("made", lambda: labelled_dataset("made", rows), "classification", 5, "", "", "")
+    monkeypatch.setitem(TASKS, "made", task)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    names = {0: "YES", 1: "other", 2: "No"}
+    model = BertForSequenceClassification(BertConfig(vocab_size=50, id2label=names, **sizes))
+    texts, labels = bench_compress.labelled(model, "made", 12)
+    assert len(texts) == len(labels) == 12
+    assert all(label == (0 if int(text.split()[1]) % 3 else 2) for text, label in zip(texts, labels, strict=True))
+    with pytest.raises(QBertError, match="no classes of that task"):
+        bench_compress.labelled(BertModel(BertConfig(vocab_size=50, **sizes)), "made", 12)
 
 
 def test_an_unknown_plan_is_named() -> None:

@@ -71,6 +71,19 @@ def test_refitting_is_nearer_than_taking_out_alone() -> None:
     assert all(a <= b + 1e-9 for a, b in zip(refitted.error[1:2], plain.error[1:2], strict=True))
 
 
+def test_a_layer_that_keeps_all_makes_up_for_those_before_it() -> None:
+    names = [f"encoder.layer.1.{path}.dense.weight" for path in ("attention.output", "output")]
+    texts, untouched = make_texts(600), model_of()
+    refitted, plain = model_of(), model_of()
+    report = prune_(refitted, texts, ffn=[64, 256], tokenizer=tokenizer())
+    prune_(plain, texts, ffn=[64, 256], tokenizer=tokenizer(), refit=False)
+    assert report.error[0] == 0.0
+    assert all(error > 0 for error in report.error[1:])
+    same = lambda model: [torch.equal(model.get_parameter(name), untouched.get_parameter(name)) for name in names]
+    assert not all(same(refitted))
+    assert all(same(plain))
+
+
 def test_the_prediction_is_the_change_of_the_embedding() -> None:
     """To first order: for a small difference of a weight, against running the model with it."""
     model = model_of()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qbert import QBertError
 from qbert.compress.budget import Option, share
-from qbert.compress.removal import RIDGES, Moments, refit, remove_heads, remove_neurons
+from qbert.compress.removal import RIDGES, Drift, HeldOut, Moments, refit, remove_heads, remove_neurons
 
 K, N, TOKENS = 48, 10, 400
 
@@ -82,7 +82,7 @@ def test_constants_go_into_the_bias() -> None:
     inputs, weight = problem()
     inputs[:, 5] = 3.0
     kept = torch.tensor([index for index in range(K) if index != 5])
-    done = refit(weight, Moments.of(inputs), kept, inputs[::3])
+    done = refit(weight, Moments.of(inputs), kept, HeldOut(inputs[::3]))
     wanted = inputs @ weight.T
     assert torch.allclose(inputs[:, kept] @ done.weight.T + done.bias, wanted, atol=1e-2 * float(wanted.abs().max()))
     assert done.error < 1e-3
@@ -92,15 +92,34 @@ def test_the_held_out_tokens_choose_how_strongly_it_is_refitted() -> None:
     """Of other texts the refit is not used where it makes things worse there."""
     inputs, weight = problem()
     kept = torch.arange(0, K, 2)
-    alike = refit(weight, Moments.of(inputs), kept, problem()[0])
+    alike = refit(weight, Moments.of(inputs), kept, HeldOut(problem()[0]))
     assert alike.ridge == RIDGES[0]
-    means = refit(weight, Moments.of(inputs), kept, inputs, means_only=True)
+    means = refit(weight, Moments.of(inputs), kept, HeldOut(inputs), means_only=True)
     assert means.ridge is None
     assert torch.equal(means.weight, weight[:, kept])
     assert alike.error < means.error
     unlike = torch.randn(TOKENS, K, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     few = Moments.of(inputs[:30])
-    assert refit(weight, few, kept, unlike + few.mean).ridge in (None, 1.0)
+    assert refit(weight, few, kept, HeldOut(unlike + few.mean)).ridge in (None, 1.0)
+
+
+def test_what_was_lost_before_is_made_up_for_where_held_out_tokens_agree() -> None:
+    inputs, weight = problem()
+    more = torch.randn(N, K, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) / K
+    lost = inputs @ more.T + 2.0
+    moments, kept = Moments.of(inputs[::2]), torch.arange(K)
+    about = lost[::2] - lost[::2].mean(0)
+    crossed = about.T @ (inputs[::2] - inputs[::2].mean(0)) / len(about)
+    drift = Drift(lost[::2].mean(0), crossed)
+    found = refit(weight, moments, kept, HeldOut(inputs[1::2], lost[1::2]), drift=drift)
+    without = refit(weight, moments, kept, HeldOut(inputs[1::2], lost[1::2]))
+    assert found.ridge is not None
+    assert found.error < 0.5 * without.error
+    assert torch.equal(without.weight, weight)
+    assert float((found.weight - weight - more).norm()) < float(more.norm())
+    assert torch.allclose(inputs @ found.weight.T + found.bias, inputs @ weight.T + lost, atol=0.2 * float(lost.std()))
+    unlike = HeldOut(inputs[1::2], -lost[1::2])
+    assert torch.equal(refit(weight, moments, kept, unlike, drift=drift).weight, weight)
 
 
 def test_activations_that_are_not_finite_are_said() -> None:

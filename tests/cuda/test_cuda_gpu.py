@@ -121,7 +121,7 @@ def raw(out, q, s, weight, scale, bias, *, t, n, k, tile, out_scale=None):
         t=t, n=n, k=k, q=q.data_ptr(), q_pitch=q.stride(0), s=s.data_ptr(), weight=weight.data_ptr(),
         weight_pitch=weight.stride(0), scale=scale.data_ptr(), bias=bias.data_ptr(), bias_type=FLOAT_TYPES[bias.dtype],
         activation=Activation.NONE, out=out.data_ptr(), out_pitch=out.stride(0),
-        out_type=FLOAT_TYPES.get(out.dtype, INT8_OUT), inverse_out_scale=1.0 / out_scale if out_scale else 0.0,
+        out_type=FLOAT_TYPES.get(out.dtype, INT8_OUT), inverse_out_scale=1.0 / out_scale if out_scale else 0.0, zero=0,
         stream=torch.cuda.current_stream().cuda_stream, tile=tile,
     )  # fmt: skip
 

@@ -37,7 +37,7 @@ def legal(**changes):
     arguments = {
         "t": t, "n": n, "k": k, "q": 1 << 20, "q_pitch": k, "s": 1 << 21, "weight": 1 << 22, "weight_pitch": k,
         "scale": 1 << 23, "bias": 1 << 24, "bias_type": 1, "activation": 1, "out": 1 << 25, "out_pitch": n,
-        "out_type": 0, "inverse_out_scale": 1.0, "stream": 0,
+        "out_type": 0, "inverse_out_scale": 1.0, "zero": 0, "stream": 0,
     }  # fmt: skip
     return {**arguments, **changes}
 

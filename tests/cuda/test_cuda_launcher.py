@@ -240,7 +240,9 @@ class Emulation:
         bias, activation = _end(a)
         out_type = _TYPES[a["out_type"]]
         out = 1.0 / a["inverse_out_scale"] if out_type == torch.int8 else out_type
-        y = reference.linear(Linear(q, _vector(a["s"], a["t"], torch.float32), weight, bias, activation, False, out))
+        y = reference.linear(
+            Linear(q, _vector(a["s"], a["t"], torch.float32), weight, bias, activation, False, out, a["zero"])
+        )
         _matrix(a["out"], a["t"], a["n"], a["out_pitch"], out_type)[:] = y
 
     def w8a8_linear(self, **a):

@@ -95,7 +95,7 @@ def test_nothing_beside_the_result_is_written(emulated, monkeypatch):
         emulated.w8a8_linear(
             t=t, n=n, k=k, q=q.data_ptr(), q_pitch=k, s=s.data_ptr(), weight=weight.data_ptr(), weight_pitch=k,
             scale=scale.data_ptr(), bias=bias.data_ptr(), bias_type=0, activation=0, out=memory[1].data_ptr(),
-            out_pitch=pitch, out_type=out_type, inverse_out_scale=1 / 0.25, stream=0, tile=SMALL[5],
+            out_pitch=pitch, out_type=out_type, inverse_out_scale=1 / 0.25, zero=0, stream=0, tile=SMALL[5],
         )  # fmt: skip
         expected = reference.linear(a._replace(out=0.25 if dtype == torch.int8 else dtype))
         assert torch.equal(memory[1:-1, :n], expected)
@@ -107,7 +107,7 @@ def test_a_small_tile_refuses_what_its_grid_cannot_count(emulated):
     with pytest.raises(QBertError, match=r"t is 1048561; allowed with tile 16x64x128 small: 1 \.\.\. 1048560"):
         emulated.w8a8_linear(
             **legal, t=65535 * 16 + 1, n=16, k=16, q_pitch=16, weight_pitch=16, bias=0, bias_type=0, activation=0,
-            out_pitch=16, out_type=0, inverse_out_scale=0.0, stream=0, tile=SMALL[8],
+            out_pitch=16, out_type=0, inverse_out_scale=0.0, zero=0, stream=0, tile=SMALL[8],
         )  # fmt: skip
     assert cuda.linear(random_linear(1, 16, 16), tile=SMALL[8]).shape == (1, 16)
 

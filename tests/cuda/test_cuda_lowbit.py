@@ -220,7 +220,7 @@ def binding_arguments(a, y, **changes):
         "group_scale": 0,
     }
     call |= {"groups": 1, "matrices": 1, "col_bytes": col.itemsize, "outliers": 0, "columns": 0, "bias_type": 0}
-    call |= {"activation": 0, "out_pitch": y.stride(0), "out_type": 0, "inverse_out_scale": 0.0, "stream": 0}
+    call |= {"activation": 0, "out_pitch": y.stride(0), "out_type": 0, "inverse_out_scale": 0.0, "zero": 0, "stream": 0}
     return {**call, **changes}
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +122,43 @@ def test_processes_of_a_pool_give_the_same_bits(encoder: Path) -> None:
         assert np.array_equal(pipeline.encode(TEXTS * 4, pool=pool, chunk_size=3), expected)
     finally:
         pipeline.stop_multi_process_pool(pool)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SentenceTransformer", "CrossEncoder"])
+def test_without_qbert_the_last_line_names_the_cure(encoder: Path, reranker: Path, tmp_path: Path, kind: str) -> None:
+    """Of a pipeline that sentence-transformers saved, and of a reranker."""
+    source = encoder if kind == "SentenceTransformer" else reranker
+    model = quantize_(getattr(st, kind)(str(source), device="cpu"), RECIPE, fuse=True)
+    model.save_pretrained(str(tmp_path / "out"))
+    done = _load_elsewhere(kind, tmp_path / "out", first="")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("ImportError: ")
+    assert "import_qbert_first" in done.stderr.splitlines()[-1]
+    done = _load_elsewhere(kind, tmp_path / "out", first="import qbert")
+    assert done.returncode == 0, done.stderr
+    qbert.dequantize_(model).save_pretrained(str(tmp_path / "float"))
+    assert _load_elsewhere(kind, tmp_path / "float", first="").returncode == 0
+
+
+@pytest.mark.slow
+def test_the_commands_folder_names_the_cure_too(encoder: Path, tmp_path: Path) -> None:
+    from qbert.workflow import quantize_checkpoint
+
+    pipeline = tmp_path / "pipeline"
+    _pipeline(encoder).save_pretrained(str(pipeline))
+    quantize_checkpoint(str(pipeline), tmp_path / "out", RECIPE, fuse=True)
+    done = _load_elsewhere("SentenceTransformer", tmp_path / "out", first="")
+    assert "import_qbert_first" in done.stderr.splitlines()[-1]
+    again = _pipeline(tmp_path / "out")
+    assert type(again[0]) is type(_pipeline(encoder)[0])  # sentence-transformers' own class
+    assert _cosines(again.encode(TEXTS), _pipeline(encoder).encode(TEXTS)).min() > 0.99
+
+
+def _load_elsewhere(kind: str, folder: Path, first: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, where qbert is imported or not."""
+    load = f"import sentence_transformers as st; st.{kind}({str(folder)!r}, device='cpu')"
+    environment = {**os.environ, "PYTHONPATH": str(Path(qbert.__file__).parents[1])}
+    return subprocess.run(
+        [sys.executable, "-c", f"{first}\n{load}"], capture_output=True, text=True, env=environment, check=False
+    )

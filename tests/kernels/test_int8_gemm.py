@@ -62,6 +62,10 @@ def test_any_shape_equals_the_reference():
         {"t": t, "n": n, "k": k, "road": None, "layout": layout, "int8_out": int8_out}
         for (t, n, k), layout, int8_out in itertools.product(shapes, ("int8_rows", "plain"), (False, True))
     ]
+    cases += [
+        {"t": 37, "n": 51, "k": 77, "road": road, "int8_out": True, "zero": zero}
+        for road, zero in itertools.product(ROADS, (-117, 127))
+    ]
     interpreted.run("int8_gemm_cases:matches_reference", cases)
 
 

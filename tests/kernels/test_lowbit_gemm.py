@@ -63,7 +63,7 @@ def test_equals_reference_with_every_epilogue() -> None:
     ]  # fmt: skip
     problems = [("check", SCHEMES[index % 5], tokens, 40, 384, None, end)
                 for index, (tokens, end) in enumerate(itertools.product((5, 100, 530), ends))]  # fmt: skip
-    requant = [("check", scheme, 70, 72, 256, tile, {"activation": "gelu", "int8_out": True})
+    requant = [("check", scheme, 70, 72, 256, tile, {"activation": "gelu", "int8_out": True, "zero": -117})
                for scheme, tile in zip(SCHEMES, itertools.cycle(cases.TILES), strict=False)]  # fmt: skip
     bounds = [(40, 66, 192, "few", {"matrices": 3}), (140, 96, 64, "turned", {"matrices": 2})]
     stacked = [("check", scheme, *problem) for scheme in ("gobo3a8", "gobo4a8") for problem in bounds]

@@ -130,6 +130,7 @@ struct Problem {
         args.requantize = random.once_in(3);
         args.float_type = args.requantize ? FloatType::f32 : random.one_of({FloatType::f32, FloatType::bf16, FloatType::f16});
         args.inverse_out_scale = static_cast<float>(random.uniform(1, 40));
+        args.zero = args.requantize && random.once_in(2) ? static_cast<int>(random.uniform(-127, 127)) : 0;
     }
 
     int64_t channels() const { return args.gated ? args.weight.n / 2 : args.weight.n; }
@@ -212,7 +213,7 @@ void check_against_loops(const Problem& problem, const std::vector<uint8_t>& byt
         double found = args.requantize ? static_cast<int8_t>(bytes[static_cast<size_t>(i)]) : out.get(i), allowed;
         if (args.requantize) {
             allowed = std::isnan(y) ? 0 : 0.5 + 1e-5 * magnitude * args.inverse_out_scale;
-            y = std::isnan(y) ? 0 : std::fmax(-127, std::fmin(127, y * args.inverse_out_scale));
+            y = std::isnan(y) ? args.zero : std::fmax(-127, std::fmin(127, y * args.inverse_out_scale + args.zero));
         } else {
             allowed = 4e-6 * magnitude + out.rounding(y);
         }

@@ -35,10 +35,10 @@ __device__ inline float load_bias(const void* bias, FloatType type, int64_t chan
 // value * s + bias, rounded twice as in the reference: never fused into a multiply-add.
 __device__ inline float scale_and_add(float value, float s, float bias) { return __fadd_rn(__fmul_rn(value, s), bias); }
 
-// To even; NaN gives 0.
-__device__ inline int round_to_int8(float y, float inverse_out_scale) {
-    const int code = __float2int_rn(__fmul_rn(y, inverse_out_scale));
-    return code < -127 ? -127 : code > 127 ? 127 : code;
+// To even; NaN gives the code of 0.
+__device__ inline int round_to_int8(float y, const Finish& finish) {
+    const int steps = __float2int_rn(__fmul_rn(y, finish.inverse_out_scale));
+    return max(-127 - finish.zero, min(127 - finish.zero, steps)) + finish.zero;
 }
 
 // Two values as two 16-bit floats, the first in the low half.

@@ -12,6 +12,7 @@ struct Finish {
     Activation activation = Activation::none;
     FloatType float_type = FloatType::f32;  // of the result, unless it is requantized
     float inverse_out_scale = 1.0f;         // of an int8 result
+    int zero = 0;                           // and its code of 0
 };
 
 // y[t, n] = finish((sum_k q[t, k] * weight[n, k]) * scale[n] * s[t] + bias[n]), rows contiguous, row pitches in elements.

@@ -53,7 +53,7 @@ void lowbit_linear(int64_t t, int64_t n, int64_t k, uintptr_t q, int64_t q_pitch
                    uintptr_t codes, uintptr_t group_scale, int64_t groups, uintptr_t codebook, uintptr_t scale,
                    int64_t matrices, uintptr_t rowptr, uintptr_t col, int col_bytes, uintptr_t delta, int64_t outliers,
                    uintptr_t columns, uintptr_t bias, int bias_type, int activation, uintptr_t out, int64_t out_pitch,
-                   int out_type, float inverse_out_scale, uintptr_t stream, const std::string& tile) {
+                   int out_type, float inverse_out_scale, int zero, uintptr_t stream, const std::string& tile) {
     LowbitLinear a{};
     a.t = t;
     a.n = n;
@@ -78,6 +78,7 @@ void lowbit_linear(int64_t t, int64_t n, int64_t k, uintptr_t q, int64_t q_pitch
     a.finish.activation = static_cast<Activation>(activation);
     a.finish.float_type = a.requantize ? FloatType::f32 : static_cast<FloatType>(out_type);
     a.finish.inverse_out_scale = inverse_out_scale;
+    a.finish.zero = zero;
     py::gil_scoped_release release;
     run(a, tile, stream);
 }
@@ -117,7 +118,7 @@ void bind_lowbit(py::module_& module) {
                py::arg("codebook"), py::arg("scale"), py::arg("matrices"), py::arg("rowptr"), py::arg("col"),
                py::arg("col_bytes"), py::arg("delta"), py::arg("outliers"), py::arg("columns"), py::arg("bias"),
                py::arg("bias_type"), py::arg("activation"), py::arg("out"), py::arg("out_pitch"), py::arg("out_type"),
-               py::arg("inverse_out_scale"), py::arg("stream"), py::arg("tile") = "",
+               py::arg("inverse_out_scale"), py::arg("zero"), py::arg("stream"), py::arg("tile") = "",
                "See LowbitLinear in csrc/cuda/sm90/lowbit.h. Pointers and the stream are integers, 0 for what is not there; "
                "`code` is int4, dict4 or dict3, `out_type` a float type or REQUANTIZE, `tile` one of lowbit_tiles().");
 }

@@ -43,7 +43,7 @@ void run(const W8a8Linear& linear, const std::string& tile_name, uintptr_t strea
 
 void w8a8_linear(int64_t t, int64_t n, int64_t k, uintptr_t q, int64_t q_pitch, uintptr_t s, uintptr_t weight,
                  int64_t weight_pitch, uintptr_t scale, uintptr_t bias, int bias_type, int activation, uintptr_t out,
-                 int64_t out_pitch, int out_type, float inverse_out_scale, uintptr_t stream, const std::string& tile) {
+                 int64_t out_pitch, int out_type, float inverse_out_scale, int zero, uintptr_t stream, const std::string& tile) {
     W8a8Linear a{};
     a.t = t;
     a.n = n;
@@ -62,6 +62,7 @@ void w8a8_linear(int64_t t, int64_t n, int64_t k, uintptr_t q, int64_t q_pitch, 
     a.finish.activation = static_cast<Activation>(activation);
     a.finish.float_type = a.requantize ? FloatType::f32 : static_cast<FloatType>(out_type);
     a.finish.inverse_out_scale = inverse_out_scale;
+    a.finish.zero = zero;
     py::gil_scoped_release release;
     run(a, tile, stream);
 }
@@ -95,7 +96,7 @@ void bind_w8a8(py::module_& module) {
     module.def("w8a8_linear", &w8a8_linear, py::arg("t"), py::arg("n"), py::arg("k"), py::arg("q"), py::arg("q_pitch"),
                py::arg("s"), py::arg("weight"), py::arg("weight_pitch"), py::arg("scale"), py::arg("bias"),
                py::arg("bias_type"), py::arg("activation"), py::arg("out"), py::arg("out_pitch"), py::arg("out_type"),
-               py::arg("inverse_out_scale"), py::arg("stream"), py::arg("tile") = "",
+               py::arg("inverse_out_scale"), py::arg("zero"), py::arg("stream"), py::arg("tile") = "",
                "See W8a8Linear in csrc/cuda/common/w8a8.h. Pointers and the stream are integers, 0 for no bias; `out_type` is "
                "a float type or REQUANTIZE; `tile` is one of tiles(), by default what choose says.");
 }

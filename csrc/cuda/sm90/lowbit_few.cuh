@@ -86,7 +86,7 @@ struct LowbitFew {
         if (a.finish.activation == Activation::gelu) apply_gelu(y);
         const int64_t at = token * a.out_pitch + channel;
         if (a.requantize) {
-            store_int8(a.out, a.finish.inverse_out_scale, at, y, channels, arguments.wide);
+            store_int8(a.out, a.finish, at, y, channels, arguments.wide);
         } else {
             store_floats(a.out, a.finish.float_type, at, y, channels, arguments.wide);
         }

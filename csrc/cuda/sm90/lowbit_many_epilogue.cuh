@@ -136,7 +136,7 @@ class ManyEpilogue {
                 uint32_t word = 0;
 #pragma unroll
                 for (int row = 0; row < kRows; ++row) {
-                    word |= (static_cast<uint32_t>(round_to_int8(y[row], p.finish.inverse_out_scale)) & 0xff) << 8 * row;
+                    word |= (static_cast<uint32_t>(round_to_int8(y[row], p.finish)) & 0xff) << 8 * row;
                 }
                 to[tile.warp() * 8 + tile.g()] = word;
             }

@@ -133,12 +133,12 @@ __device__ inline void store_floats(void* out, FloatType type, int64_t at, const
     }
 }
 
-__device__ inline void store_int8(void* out, float inverse_out_scale, int64_t at, const float (&y)[kQuadChannels], int channels,
+__device__ inline void store_int8(void* out, const Finish& finish, int64_t at, const float (&y)[kQuadChannels], int channels,
                                   bool wide) {
     uint32_t four = 0;
 #pragma unroll
     for (int i = 0; i < kQuadChannels; ++i) {
-        four |= (static_cast<uint32_t>(round_to_int8(y[i], inverse_out_scale)) & 0xff) << (8 * i);
+        four |= (static_cast<uint32_t>(round_to_int8(y[i], finish)) & 0xff) << (8 * i);
     }
     store_quad(static_cast<signed char*>(out) + at, four, channels, wide);
 }

@@ -20,7 +20,7 @@
 
 #include <atomic>
 
-#include "cuda/common/gelu.cuh"
+#include "cuda/common/finish.cuh"
 #include "cuda/common/grid.h"
 #include "cuda/sm90/arch.h"
 #include "cuda/sm90/launch.h"
@@ -133,8 +133,7 @@ struct Round<int8_t, N> {
         cutlass::Array<int8_t, N> codes;
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < N; ++i) {
-            const int code = __float2int_rn(__fmul_rn(y[i], finish.inverse_out_scale));  // to even; NaN gives 0
-            codes[i] = static_cast<int8_t>(max(-127, min(127, code)));
+            codes[i] = static_cast<int8_t>(round_to_int8(y[i], finish));
         }
         return codes;
     }

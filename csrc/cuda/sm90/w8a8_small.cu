@@ -59,7 +59,7 @@ __device__ void store(const W8a8Linear& a, int64_t token, int channel, float (&y
         words[0] = 0;
 #pragma unroll
         for (int i = 0; i < kFinishColumns; ++i) {
-            words[0] |= (static_cast<unsigned>(round_to_int8(y[i], finish.inverse_out_scale)) & 0xffu) << 8 * i;
+            words[0] |= (static_cast<unsigned>(round_to_int8(y[i], finish)) & 0xffu) << 8 * i;
         }
     } else if (finish.float_type == FloatType::f32) {
 #pragma unroll

@@ -117,7 +117,7 @@ def _rows_of(table: Table) -> _Held:
 
 
 def integer_linear(a: Linear) -> Tensor:
-    x, s, weight, bias, activation, gated, out = a
+    x, s, weight, bias, activation, gated, out, zero = a
     assert s is not None
     # Kept in names: a temporary would be freed before the kernel reads it.
     x, s = dense(x), dense(s)
@@ -125,7 +125,7 @@ def integer_linear(a: Linear) -> Tensor:
     y = x.new_empty(x.shape[0], a.n, dtype=checks.out_type(out))
     _cpu.linear(
         weight.prepared(_product).struct, x.data_ptr(), s.data_ptr(), x.shape[0], pointer(bias), activation, gated,
-        y.data_ptr(), out_type(out), inverse_scale(out), torch.get_num_threads(),
+        y.data_ptr(), out_type(out), inverse_scale(out), zero, torch.get_num_threads(),
     )  # fmt: skip
     return y
 

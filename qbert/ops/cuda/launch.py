@@ -17,7 +17,7 @@ from qbert.ops.abi import FLOAT_TYPES, Activation, pointer
 from qbert.ops.cuda.choice import compiled_obstacle
 from qbert.ops.kernel import Problem
 from qbert.ops.operands import require_operands
-from qbert.ops.operations import Linear, Out
+from qbert.ops.operations import Linear
 from qbert.target import Target, load_cuda, target_of
 from qbert.weight import Layout, Weight
 
@@ -129,9 +129,9 @@ def end(a: Linear, y: Tensor) -> dict[str, Any]:
     }
 
 
-def out_of(out: Out) -> dict[str, Any]:
-    """The type of a result, or one over its static scale."""
-    return {"out_type": abi.out_type(out), "inverse_out_scale": abi.inverse_scale(out)}
+def out_of(a: Linear) -> dict[str, Any]:
+    """The type of a result, or one over its static scale and the code of 0."""
+    return {"out_type": abi.out_type(a.out), "inverse_out_scale": abi.inverse_scale(a.out), "zero": a.zero}
 
 
 def packed(weight: Weight) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def linear(a: Linear, *, tile: str = "") -> Tensor:
     columns = x.new_empty(nbytes) if nbytes else None
     extension.lowbit_linear(
         t=t, n=n, k=k, q=x.data_ptr(), q_pitch=pitch, s=s.data_ptr(), columns=pointer(columns), tile=tile,
-        **weight.prepared(launch.packed), **launch.end(a, y), **launch.out_of(a.out),
+        **weight.prepared(launch.packed), **launch.end(a, y), **launch.out_of(a),
     )  # fmt: skip
     return y
 

@@ -65,7 +65,7 @@ def linear(a: Linear, *, tile: str = "") -> Tensor:
     if y.numel():
         launch.extension().w8a8_linear(
             t=t, n=n, k=k, q=x.data_ptr(), q_pitch=k, s=s.data_ptr(), tile=tile, **weight.prepared(rows),
-            **launch.end(a, y), **launch.out_of(a.out),
+            **launch.end(a, y), **launch.out_of(a),
         )  # fmt: skip
     return y
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from qbert.ops.abi import inverse_scale
+from qbert.ops.operations import Linear
+
 # ---- pointers and numbers -------------------------------------------------------------------------------------------
 
 
@@ -27,12 +30,19 @@ class End(NamedTuple):
         scale: (n,) float32, a scale a channel; of dictionaries (matrices,).
         bias: (n,) of any float type, or None.
         inverse_out_scale: float32, one over the static scale of an int8 result.
+        zero: float32, the code of 0 in such a result; None where it is 0, which costs nothing then.
     """
 
     s: Any
     scale: Any
     bias: Any
     inverse_out_scale: Any
+    zero: Any = None
+
+
+def end_of(a: Linear) -> End:
+    """That of a linear."""
+    return End(a.s, a.weight.scale, a.bias, inverse_scale(a.out), float(a.zero) if a.zero else None)
 
 
 class Outliers(NamedTuple):

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from qbert.ops import checks
-from qbert.ops.abi import Activation, inverse_scale
+from qbert.ops.abi import Activation
 from qbert.ops.kernel import Problem
 from qbert.ops.operands import require_operands
 from qbert.ops.operations import Linear
-from qbert.ops.triton.arguments import End, Int8Meta
+from qbert.ops.triton.arguments import End, Int8Meta, end_of
 from qbert.ops.triton.launch import descriptor, layout_obstacle, require_weight, target_for
 from qbert.target import Target
 from qbert.tiles import TMA_SM, TileConfig, select_tile
@@ -37,9 +37,9 @@ _RESIDENT_WARPS = 8
 
 
 def linear(a: Linear) -> Tensor:
-    q, s, weight, bias, activation, _, out = a
-    assert s is not None
-    require_operands("linear", q.device, q=q, s=s, bias=bias)
+    q, weight, activation, out = a.x, a.weight, a.activation, a.out
+    assert a.s is not None
+    require_operands("linear", q.device, q=q, s=a.s, bias=a.bias)
     require_weight("linear", q.device, weight)
     target = target_for(q)
     (t, k), n = q.shape, weight.n
@@ -48,9 +48,8 @@ def linear(a: Linear) -> Tensor:
         tile = tile_for(t, n, k, y.element_size(), target, activation)
         # Without fused multiply-adds: the reference rounds the product with a scale before it adds the bias.
         options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
-        end = End(s, weight.scale, bias, inverse_scale(out))
         meta = Int8Meta(tile.block_t, tile.block_n, tile.block_k, int(activation))
-        _LAUNCH[tile.road](_Operands(q, weight.qdata, y, end), tile, meta, target, options)
+        _LAUNCH[tile.road](_Operands(q, weight.qdata, y, end_of(a)), tile, meta, target, options)
     return y
 
 

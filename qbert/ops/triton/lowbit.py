@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from qbert.ops import checks
-from qbert.ops.abi import inverse_scale
 from qbert.ops.kernel import Problem
 from qbert.ops.operands import require_operands
 from qbert.ops.operations import Linear
-from qbert.ops.triton.arguments import Dictionaries, End, Groups, LowbitMeta, Shape
+from qbert.ops.triton.arguments import Dictionaries, Groups, LowbitMeta, Shape, end_of
 from qbert.ops.triton.launch import (
     INTERPRETED,
     descriptor,
@@ -61,7 +60,7 @@ def _int4(a: Linear, y: Tensor, plan: _Plan) -> None:
 
     group_scale = a.weight.tensors["group_scale"]
     (t, n), groups = y.shape, Groups(group_scale, group_scale.shape[1])
-    end, shape = End(a.s, a.weight.scale, a.bias, inverse_scale(a.out)), Shape(t, n, plan.q.shape[1])
+    end, shape = end_of(a), Shape(t, n, plan.q.shape[1])
     meta = plan.meta._replace(GROUP_SIZE=a.weight.scheme.group_size or 0)
     int4_gemm_kernel[plan.grid](plan.tokens, plan.codes, groups, plan.out(y), end, shape, META=meta, **plan.options)
     if plan.sums is not None:
@@ -76,7 +75,7 @@ def _dictionary(a: Linear, y: Tensor, plan: _Plan) -> None:
     turned = outliers is not None and plan.sums is None and _turns(plan.tile)
     books = weight.tensors["codebook"].view(torch.int32)
     dictionaries = Dictionaries(books, weight.matrices, outliers, _columns(plan.q) if turned else plan.q)
-    end, shape = End(a.s, weight.scale, a.bias, inverse_scale(a.out)), Shape(t, n, plan.q.shape[1])
+    end, shape = end_of(a), Shape(t, n, plan.q.shape[1])
     meta = plan.meta._replace(BITS=weight.scheme.weight_bits, TURNED=turned, WARPS=plan.tile.warps)
     gobo_gemm_kernel[plan.grid](
         plan.tokens, plan.codes, dictionaries, plan.out(y), end, shape, META=meta, **plan.options
