@@ -75,6 +75,9 @@ METHODS: dict[str, Method] = {
     ),
     "DistilBERT": Method("half of the layers taken out; no distillation", {"layers": 3}),
     "Zhao et al. 2019": Method("its vocabulary of 4,928 words alone; no smaller layers, no distillation", {"vocabulary": 4928}),
+    "Noach and Goldberg 2020": Method(
+        "feed-forward and attention output to rank 128, by what they make of texts; no distillation", {"rank": 128}
+    ),
     "DynaBERT": Method(
         "depth and width: 5 layers, heads and neurons to 70%; no distillation", {"layers": 5, "prune": {"macs": 0.7}}
     ),
