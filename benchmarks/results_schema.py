@@ -234,6 +234,49 @@ class AccuracyRow(_Strict):
     reason: str | None = None
 
 
+class SurveyScore(_Strict):
+    """Of one task, in points: the score, float32's, and the paired change with its 95% interval."""
+
+    task: str
+    metric: str
+    n: int
+    float_score: float
+    score: float
+    change: float
+    low: float
+    high: float
+
+
+class SurveyRow(_Strict):
+    """What a row of the survey's table comes to here: a method on the model that all of them share.
+
+    Attributes:
+        system: of `published.TABLE`, or a name of this project's own.
+        method: what was done, in words; recipe: the fields of `qbert.Compression` that did it.
+        share_of_float32: bytes of the finished model over the original's.
+        time, float_time: of a forward of batch x seq tokens, and of the float original in turns with it; None: not timed.
+        speedup: of the medians' rounds.
+        seconds: that making it took.
+        reason: why there are no figures.
+    """
+
+    kind: Literal["survey"] = "survey"
+    system: str
+    model: str
+    method: str
+    recipe: dict[str, Any] = {}
+    stored_bytes: int | None = None
+    share_of_float32: float | None = None
+    batch: int = 8
+    seq: int = 128
+    time: Sample | None = None
+    float_time: Sample | None = None
+    speedup: float | None = None
+    scores: list[SurveyScore] = []
+    seconds: float | None = None
+    reason: str | None = None
+
+
 class CeilingRow(_Strict):
     """A measured ceiling of this device.
 
@@ -321,7 +364,7 @@ class StepRow(_Strict):
 
 AnyRow = (
     GemmRow | AttentionRow | BertRow | SystemRow | QuantizeRow | AccuracyRow | CeilingRow | TestsRow | TileRow
-    | RunRow | StepRow
+    | RunRow | StepRow | SurveyRow
 )  # fmt: skip
 _ROW: TypeAdapter[AnyRow] = TypeAdapter(Annotated[AnyRow, Field(discriminator="kind")])
 RowType = TypeVar("RowType", bound=BaseModel)

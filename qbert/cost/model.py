@@ -17,7 +17,7 @@ from qbert.cost.operands import Held, Side, Way, stored_bits, ways
 from qbert.cost.result import EncoderCost, LayerCost, OperationCost
 from qbert.cost.target import FLOAT_BYTES, Hardware
 from qbert.cost.tiling import SUM_BYTES, Matrices, Tile, array_operations, array_traffic, level_traffic, tiles_of
-from qbert.cost.work import EncoderWork, LayerWork, Step
+from qbert.cost.work import THIN, EncoderWork, LayerWork, Step
 from qbert.errors import QBertError
 from qbert.formats import BlockFormat, Keep
 from qbert.modules import AttentionFormats
@@ -194,7 +194,9 @@ class _Model:
         done = []
         for step in layer.steps:
             done.append(step)
-            if step.writes != "hidden" and any(map(self._needs_pass, self._read_as(step.writes))):
+            if step.writes != "hidden" and any(
+                self._needs_pass(side, step.writes) for side in self._read_as(step.writes)
+            ):
                 columns = step.n // 2 if step.gated else step.n
                 done.append(Step(f"quantize {step.writes}", "rows", 0, columns, reads=step.writes, writes=step.writes))
         return done
@@ -205,14 +207,15 @@ class _Model:
             return tuple(self.formats.operand(name) for name in ("query", "key", "value"))
         return (self.formats.activations,)
 
-    def _needs_pass(self, side: Side) -> bool:
-        return side is not None and not self.formats.static and side.scale != "none" and side.block[1] == 0
+    def _needs_pass(self, side: Side, slot: str) -> bool:
+        known = self.formats.static and not slot.endswith(THIN)
+        return side is not None and not known and side.scale != "none" and side.block[1] == 0
 
     def _written_as(self, slot: str) -> tuple[Side, ...]:
         """The formats that a slot is written in: its readers', or floats that a pass of its own rounds."""
         if slot == "hidden":
             return (None,)
-        return tuple(None if self._needs_pass(side) else side for side in self._read_as(slot))
+        return tuple(None if self._needs_pass(side, slot) else side for side in self._read_as(slot))
 
     def cost(self, step: Step) -> StepCost:
         """Of one step; steps that are alike are computed once."""

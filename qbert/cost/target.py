@@ -212,7 +212,7 @@ class Hardware(_Section):
         return all(each.joules is not None for each in sections)
 
     def of_units(self, units: int) -> Hardware:
-        """The same with another number of units: what all of them share out grows or shrinks, main memory stays."""
+        """The same with another number of units: their rates grow or shrink with it, memory stays as it is."""
         share = units / self.array.units
         grown = {"rate": "ops", "vector": "ops", "decode": "values"}
         changed: dict[str, Any] = {"array": self.array.model_copy(update={"units": units})}

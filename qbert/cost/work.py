@@ -16,6 +16,9 @@ from qbert.encoder.build import head_size
 from qbert.errors import QBertError
 from qbert.families import EncoderFamily
 from qbert.families.family import BiasOf, RotaryOf, WindowOf
+from qbert.modules import FactoredLinear
+
+THIN = ".thin"  # end of the slot between the two products of a linear of low rank, whose scales are known for each token only
 
 
 @dataclass(frozen=True)
@@ -149,14 +152,12 @@ class _Reader:
         )
 
     def linear(self, path: str, reads: str, writes: str, activation: str | None = None, gated: bool = False) -> None:
-        n, k = self._shape(path)
-        activated = activation is not None
-        self.steps.append(Step(path, "linear", n, k, gated=gated, activated=activated, reads=reads, writes=writes))
+        step = self._last_of(path, reads)
+        self.steps.append(replace(step, gated=gated, activated=activation is not None, writes=writes))
 
     def linear_add_norm(self, linear: str, norm: str, reads: str) -> None:
-        n, k = self._shape(linear)
-        self.steps.append(Step(linear, "linear", n, k, reads=reads))
-        self.steps.append(Step(norm, "rows", 0, n, norm=True))
+        step = self._last_of(linear, reads)
+        self.steps += [step, Step(norm, "rows", 0, step.n, norm=True)]
 
     def linear_add(self, linear: str, norm: str, reads: str) -> None:
         self.linear_add_norm(linear, norm, reads)
@@ -164,6 +165,15 @@ class _Reader:
     def linear_add_last(self, linear: str, norm: str, reads: str) -> None:
         self.linear_add_norm(linear, norm, reads)
         self.steps[-1] = replace(self.steps[-1], name=f"next {norm}")
+
+    def _last_of(self, path: str, reads: str) -> Step:
+        """The linear at a path, or the second of two thin ones, the first of which is written now."""
+        held = self.layer.get_submodule(path)
+        if not isinstance(held, FactoredLinear):
+            return Step(path, "linear", *shape_of(held), reads=reads)
+        thin = f"{reads}{THIN}"
+        self.steps.append(Step(f"{path}, thin", "linear", held.rank, held.in_features, reads=reads, writes=thin))
+        return Step(path, "linear", held.out_features, held.rank, reads=thin)
 
     def _shape(self, path: str) -> tuple[int, int]:
         return shape_of(self.layer.get_submodule(path))

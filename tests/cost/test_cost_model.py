@@ -16,7 +16,7 @@ from qbert.cost.tiling import Matrices
 from qbert.encoder import encoders, fused_forward
 from qbert.errors import QBertError
 from qbert.formats import block_format, get_format, minifloat
-from qbert.modules import AttentionFormats
+from qbert.modules import AttentionFormats, FactoredLinear
 
 CONFIG = {
     "num_hidden_layers": 2,
@@ -87,6 +87,21 @@ def test_emulated_and_pruned_models_have_the_shapes_that_are_left() -> None:
     assert len(list(encoders(model))) == 1
     assert read_work(model).layers[0].steps == whole.layers[1].steps
     assert read_work(model).weights == whole.weights / 2
+
+
+def test_a_linear_of_low_rank_is_two_products() -> None:
+    model = BertModel(BertConfig(**CONFIG)).eval()
+    whole = read_work(model)
+    output = model.encoder.layer[0].output
+    output.dense = FactoredLinear.empty(output.dense, 16)
+    found = read_work(model)
+    first, second = (step for step in found.layers[0].steps if step.name.startswith("output.dense"))
+    assert ((first.n, first.k), (second.n, second.k)) == ((16, 256), (64, 16))
+    assert first.writes == second.reads == "inner.thin"
+    assert found.weights == whole.weights - 64 * 256 + 16 * 256 + 64 * 16
+    static = dataclasses.replace(both("int8"), static=True)
+    names = [each.name for each in encoder_cost(found, load_hardware("amx"), static).operations]
+    assert [name for name in names if name.startswith("quantize")] == ["quantize inner.thin"]
 
 
 # ---- which units take which formats -----------------------------------------------------------------------------------
