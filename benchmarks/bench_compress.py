@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from qbert.compress import Compression, CompressionReport, compress
+from qbert.compress.report import stored_bytes
 from qbert.errors import QBertError
 from qbert.evaluate import (
     Baseline,
@@ -69,19 +70,28 @@ PLANS: dict[str, dict[str, Any]] = {
     "low rank, by outputs alone": {"rank": {"fisher": False}},
     "FFN out of rank 192": {"rank": {"rank": 192, "linears": ["ffn_out"]}},
     "prune x1.25, low rank": {"prune": {"speedup": 1.25}, "rank": "auto"},
+    "2:4": {"sparsity": "2:4"},
+    "2:4, magnitude": {"sparsity": {"sparsity": "2:4", "method": "magnitude"}},
+    "50% zeros": {"sparsity": 0.5},
+    "50% zeros, magnitude": {"sparsity": {"sparsity": 0.5, "method": "magnitude"}},
+    "70% zeros": {"sparsity": 0.7},
+    "70% zeros, magnitude": {"sparsity": {"sparsity": 0.7, "method": "magnitude"}},
+    "gobo4a8 in place of zeros": {"quantize": "gobo4a8+none"},
+    "gobo3a8 in place of zeros": {"quantize": "gobo3a8+none"},
     "16,384 words": {"vocabulary": 16384},
     "8,192 words": {"vocabulary": 8192},
 }
 
 
 class Row(BaseModel):
-    """One plan: its report, and the scores of the finished model on the tasks."""
+    """One plan: its report, the scores of the finished model on the tasks, and what a file of it takes."""
 
     model_config = ConfigDict(extra="forbid")
 
     plan: str
     report: CompressionReport
     scores: list[EvalResult]
+    megabytes: float
 
 
 def fields_of(plan: str, macs: bool) -> dict[str, Any]:
@@ -105,10 +115,10 @@ def run_plan(
     macs: bool = False,
 ) -> Row:
     """Compresses a copy of the model and scores it; nothing is timed with `macs`."""
-    recipe = Compression.of(**fields_of(plan, macs), quantize=scheme)
+    recipe = Compression.of(**{"quantize": scheme, **fields_of(plan, macs)})
     small = compress(model, recipe, texts=texts, tokenizer=tokenizer, labels=labels, measure=not macs)
     scores = [score(small.model, small.tokenizer, each) for each in baselines]
-    return Row(plan=plan, report=small.report, scores=scores)
+    return Row(plan=plan, report=small.report, scores=scores, megabytes=stored_bytes(small.model) / 1e6)
 
 
 def line(row: Row) -> str:
@@ -117,7 +127,14 @@ def line(row: Row) -> str:
     macs, parameters = last.size.macs / first.size.macs, last.size.parameters / first.size.parameters
     faster = "" if last.speedup is None else f"{last.speedup:.2f}x ({last.ms:.0f} ms)"
     seconds = sum(step.seconds for step in row.report.steps)
-    cells = [row.plan, f"x{macs:.2f}", f"x{parameters:.2f}", faster, f"{last.agreement.mean:.3f}"]
+    cells = [
+        row.plan,
+        f"x{macs:.2f}",
+        f"x{parameters:.2f}",
+        f"{row.megabytes:.1f}",
+        faster,
+        f"{last.agreement.mean:.3f}",
+    ]
     for found in row.scores:
         assert found.comparison is not None
         low, high = found.comparison.drop_interval
@@ -133,7 +150,7 @@ def details(row: Row) -> list[str]:
 
 def header(tasks: list[str]) -> str:
     """The first two lines of the table."""
-    cells = ["plan", "multiply-adds", "parameters", "faster than quantized only", "agreement", *tasks, "s"]
+    cells = ["plan", "multiply-adds", "parameters", "MB", "faster than quantized only", "agreement", *tasks, "s"]
     return f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}"
 
 

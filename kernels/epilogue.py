@@ -145,8 +145,9 @@ def finish(y, end, DTYPE: tl.constexpr):
         y = tl.where(y == y, y, 0.0)
         if SHIFTED:
             y = tl.minimum(tl.maximum(y, -QMAX - end.zero), QMAX - end.zero) + ROUND
-            return (y.to(tl.int32, bitcast=True) + end.zero.to(tl.int32)).to(tl.int8)
-        y = tl.minimum(tl.maximum(y, -QMAX), QMAX) + ROUND
+            y = y - ROUND + end.zero + ROUND  # exact: a whole number and another
+        else:
+            y = tl.minimum(tl.maximum(y, -QMAX), QMAX) + ROUND
         return y.to(tl.int32, bitcast=True).to(tl.int8)
     else:
         return y.to(DTYPE)

@@ -1,7 +1,7 @@
 """qbert: BERT-family encoders, small and actually faster on hardware with low-bit matrix units.
 
     qbert.quantize_(model, "w8a8")          in place, any torch model with nn.Linear or nn.Embedding
-    qbert.drop_layers_(model, texts, keep=4) fewer layers, without training; also prune_, factorize_, trim_vocabulary_
+    qbert.drop_layers_(model, texts, keep=4) fewer layers, without training; also prune_, factorize_ ...
     qbert.quantize_(model, fuse=True)       and BERT, RoBERTa, ELECTRA, DistilBERT as fused encoders without padding
     qbert.quantize_(model, qbert.emulate(weights="mxfp4"))      any format, computed in float, to study it
     qbert.calibrate(model, texts)           static scales for the fused encoder: quantize_(..., fuse=True, calibration=...)
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from qbert import formats, integrations
 from qbert.calibrate import calibrate
-from qbert.compress import Compression, compress, drop_layers_, factorize_, prune_, trim_vocabulary_
+from qbert.compress import Compression, compress, drop_layers_, factorize_, prune_, sparsify_, trim_vocabulary_
 from qbert.convert import dequantize_, fuse_, quantize_, unfuse_
 from qbert.emulation import emulate
 from qbert.encoder import Calibration, compile
@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Calibration", "CheckpointError", "Compression", "MissingDependency", "QBertConfig", "QBertError", "Recipe", "calibrate",
     "compile", "compress", "cpu_target", "dequantize_", "drop_layers_", "emulate", "explain", "factorize_", "formats", "fuse_",
-    "load", "prune_", "quantize_", "save", "trim_vocabulary_", "unfuse_",
+    "load", "prune_", "quantize_", "save", "sparsify_", "trim_vocabulary_", "unfuse_",
 ]  # fmt: skip
 
 # These need transformers' model code, which takes seconds to import; they are looked up when first used.

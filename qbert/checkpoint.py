@@ -30,10 +30,9 @@ from qbert.ops import FLOAT_DTYPES
 from qbert.recipe import Recipe
 from qbert.shapes import ShapePlan, recorded_plan
 from qbert.weight.specs import TensorSpec
-from qbert.weight.tensor import plain_specs
-from qbert.weight.validate import check_finite, check_plain_tensors, check_spec
+from qbert.weight.validate import check_finite, check_spec, check_stored_tensors
 
-# 5: with linears of low rank.
+# 5: with linears of low rank, or with zeros left out.
 # 4: records with block formats. 3: with shapes. 2: with a calibration, which names slots, where version 1 had five fields.
 # Without any of these nothing differs, and older versions of qbert read it.
 FORMAT_VERSION: Final = 5
@@ -108,12 +107,13 @@ class Record(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _only_low_ranks_are_of_their_version(self) -> Record:
-        factorized = self.shapes is not None and self.shapes.factorized
-        if (self.format_version == _WITH_RANKS) != factorized:
-            there = "some" if factorized else "none"
+    def _only_low_ranks_and_zeros_are_of_their_version(self) -> Record:
+        smaller = _has_ranks_or_zeros(self.shapes, self.modules)
+        if (self.format_version == _WITH_RANKS) != smaller:
+            there = "some" if smaller else "none"
             raise ValueError(
-                f"format_version {_WITH_RANKS} is of linears of low rank; this is {self.format_version} with {there}"
+                f"format_version {_WITH_RANKS} is of linears of low rank and of zeros left out; this is {self.format_version} "
+                f"with {there}"
             )
         return self
 
@@ -128,7 +128,7 @@ class Record(BaseModel):
         """The record of a quantized or compressed model."""
         fields = {**recipe.to_dict(), "overrides": list(recipe.overrides.items()), **_fusion(model)}
         shapes, modules = recorded_plan(model), collect_specs(model)
-        version = format_version(fields["calibration"], shapes, fields.get("emulation"))
+        version = format_version(fields["calibration"], shapes, fields.get("emulation"), modules)
         return cls(quant_method=METHOD, format_version=version, **fields, modules=modules, shapes=shapes, source=source)
 
     @classmethod
@@ -167,16 +167,23 @@ class Record(BaseModel):
 
 
 def format_version(
-    calibration: Calibration | None, shapes: ShapePlan | None = None, emulation: Mapping[str, Any] | None = None
+    calibration: Calibration | None,
+    shapes: ShapePlan | None = None,
+    emulation: Mapping[str, Any] | None = None,
+    modules: Mapping[str, ModuleSpec] | None = None,
 ) -> Literal[1, 2, 3, 4, 5]:
-    """Of a record with that calibration, those shapes and that emulation."""
-    if shapes is not None and shapes.factorized:
+    """Of a record with that calibration, those shapes, that emulation and those modules."""
+    if _has_ranks_or_zeros(shapes, modules or {}):
         return _WITH_RANKS
     if emulation is not None:
         return _WITH_EMULATION
     if shapes is not None:
         return _WITH_SHAPES
     return _WITH_NONE if calibration is None else _WITH_CALIBRATION
+
+
+def _has_ranks_or_zeros(shapes: ShapePlan | None, modules: Mapping[str, ModuleSpec]) -> bool:
+    return (shapes is not None and shapes.factorized) or any(each.zeros is not None for each in modules.values())
 
 
 def check_fusion(record: Record, skeleton: nn.Module) -> None:
@@ -312,8 +319,8 @@ def check_files(files: Iterable[str | Path], record: Record, expected: Mapping[s
     for name, module in record.modules.items():
         if module.kind != "tied_linear":
             scheme, shape = module.resolved_scheme, module.shape
-            parts = {part: tensors[f"{name}.{part}"] for part in plain_specs(scheme, shape, module.outliers)}
-            check_plain_tensors(scheme, shape, parts, f"{name}.")
+            parts = {part: tensors[f"{name}.{part}"] for part in module.stored_specs()}
+            check_stored_tensors(scheme, shape, parts, module.layout, module.nonzeros, f"{name}.")
     for name, tensor in tensors.items():
         if name not in quantized and tensor.is_floating_point():
             check_finite(name, tensor)
@@ -363,7 +370,7 @@ def _quantized_names(record: Record) -> set[str]:
     names = set()
     for module, spec in record.modules.items():
         if spec.kind != "tied_linear":
-            parts = (GUARD, *plain_specs(spec.resolved_scheme, spec.shape, spec.outliers))
+            parts = (GUARD, *spec.stored_specs())
             names |= {f"{module}.{part}" for part in parts}
     return names
 

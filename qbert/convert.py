@@ -57,6 +57,7 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
 _REASONS = "_qbert_reasons"
+_ZEROS = 8
 _observers: list[Callable[[nn.Module, Recipe | None], None]] = []
 _planners: list[Callable[[nn.Module], Mapping[nn.Module, str]]] = []
 
@@ -445,9 +446,16 @@ def _quantized_module(entry: PlanEntry, recipe: Recipe) -> QLinear | QEmbedding:
     module, scheme = entry.module, entry.decision.scheme
     assert scheme is not None
     made = _holding(_named(entry.name, quantize, module.weight, scheme), module)
+    if isinstance(made, QLinear) and not isinstance(made, EmulatedModule) and _is_sparse(module.weight):
+        made.leave_zeros_out()
     if isinstance(recipe, Emulation) and recipe.trainable and isinstance(made, EmulatedModule):
         made.train_from(module.weight)
     return made
+
+
+def _is_sparse(weight: Tensor) -> bool:
+    """Whether somebody made weights zero: an eighth of them, which no training does by itself."""
+    return _ZEROS * int((weight.detach() == 0).sum()) >= weight.numel()
 
 
 def _empty_module(module: nn.Linear | nn.Embedding, spec: ModuleSpec) -> QLinear | QEmbedding:

@@ -26,7 +26,7 @@ from qbert.encoder import Calibration, encoders
 from qbert.errors import MissingDependency, QBertError
 from qbert.evaluate import TASKS, file_task, get_task, prepare_baseline, read_user_file, score
 from qbert.evaluate.loading import has_tokenizer, load_fp32, load_tokenizer, quiet_transformers
-from qbert.explain import Explanation, explain
+from qbert.explain import Explanation, explain, zeros_in
 from qbert.formats import SCHEMES
 from qbert.integrations.pipelines import say_quantized
 from qbert.metrics import sqnr_db
@@ -100,7 +100,8 @@ class SearchedReport(_Report):
 class InspectReport(_Report):
     """What stands in a checkpoint, one row for each linear and embedding, and one for each encoder; sizes in bytes.
 
-    `shapes` says what is left of a compressed model; `extensions` are qbert's own, of this installation (`target.extensions`).
+    `shapes` says what is left of a compressed model; `extensions` are qbert's own, of this installation (`target.extensions`);
+    `notes` is what is to be said of zeros.
     """
 
     folder: str
@@ -109,6 +110,7 @@ class InspectReport(_Report):
     modules: list[dict[str, Any]]
     encoders: list[dict[str, Any]]
     extensions: dict[str, str]
+    notes: list[str]
     bits_per_weight: float
     quantized_bytes: int
     float_bytes: int
@@ -503,6 +505,7 @@ def inspect_checkpoint(folder: str | Path) -> InspectReport:
         modules=explanation.to_dicts(),
         encoders=[asdict(row) for row in explanation.encoders],
         extensions=extensions(),
+        notes=zeros_in(model),
         bits_per_weight=explanation.bits_per_weight,
         quantized_bytes=quantized_bytes,
         float_bytes=float_bytes,
@@ -567,7 +570,7 @@ def _compare_weights(model: nn.Module, original: nn.Module, against: str) -> lis
             ModuleSqnr(
                 name=name,
                 scheme=module.scheme.name,
-                bits_per_weight=module.quantized.bits_per_weight,
+                bits_per_weight=8 * module.stored_bytes() / max(1, module.shape[0] * module.shape[1]),
                 sqnr_db=ratio if abs(ratio) != float("inf") else None,
                 max_error=float((weight - restored).abs().max()),
             )

@@ -751,7 +751,7 @@ def _drop(key: str) -> Callable[[dict[str, Any]], object]:
 GHOST = {"kind": "linear", "scheme": "w8a8", "shape": [4, 4]}
 RECORD_RULES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "version_4": (_record(format_version=4), "format_version 4 is of emulated models"),
-    "version_5": (_record(format_version=5), "format_version 5 is of linears of low rank"),
+    "version_5": (_record(format_version=5), "format_version 5 is of linears of low rank and of zeros left out"),
     "version_6": (_record(format_version=6), "quantization_config.format_version"),
     "version_0": (_record(format_version=0), "quantization_config.format_version"),
     "version_of_calibrated": (_record(format_version=2), "quantization_config.digest"),
@@ -1328,7 +1328,7 @@ VERSION_1_RULES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "fuse_missing": (_drop("fuse"), "a calibration is for a fused encoder"),
     "version_2": (_record(format_version=2), "quantization_config.digest"),
     "version_4": (_record(format_version=4), "format_version 4 is of emulated models"),
-    "version_5": (_record(format_version=5), "format_version 5 is of linears of low rank"),
+    "version_5": (_record(format_version=5), "format_version 5 is of linears of low rank and of zeros left out"),
     "version_6": (_record(format_version=6), "quantization_config.format_version"),
     "digest": (_record(digest="0" * 64), "quantization_config.digest"),
     "vocabulary": (_set(vocab_size=40), f"modules.{WORDS}.shape: must be [40, 64]"),

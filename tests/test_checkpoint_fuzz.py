@@ -45,6 +45,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 SHAPED = "shaped"  # float, with heads, neurons and words taken out
+SPARSE = "sparse"  # quantized, with zeros left out: one linear by a bitmap, one by places
 LOW_RANK = "low rank"  # the same, with a linear that is two
 VERSION_1 = "version_1"  # a checkpoint with a record of that version, as it was written then
 VERSION_1_FOLDER = Path(__file__).parent / "data" / "version_1" / "checkpoint"
@@ -74,6 +75,8 @@ def _original(recipe: str) -> Files:
     torch.manual_seed(0)
     if recipe in (SHAPED, LOW_RANK):
         return _files(_shaped(factored=recipe == LOW_RANK))
+    if recipe == SPARSE:
+        return _files(_sparse())
     fuse = recipe == "fused"
     model = BertForMaskedLM(BertConfig(**{**SIZES, "num_attention_heads": 1 if fuse else 2})).eval()
     with torch.no_grad():
@@ -94,6 +97,15 @@ def _shaped(*, factored: bool) -> nn.Module:
         factorize_linear_(model, 1, "ffn_out", torch.randn(8, 48), torch.randn(32, 8))
     note_reshaped(model)
     return model
+
+
+def _sparse() -> nn.Module:
+    model = BertModel(BertConfig(**SIZES)).eval()
+    layer = model.encoder.layer[0]
+    with torch.no_grad():
+        layer.output.dense.weight.masked_fill_(torch.rand(32, 64) < 0.7, 0.0)
+        layer.intermediate.dense.weight.view(64, 8, 4)[:, :, ::2] = 0
+    return qbert.quantize_(model, Recipe("gobo3", overrides={"intermediate": "w8a8"}))
 
 
 def _files(model: Any) -> Files:
@@ -322,6 +334,7 @@ CONFIG_EDITS: dict[str, Callable[..., bytes]] = {
 EDITS = [*WEIGHT_EDITS, *CONFIG_EDITS]
 CASES = [(edit, recipe) for edit in EDITS for recipe in RECIPES]
 CASES += [(edit, recipe) for edit in CONFIG_EDITS for recipe in (VERSION_1, SHAPED, LOW_RANK)]
+CASES += [(edit, SPARSE) for edit in EDITS]
 # What is done to tensors does not ask what they mean: one recipe less, where time is short.
 SHORT_CASES = [(edit, recipe) for edit, recipe in CASES if recipe != "emulated" or edit in CONFIG_EDITS]
 
@@ -423,13 +436,13 @@ def _fuzz_forged(recipe: str, examples: int) -> None:
     assert all(error.tensor != "quantization_config.digest" for error in refusals)
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, VERSION_1])
+@pytest.mark.parametrize("recipe", [*RECIPES, VERSION_1, SPARSE])
 def test_a_forged_checkpoint_is_refused_or_runs(recipe: str) -> None:
     _fuzz_forged(recipe, examples=20 if recipe == "emulated" else 40)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [*RECIPES, VERSION_1])
+@pytest.mark.parametrize("recipe", [*RECIPES, VERSION_1, SPARSE])
 def test_a_forged_checkpoint_is_refused_or_runs_at_length(recipe: str) -> None:
     _fuzz_forged(recipe, examples=250)
 
@@ -486,5 +499,5 @@ def test_a_forged_plan_of_shapes_is_refused_or_runs(recipe: str) -> None:
 
 
 def test_the_originals_load() -> None:
-    for recipe in (*RECIPES, VERSION_1, SHAPED, LOW_RANK):
+    for recipe in (*RECIPES, VERSION_1, SHAPED, LOW_RANK, SPARSE):
         assert _judge(recipe, _original(recipe))

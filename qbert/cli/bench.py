@@ -21,7 +21,10 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "size, bits and accuracy of every scheme, beside other libraries and published rows",
     ),
     "survey": ("survey", "the survey's table, measured again: its rows that there is a method for, on one model"),
-    "modelled": ("modelled", "the cost model of `qbert study --target` beside stored measurements; nothing is measured"),
+    "modelled": (
+        "modelled",
+        "the cost model of `qbert study --target` beside stored measurements; nothing is measured",
+    ),
     "report": ("report", "one page from stored results"),
     "predict": ("predict", "what a GPU that is not here could do at best; nothing is measured"),
     "tune": ("tune", "tiles of the GPU kernels, tried out on this GPU"),

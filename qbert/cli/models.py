@@ -119,6 +119,10 @@ def compress(
         str | None,
         typer.Option("--rank", help="of linears that become two thin ones: a number, or auto, where that pays here"),
     ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option("--sparsity", help="share of weights that become zero, or 2:4: a smaller file, no less time"),
+    ] = None,
     scheme: Annotated[
         str | None,
         typer.Option(
@@ -142,6 +146,7 @@ def compress(
     fixed = {
         "--recipe": recipe, "--vocabulary": vocabulary, "--layers": layers, "--macs": macs, "--uniform": uniform or None,
         "--embedding": embedding, "--rank": rank,
+        "--sparsity": sparsity,
     }  # fmt: skip
     if max_drop is not None or goal is not None or smallest:
         _refuse([name for name, value in fixed.items() if value is not None], "a search finds these itself")
@@ -163,7 +168,7 @@ def compress(
     prune = {"speedup": speedup, "macs": macs, "uniform": uniform} if speedup or macs else None
     fields = {
         "vocabulary": vocabulary, "layers": layers, "prune": prune, "quantize": None if scheme == NONE else scheme,
-        "embedding": embedding, "rank": _number_or_word(rank),
+        "embedding": embedding, "rank": _number_or_word(rank), "sparsity": _number_or_word(sparsity),
     }  # fmt: skip
     _compress_by_recipe(model, output, recipe, fields, texts, task or [], batch, seq, as_json)
 
@@ -232,8 +237,13 @@ def _compress_by_recipe(
     )
 
 
-def _number_or_word(value: str | None) -> int | str | None:
-    return int(value) if value is not None and value.isdecimal() else value
+def _number_or_word(value: str | None) -> int | float | str | None:
+    if value is None or value.isdecimal():
+        return None if value is None else int(value)
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def inspect(
@@ -262,6 +272,8 @@ def inspect(
     terminal.print_encoders(report.encoders)
     if report.shapes is not None:
         terminal.out.print(f"compressed: {report.shapes}", soft_wrap=True, highlight=False)
+    for note in report.notes:
+        terminal.out.print(note, soft_wrap=True, highlight=False, markup=False)
     for extension, state in report.extensions.items():
         terminal.out.print(f"{extension}: {state}", soft_wrap=True, highlight=False, markup=False)
     terminal.out.print(

@@ -18,6 +18,8 @@ from qbert.calibrate import tokenizer_beside
 from qbert.compress.baselines import Method
 from qbert.compress.latency import Load, fused_recipe, measured_ms
 from qbert.compress.report import Agreement, Size
+from qbert.compress.sparsify import LEAST, MOST
+from qbert.compress.sparsify import Method as ZerosMethod
 from qbert.compress.steps import CALIBRATED_BY, STEPS, Given, Progress, quantize_last
 from qbert.compress.texts import (
     Texts,
@@ -64,6 +66,15 @@ class LowRank(BaseModel):
     fisher: bool = True
 
 
+class Zeros(BaseModel):
+    """Arguments of `sparsify_`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sparsity: Annotated[float, Field(strict=True, ge=LEAST, le=MOST)] | Literal["2:4"]
+    method: ZerosMethod = "refit"
+
+
 class Compression(BaseModel):
     """What to take out of a model, and what to quantize the rest to. Steps that are None are left out.
 
@@ -72,6 +83,7 @@ class Compression(BaseModel):
         layers: how many stay, or which, see `drop_layers_`.
         prune: how many times faster a forward is to be by fewer heads and neurons, or other arguments of `prune_`.
         rank: of linears that become two thin ones each, ``"auto"`` where it pays, or other arguments of `factorize_`.
+        sparsity: share of weights that become zero, or ``"2:4"``, or arguments of `sparsify_`: a smaller file, no less time.
         quantize: what `quantize_` takes, ``"w8a8"`` for 8-bit embeddings too; the encoder is calibrated on the texts and fused.
         embedding: scheme of the embeddings, or ``"none"``, where `quantize` names that of the linears alone.
         batch, seq: of the forward that is measured, and that is to be faster.
@@ -98,6 +110,7 @@ class Compression(BaseModel):
     layers: Annotated[int, Field(strict=True, ge=1)] | list[int] | None = None
     prune: float | Pruning | None = None
     rank: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] | LowRank | None = None
+    sparsity: Annotated[float, Field(strict=True, ge=LEAST, le=MOST)] | Literal["2:4"] | Zeros | None = None
     quantize: str | None = None
     embedding: str | None = None
     batch: Annotated[int, Field(strict=True, ge=1)] = 8
@@ -110,8 +123,10 @@ class Compression(BaseModel):
                 f"embedding, and quantize is {self.quantize!r}; allowed: one that says what embeddings get"
             )
         scheme = self.scheme  # a QBertError is a ValueError, which pydantic reports as its own
-        if not any((self.vocabulary, self.layers, self.prune, self.rank, scheme)):
-            raise ValueError("it says nothing to do; allowed: vocabulary, layers, prune, rank, quantize, embedding")
+        if not any((self.vocabulary, self.layers, self.prune, self.rank, self.sparsity, scheme)):
+            raise ValueError(
+                "it says nothing to do; allowed: vocabulary, layers, prune, rank, sparsity, quantize, embedding"
+            )
         return self
 
     @property
@@ -134,9 +149,20 @@ class Compression(BaseModel):
         """Arguments of `factorize_`."""
         return self.rank if self.rank is None or isinstance(self.rank, LowRank) else LowRank(rank=self.rank)
 
+    @property
+    def zeros(self) -> Zeros | None:
+        """Arguments of `sparsify_`."""
+        return (
+            self.sparsity
+            if self.sparsity is None or isinstance(self.sparsity, Zeros)
+            else Zeros(sparsity=self.sparsity)
+        )
+
     def step(self, name: str) -> Any:
         """What a row of `STEPS` takes, None where that step is left out."""
-        arguments: dict[str, BaseModel | None] = {"prune": self.pruning, "rank": self.low_rank}
+        arguments: dict[str, BaseModel | None] = {
+            "prune": self.pruning, "rank": self.low_rank, "sparsity": self.zeros,
+        }  # fmt: skip
         if name not in arguments:
             return getattr(self, name)
         given = arguments[name]

@@ -17,6 +17,7 @@ from qbert.compress.latency import Load, Table
 from qbert.compress.layers import drop_layers_
 from qbert.compress.prune import prune_
 from qbert.compress.report import Report
+from qbert.compress.sparsify import sparsify_
 from qbert.compress.vocabulary import trim_vocabulary_
 from qbert.convert import fuse_, quantize_
 from qbert.recipe import Recipe
@@ -71,12 +72,19 @@ def _factorize(model: nn.Module, tokenizer: Any, value: Any, given: Given) -> Re
     )  # fmt: skip
 
 
+def _sparsify(model: nn.Module, tokenizer: Any, value: Any, given: Given) -> Report:
+    return sparsify_(
+        model, given.texts, **value, tokenizer=tokenizer, pooling=given.pooling, progress=given.progress
+    )  # fmt: skip
+
+
 # Field of a recipe -> what changes (model, its tokenizer) by the field's value, both in place.
 STEPS: dict[str, Callable[[nn.Module, Any, Any, Given], Report]] = {
     "vocabulary": _trim_vocabulary,
     "layers": _drop_layers,
     "prune": _prune,
     "rank": _factorize,
+    "sparsity": _sparsify,
 }
 
 

@@ -20,7 +20,7 @@ from qbert.encoder.parts import QKV
 from qbert.errors import QBertError
 from qbert.families import EncoderFamily
 from qbert.formats import INT8, SCHEMES
-from qbert.modules import QEmbedding, QLinear, QTiedLinear, QuantizedModule
+from qbert.modules import FactoredLinear, QEmbedding, QLinear, QTiedLinear, QuantizedModule
 from qbert.ops.reference import PROBABILITY_MAX
 from qbert.quantizers import quantize
 from qbert.weight import Weight
@@ -230,6 +230,12 @@ def install(model: nn.Module, encoder: nn.Module, family: EncoderFamily) -> None
 def _install_layer(encoder: Any, layer: nn.Module, family: EncoderFamily, given: LayerScales | None) -> None:
     paths, scales = family.layer, {} if given is None else given.scales
     linears: dict[str, Any] = {path: layer.get_submodule(path) for path in _linear_paths(family)}
+    for path, module in linears.items():
+        if isinstance(module, FactoredLinear):
+            raise QBertError(
+                f"onnx-qdq: {path} is two products of low rank, which are written of an encoder that is not fused; allowed: "
+                f"qbert.unfuse_(model) first, or a model without low ranks"
+            )
     made = {path: QdqLinear(module.quantized, _bias(module)) for path, module in linears.items()}
     made[paths.attention_output] = QdqLinear(*_parts(linears[paths.attention_output]), scales.get("context"))
     if given is not None and "inner" in given.overflow:

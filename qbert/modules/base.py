@@ -14,10 +14,10 @@ from qbert.formats import Role, Scheme
 from qbert.ops.kernel import Problem
 from qbert.ops.table import KernelChoice, explain, select_layout
 from qbert.target import target_of
-from qbert.weight import Layout, Weight, plain_specs
+from qbert.weight import Layout, Weight, plain_specs, stored_specs, zeros
 from qbert.weight.codec import decode
 from qbert.weight.tensor import recall, tensor_names
-from qbert.weight.validate import check_plain_tensors
+from qbert.weight.validate import check_stored_tensors
 
 # Stored empty under the float weight's name: a loader that does not know qbert finds a shape that cannot be right and fails,
 # where it would otherwise leave the weight at its random initialization and only warn.
@@ -51,6 +51,7 @@ class QuantizedModule(nn.Module):
 
     Attributes:
         weight: (n, k), what the codes stand for, in the model's float type (see `DecodedWeight`).
+        stored_as: in which layout `state_dict` has it: PLAIN, or one that leaves zeros out (`qbert.weight.zeros`).
         operation: what its forward computes.
     """
 
@@ -63,6 +64,7 @@ class QuantizedModule(nn.Module):
         super().__init__()
         self.scheme: Scheme = weight.scheme
         self.shape = weight.shape
+        self.stored_as = weight.layout if weight.layout in zeros.FILE_LAYOUTS else Layout.PLAIN
         self._hold(weight)
         self.register_buffer("output_like", torch.empty(0, dtype=dtype, device=weight.device), persistent=False)
         if weight.device.type == "meta":  # loaders look for a place for everything that a file holds
@@ -72,6 +74,9 @@ class QuantizedModule(nn.Module):
     @property
     def quantized(self) -> Weight:
         """The matrix as it lies in memory now."""
+        if self.layout in zeros.FILE_LAYOUTS:  # a skeleton that waits for its file
+            names = (*tensor_names(self.scheme), *(name for name in zeros.EXTRA if name in self._buffers))
+            return Weight(self.scheme, self.shape, self.layout, {name: self.get_buffer(name) for name in names})
         return weight_of(self, self.scheme, self)
 
     @property
@@ -82,6 +87,23 @@ class QuantizedModule(nn.Module):
     def weight_nbytes(self) -> int:
         """Bytes of the weight as it lies in memory."""
         return self.quantized.nbytes
+
+    def stored_bytes(self) -> int:
+        """Bytes of the weight in a file."""
+        held = self.quantized
+        count = self.nonzeros() if self.stored_as is Layout.BITMAP else 0
+        specs = stored_specs(self.scheme, self.shape, held.outliers, self.stored_as, count)
+        return sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in specs.values())
+
+    def nonzeros(self) -> int:
+        """How many of its codes are none of the zero's."""
+        plain = self.quantized.to_layout(Layout.PLAIN)
+        return int(zeros.nonzeros(self.scheme, self.shape, plain.tensors).sum())
+
+    def leave_zeros_out(self) -> None:
+        """Has files hold the weight without its zeros, if that makes them smaller."""
+        plain = self.quantized.to_layout(Layout.PLAIN)
+        self.stored_as = zeros.best_layout(self.scheme, self.shape, plain.tensors)
 
     def use_best_layout(self) -> None:
         """Moves the codes into the layout that this device's kernel reads. Exact, and exactly undone when saving."""
@@ -123,6 +145,8 @@ class QuantizedModule(nn.Module):
 
     def _hold(self, weight: Weight) -> None:
         self.layout = weight.layout
+        for name in zeros.EXTRA - weight.tensors.keys():
+            self._buffers.pop(name, None)
         for name, tensor in weight.tensors.items():
             self.register_buffer(name, tensor)
 
@@ -139,9 +163,9 @@ class QuantizedModule(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        plain = self.quantized.to_layout(Layout.PLAIN)
-        destination[prefix + GUARD] = torch.empty(0, dtype=torch.uint8, device=plain.device)
-        for name, tensor in plain.tensors.items():
+        stored = self.quantized.to_layout(self.stored_as)
+        destination[prefix + GUARD] = torch.empty(0, dtype=torch.uint8, device=stored.device)
+        for name, tensor in stored.tensors.items():
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(
@@ -154,21 +178,27 @@ class QuantizedModule(nn.Module):
                 f"{prefix}{GUARD} is {guard.dtype} {tuple(guard.shape)}: a float weight does not fit a quantized module"
             )
             return
-        names = plain_specs(self.scheme, self.shape)
+        names = (*plain_specs(self.scheme, self.shape), *zeros.EXTRA)
         found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        rest = dict(state_dict)
         if found and all(tensor.device.type != "meta" for tensor in found.values()):
+            stored_as = zeros.layout_of(found)
             try:
-                check_plain_tensors(self.scheme, self.shape, {name: each.cpu() for name, each in found.items()}, prefix)
+                given = {name: each.cpu() for name, each in found.items()}
+                found = check_stored_tensors(self.scheme, self.shape, given, stored_as, None, prefix)
             except CheckpointError as error:
                 error_msgs.append(str(error))
                 return
+            self.stored_as = stored_as
+            for name in zeros.EXTRA:
+                rest.pop(prefix + name, None)
+            rest |= {prefix + name: each for name, each in found.items()}
         if found:  # else it is not about this module: the weight stays, and its names are reported missing
             device = self.get_buffer("qdata").device
             outliers = found["outlier_col"].numel() if "outlier_col" in found else 0
             specs = plain_specs(self.scheme, self.shape, outliers)
             empty = {name: torch.zeros(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
             self._hold(Weight(self.scheme, self.shape, Layout.PLAIN, empty))
-        rest = dict(state_dict)
         if GUARD not in self._buffers:  # a skeleton has a place for it
             rest.pop(prefix + GUARD, None)
             if guard is None:

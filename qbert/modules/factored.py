@@ -67,9 +67,6 @@ class FactoredLinear(nn.Module):
         found: Tensor = self.second(self.first(x))
         return found
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, rank={self.rank}"
-
 
 def _unset(linear: nn.Linear, like: dict[str, Any]) -> nn.Linear:
     """The linear with memory of a device and a type, and no values."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -13,10 +13,11 @@ from qbert.formats import BlockFormat, EmulatedScheme, Role, Scheme, emulated_sc
 from qbert.modules.base import QuantizedModule
 from qbert.modules.embedding import QEmbedding
 from qbert.modules.linear import QLinear, QTiedLinear
-from qbert.weight import Layout, Weight, plain_specs
+from qbert.weight import Layout, TensorSpec, Weight, stored_specs
 
 _MAX_DIMENSION = 2**31 - 1
 _FORMATS = ("weights", "activations")
+_UNSAID = (*_FORMATS, "zeros", "nonzeros")  # left out where they are None
 
 
 class ModuleSpec(BaseModel):
@@ -28,6 +29,8 @@ class ModuleSpec(BaseModel):
         shape: (n, k) of the weight.
         outliers: weights kept exactly (dictionary schemes).
         tied_to: qualified name of the module that holds a tied linear's weight.
+        zeros: how a file stores a weight with many of them (`qbert.weight.zeros`); None of one that it stores whole.
+        nonzeros: codes that are stored, where `zeros` is "bitmap".
         weights, activations: block formats of an emulated module, whole, as `BlockFormat.to_dict` spells them.
     """
 
@@ -38,13 +41,15 @@ class ModuleSpec(BaseModel):
     shape: tuple[int, int] = Field(strict=False)
     outliers: int = Field(default=0, ge=0, le=_MAX_DIMENSION)
     tied_to: str | None = None
+    zeros: Literal["bitmap", "2:4"] | None = None
+    nonzeros: Annotated[int, Field(ge=0)] | None = None
     weights: dict[str, Any] | None = None
     activations: dict[str, Any] | None = None
 
     @model_serializer(mode="wrap")
     def _without_formats(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data: dict[str, Any] = handler(self)  # what says nothing is left out: older versions read it, digests stay
-        return {name: value for name, value in data.items() if name not in _FORMATS or value is not None}
+        return {name: value for name, value in data.items() if name not in _UNSAID or value is not None}
 
     @model_validator(mode="after")
     def _consistent(self) -> ModuleSpec:
@@ -58,7 +63,21 @@ class ModuleSpec(BaseModel):
             raise ValueError(f"k is {k}, which groups of {scheme.group_size} do not divide")
         if self.outliers and not scheme.keeps_outliers:
             raise ValueError(f"{self.outliers} outliers, but scheme {scheme.name} keeps none")
+        self._check_zeros(scheme)
         return self
+
+    def _check_zeros(self, scheme: Scheme) -> None:
+        n, k = self.shape
+        if self.zeros is not None and (self.kind != "linear" or isinstance(scheme, EmulatedScheme)):
+            raise ValueError(
+                f"zeros is {self.zeros!r} for a {self.kind} of {scheme.name}; only linears with codes store them so"
+            )
+        if (self.zeros == "bitmap") != (self.nonzeros is not None):
+            raise ValueError(f"nonzeros is {self.nonzeros} with zeros {self.zeros!r}; it goes with 'bitmap'")
+        if self.nonzeros is not None and self.nonzeros > n * k:
+            raise ValueError(f"{self.nonzeros} nonzeros of {n * k} weights")
+        if self.zeros == "2:4" and k % 4:
+            raise ValueError(f"zeros is '2:4', and k is {k}, no multiple of 4")
 
     @property
     def resolved_scheme(self) -> Scheme:
@@ -74,11 +93,20 @@ class ModuleSpec(BaseModel):
             return get_scheme(self.scheme, role)
         return get_scheme(self.scheme, Role(self.kind))
 
+    @property
+    def layout(self) -> Layout:
+        """In which a file holds the weight."""
+        return Layout.PLAIN if self.zeros is None else Layout(self.zeros)
+
+    def stored_specs(self) -> dict[str, TensorSpec]:
+        """The tensors that a file holds."""
+        return stored_specs(self.resolved_scheme, self.shape, self.outliers, self.layout, self.nonzeros or 0)
+
     def empty_weight(self, device: torch.device | str = "meta") -> Weight:
-        """A weight of this shape without values, in the PLAIN layout."""
-        specs = plain_specs(self.resolved_scheme, self.shape, self.outliers)
+        """A weight of this shape without values, in the layout of the file."""
+        specs = self.stored_specs()
         tensors = {name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
-        return Weight(self.resolved_scheme, self.shape, Layout.PLAIN, tensors)
+        return Weight(self.resolved_scheme, self.shape, self.layout, tensors)
 
 
 def spec_of(module: nn.Module) -> ModuleSpec | None:
@@ -98,6 +126,9 @@ def spec_of(module: nn.Module) -> ModuleSpec | None:
     assert isinstance(module, QLinear | QEmbedding)
     weight = module.quantized
     formats = formats_of(module.scheme)
+    if module.stored_as is not Layout.PLAIN:
+        bitmap = module.stored_as is Layout.BITMAP
+        formats |= {"zeros": module.stored_as.value, "nonzeros": module.nonzeros() if bitmap else None}
     return ModuleSpec(kind=kind, scheme=module.scheme.name, shape=module.shape, outliers=weight.outliers, **formats)
 
 

@@ -103,7 +103,7 @@ def learn_dictionary(
     threshold: float = LOG_DENSITY_THRESHOLD,
     max_outlier_fraction: float = MAX_OUTLIER_FRACTION,
 ) -> Dictionary:
-    """Learns the dictionary of one matrix.
+    """Learns the dictionary of one matrix. Where zeros are as many as an entry's share of the weights, one entry is 0.
 
     Args:
         weight: finite float32 of any shape.
@@ -114,7 +114,12 @@ def learn_dictionary(
     Raises:
         QBertError: the threshold makes outliers of more than `max_outlier_fraction` of the weights.
     """
-    ordered = _Ordered(np.sort(weight, axis=None))
+    values = np.sort(weight, axis=None)
+    # float32: beside a float64 the whole array would be made one.
+    start, stop = (np.searchsorted(values, np.float32(0.0), side) for side in ("left", "right"))
+    # Weights that somebody made zero in numbers stay zero: one entry is theirs, and they say nothing of how the others lie.
+    pinned = values.size >> bits <= stop - start < values.size and stop > start
+    ordered = _Ordered(np.concatenate((values[:start], values[stop:])) if pinned else values)
     low, high = outlier_bounds(ordered, threshold)
     first, last = ordered.below(low, "left"), ordered.below(high, "right")
     outliers = ordered.size - (last - first)
@@ -124,7 +129,10 @@ def learn_dictionary(
             f"gobo: {outliers} of {ordered.size} weights (standard deviation {_deviation(ordered):.4g}) have log-density "
             f"below {threshold}; allowed: at most {max_outlier_fraction:.0%}. Exclude the module or rescale its weight"
         )
-    centroids, iterations, l1 = _lloyd_until_l1_rises(_Ordered(ordered.values[first:last]), bits)
+    entries = (1 << bits) - int(pinned)
+    centroids, iterations, l1 = _lloyd_until_l1_rises(_Ordered(ordered.values[first:last]), entries)
+    if pinned:
+        centroids = np.sort(np.append(centroids, 0.0))
     return Dictionary(centroids, low, high, iterations, l1)
 
 
@@ -203,9 +211,8 @@ def outlier_bounds(ordered: _Ordered, threshold: float) -> tuple[float, float]:
     return mean - radius, mean + radius
 
 
-def _lloyd_until_l1_rises(ordered: _Ordered, bits: int) -> tuple[Float64, int, float]:
-    """Centroids, updates taken and their L1 error, from sorted weights."""
-    entries = 1 << bits
+def _lloyd_until_l1_rises(ordered: _Ordered, entries: int) -> tuple[Float64, int, float]:
+    """So many centroids, updates taken and their L1 error, from sorted weights."""
     bins = np.arange(entries + 1) * ordered.size // entries
     # With fewer weights than entries some bins are empty; they start at their neighbour.
     centroids = _means(ordered, bins, ordered.at(np.minimum(bins[:-1], ordered.size - 1)))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qbert.formats import SCHEMES, EmulatedScheme, PerGroup, PerRow, Scheme
 from qbert.weight import layout as _layout
+from qbert.weight import zeros
 from qbert.weight.emulated import block_specs
 from qbert.weight.layout import Layout
 from qbert.weight.specs import TensorSpec, column_dtype
@@ -67,6 +68,21 @@ def plain_specs(scheme: Scheme, shape: tuple[int, int], outliers: int = 0) -> di
         "scale": TensorSpec(torch.float32, (n,)),
         "group_scale": TensorSpec(torch.uint8, (n, groups)),
     }
+
+
+def stored_specs(
+    scheme: Scheme, shape: tuple[int, int], outliers: int = 0, layout: Layout = Layout.PLAIN, nonzeros: int = 0
+) -> dict[str, TensorSpec]:
+    """The tensors of a weight as a file holds them: PLAIN, or one of `zeros.FILE_LAYOUTS`.
+
+    Args:
+        nonzeros: codes that are none of the zero's.
+    """
+    return zeros.stored_specs(plain_specs(scheme, shape, outliers), scheme, shape, layout, nonzeros)
+
+
+def _bytes_of(specs: dict[str, TensorSpec]) -> int:
+    return sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in specs.values())
 
 
 _TENSOR_NAMES = {name: tuple(plain_specs(scheme, (1, scheme.group_size or 1))) for name, scheme in SCHEMES.items()}
@@ -182,8 +198,7 @@ class Weight:
     @property
     def stored_bytes(self) -> int:
         """Bytes of all tensors in the PLAIN layout, which is what a file holds."""
-        specs = plain_specs(self.scheme, self.shape, self.outliers)
-        return sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in specs.values())
+        return _bytes_of(plain_specs(self.scheme, self.shape, self.outliers))
 
     @property
     def bits_per_weight(self) -> float:
@@ -210,8 +225,11 @@ class Weight:
         """The same matrix in another layout; itself where it is in that layout already. On a GPU it is there on return."""
         if layout is self.layout:
             return self
-        plain = _layout.to_plain(self.tensors, self.scheme, self.shape, self.layout)
-        tensors = _layout.from_plain(plain, self.scheme, self.shape, layout)
+        packed, packing = (each in zeros.FILE_LAYOUTS for each in (self.layout, layout))
+        to_plain = zeros.unpack if packed else _layout.to_plain
+        from_plain = zeros.pack if packing else _layout.from_plain
+        plain = to_plain(self.tensors, self.scheme, self.shape, self.layout)
+        tensors = from_plain(plain, self.scheme, self.shape, layout)
         _wait_for(tensors["qdata"].device)
         return Weight(self.scheme, self.shape, layout, tensors)
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from qbert.errors import CheckpointError
 from qbert.formats import INT8, W4A8_GROUP_SCALE_MAX, BlockFormat, EmulatedScheme, Kind, Scheme, usable_codes
-from qbert.weight.layout import unpack_bits, unpack_codes
+from qbert.weight import zeros
+from qbert.weight.layout import Layout, unpack_bits, unpack_codes
 from qbert.weight.specs import TensorSpec
-from qbert.weight.tensor import plain_specs
+from qbert.weight.tensor import plain_specs, stored_specs
 
 
 def check_spec(name: str, spec: TensorSpec, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -52,6 +53,37 @@ def check_plain_tensors(scheme: Scheme, shape: tuple[int, int], tensors: dict[st
         _check_outliers(prefix, tensors, shape[1])
     else:
         _check_integer_codes(prefix, tensors, scheme, shape[1])
+
+
+def check_stored_tensors(
+    scheme: Scheme,
+    shape: tuple[int, int],
+    tensors: dict[str, Tensor],
+    layout: Layout,
+    nonzeros: int | None,
+    prefix: str = "",
+) -> dict[str, Tensor]:
+    """Raises CheckpointError unless `tensors` are a valid weight as files hold it in that layout. Gives the PLAIN ones.
+
+    Args:
+        nonzeros: how many codes are stored, of `Layout.BITMAP`; None where only the bitmap says it.
+    """
+    if layout is not Layout.PLAIN:
+        outliers = tensors["outlier_col"].numel() if "outlier_col" in tensors else 0
+        specs = stored_specs(scheme, shape, outliers, layout, nonzeros or 0)
+        for name in specs.keys() ^ tensors.keys():
+            said = "tensor must be there" if name in specs else f"no such tensor belongs to {layout.value}"
+            raise CheckpointError(prefix + name, said, "nothing" if name in specs else name)
+        if nonzeros is None and layout is Layout.BITMAP:
+            specs["qdata"] = TensorSpec(specs["qdata"].dtype, (tensors["qdata"].numel(),))
+        for name, spec in specs.items():
+            check_spec(prefix + name, spec, tensors[name].dtype, tuple(tensors[name].shape))
+        if scheme.has_dictionary:
+            _check_codebook(prefix, tensors["codebook"])
+        zeros.check(tensors, scheme, shape, layout, prefix)
+        tensors = zeros.unpack(tensors, scheme, shape, layout)
+    check_plain_tensors(scheme, shape, tensors, prefix)
+    return tensors
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -17,7 +17,7 @@ from qbert.zoo import resolve_model
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_plan_is_a_recipe(plan: str) -> None:
-    assert Compression.of(**PLANS[plan], quantize="w8a8").scheme is not None
+    assert Compression.of(**{"quantize": "w8a8", **PLANS[plan]}).scheme is not None
 
 
 def test_a_row_shows_what_a_plan_cost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from qbert.compress.factorize import Spectrum
 from qbert.compress.latency import Load
 from qbert.compress.products import Shape, products_ms
 from qbert.compress.removal import Moments
-from qbert.encoder import fused_forward, unfused
+from qbert.encoder import encoders, fused_forward, unfused
 from qbert.formats import SCHEMES
 from qbert.modules import FactoredLinear
 from qbert.quantizers import quantize
@@ -311,6 +311,21 @@ def test_verify_says_which_model_it_wants(tmp_path: Path) -> None:
         verify_checkpoint(tmp_path / "small", str(tmp_path / "original"))
     report = verify_checkpoint(tmp_path / "small", str(tmp_path / "float"))
     assert any(row.name.endswith("output.dense.first") for row in report.sqnr)
+
+
+def test_an_export_of_the_fused_encoder_names_the_way_out() -> None:
+    from qbert.export import qdq
+
+    model, _ = factorized(rank=64)
+    qbert.quantize_(model, "w8a8", fuse=True)
+    _, base, family = next(encoders(model))
+    with pytest.raises(QBertError, match=r"two products of low rank.*unfuse_"):
+        qdq.install(copy.deepcopy(model), base, family)
+    expected = hidden_of(qbert.unfuse_(model), **padded_batch())
+    qdq.install(model, base, family)
+    rows = padded_batch()["attention_mask"].bool()
+    found = hidden_of(model, **padded_batch())[rows]
+    assert float(nn.functional.cosine_similarity(found, expected[rows], dim=-1).min()) > 0.999
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """How codes lie in memory: named layouts with a pack and an unpack, in plain torch.
 
-`Layout.PLAIN` is the only one that is ever written to a file. It is a bit stream: code i of a row occupies bits
-i*b ... i*b + b - 1 of that row, counted from the least significant bit of its first byte, and each row starts on a byte.
+`Layout.PLAIN` is what files hold, but for many zeros (`weight.zeros`). It is a bit stream: code i of a row occupies
+bits i*b ... i*b + b - 1 of that row, counted from the least significant bit of its first byte, and each row starts on a byte.
 So int8 is a byte a code, 4-bit codes lie low nibble first (even k in the low nibble), and eight 3-bit codes take three
 bytes. The other layouts serve kernels; each is a bijection of PLAIN, so saving a model never depends on where it ran.
 """
@@ -41,6 +41,8 @@ class Layout(enum.Enum):
     DICT3_WORDS = "dict3_words"  # three bits a code; three words hold six selectors of `prmt` and the bits of two more
     FRAGMENTS_S8 = "fragments_s8"  # in the order of the registers of `wgmma`'s int8 operand
     FRAGMENTS_F16 = "fragments_f16"  # in the order of the registers of its 16-bit operand
+    BITMAP = "bitmap"  # in files of weights with many zeros: the other codes, and a bit for each place (`weight.zeros`)
+    TWO_OF_FOUR = "2:4"  # the same where of every four neighbours two are zero: the others, and their places
 
 
 PANEL_LAYOUTS = (Layout.INT8_PANELS, Layout.INT4_PANELS, Layout.INT3_PANELS)
