@@ -35,7 +35,7 @@ from qbert.compress.texts import (
 from qbert.convert import note_reshaped
 from qbert.errors import QBertError
 from qbert.modes import evaluation_mode
-from qbert.modules import products
+from qbert.modules import FactoredLinear, products
 from qbert.shapes import Shaped
 
 Progress = Callable[[int, int, str], None]
@@ -244,7 +244,15 @@ class _Run:
             refit_error = _error(weight, refitted, moments.mean, tokens)
             if refit_error < plain_error:
                 chosen, error, more = refitted, refit_error, (weight - refitted) @ moments.mean
-        _set(linear, chosen, more)
+        parent = self.encoder.layers[place].get_submodule(path.rpartition(".")[0])
+        if isinstance(parent, FactoredLinear) and linear is parent.first and more is not None:
+            # The first of two has no bias: what is constant there is constant behind the second, which has one.
+            second: Any = parent.second
+            _set(linear, chosen, None)
+            held = second.weight.detach().double().cpu()
+            _set(second, held, held @ more)
+        else:
+            _set(linear, chosen, more)
         zeros = float((linear.weight == 0).float().mean())
         return LinearZeros(
             layer=place, path=path, zeros=zeros, error=error, magnitude=plain_error, refitted=more is not None

@@ -119,6 +119,8 @@ def test_parts_of_linears_of_low_rank_get_zeros_too() -> None:
     model, tok = model_of(), tokenizer()
     factorize_(model, TEXTS, tokenizer=tok, rank=32, linears=["ffn_out"], scheme=None, batch=1, seq=8)
     report = sparsify_(model, TEXTS, sparsity="2:4", tokenizer=tok)
+    assert all(layer.output.dense.first.bias is None for layer in model.encoder.layer)
+    assert qbert.explain(qbert.quantize_(model, "w8a8", fuse=True)).encoders[0].fused == "dynamic"
     assert [row.path for row in report.rows if "output.dense." in row.path] == [
         "output.dense.first",
         "output.dense.second",
