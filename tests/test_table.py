@@ -605,8 +605,8 @@ WEIGHT = "Tensor[] weight, str weight_scheme, str weight_layout, int weight_k"
 SCHEMAS = {
     "quantize_rows": "(Tensor x) -> (Tensor, Tensor)",
     "linear": (
-        f"(Tensor x, Tensor? s, {WEIGHT}, Tensor? bias, str activation, bool gated, ScalarType out_dtype, float? out_scale) -> "
-        "Tensor"
+        f"(Tensor x, Tensor? s, {WEIGHT}, Tensor? bias, str activation, bool gated, ScalarType out_dtype, float? out_scale, "
+        "int zero) -> Tensor"
     ),
     "embedding": f"(Tensor ids, {WEIGHT}, ScalarType out_dtype) -> Tensor",
     "attention": (

@@ -72,7 +72,7 @@ class LayerScales(BaseModel):
 
     @model_validator(mode="after")
     def _all_is_of_a_slot(self) -> LayerScales:
-        for what, slots in (("zero", self.zeros), ("overflow", self.overflow)):
+        for what, slots in (("overflow", self.overflow), ("zero", self.zeros)):
             for slot in slots:
                 if slot not in self.scales:
                     raise ValueError(f"{what} of a slot {slot!r} without a scale; it has {', '.join(self.scales)}")

@@ -128,7 +128,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"seq": 0}, "seq is 0; allowed"),
     ({"seq": 65}, "seq is 65; allowed: 1 to 64, the positions of BertModel"),
     ({"repeats": 0}, "repeats is 0; allowed"),
-    ({"target": "h900"}, "unknown target 'h900'; allowed: here, h100, h200, a100, l40s, a10, t4"),
+    ({"target": "h900"}, "unknown target 'h900'; allowed: here, b200, h100, h200, l40s, a10, a100, t4"),
     ({"target": "h100", "dtype": "int3"}, "unknown dtype 'int3'; allowed: fp32, tf32, bf16, fp16"),
     ({"target": "t4", "dtype": "bf16"}, "target t4 has no peak for bf16"),
 ]

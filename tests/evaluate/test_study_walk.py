@@ -75,7 +75,7 @@ def test_the_command_of_the_walk(chip: str, tiny_folder: Path, made_up_dataset, 
         "measured ms",
     ):
         assert shown in html or shown.replace("\n", "&#10;") in html
-    again = CliRunner().invoke(app, arguments)
+    again = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
     assert again.exit_code == 0, again.output
     assert "modelled" in again.output
     assert "no unit takes it" in re.sub(r"\s+", " ", again.output)

@@ -331,7 +331,7 @@ def test_tinyberts_widths(linear: str, variant: str) -> None:
 def test_sizes_of_heads(size: int) -> None:
     for variant in VARIANTS:
         sizes = {"hidden_size": 2 * size, "num_attention_heads": 2, "intermediate_size": 2 * size}
-        _agrees(fused_model("BertModel", variant, **sizes), padded_batch(), LEAST_SQNR_DB[variant] - 2)
+        _agrees(fused_model("BertModel", variant, **sizes), padded_batch(), LEAST_SQNR_DB[variant] - 3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
