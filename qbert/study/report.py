@@ -39,7 +39,6 @@ def to_table(study: Study) -> Table:
         "1.0000",
         "1.000",
         *scores,
-        *costs.cells(reference.costs),
     )
     for point in study.points:
         table.add_row(*_cells(point))
