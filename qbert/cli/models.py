@@ -98,7 +98,7 @@ def compress(
     steps: Annotated[
         str | None,
         typer.Option(
-            "--steps", help="that a search may use: quantize,layers,prune,vocabulary; for latency not the last"
+            "--steps", help="that a search may use: quantize,layers,prune,rank,vocabulary; for latency not the last"
         ),
     ] = None,
     seed: Annotated[

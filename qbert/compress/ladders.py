@@ -99,6 +99,11 @@ def _narrower(asked: Asked) -> dict[str, float] | None:
     return {"speedup": times} if asked.goal == "latency" else {"macs": round(1 / times, 4)}
 
 
+def _thinner(asked: Asked) -> str | None:
+    """Low rank where it pays, which the method itself measures, linear by linear."""
+    return "auto" if asked.now is None and "auto" not in asked.refused else None
+
+
 def _times(value: dict[str, float] | None) -> float:
     """How many times less work a value of the field `prune` is."""
     if value is None:
@@ -117,17 +122,18 @@ LADDERS: dict[str, Ladder] = {
         Ladder("vocabulary", _fewer_words, "size", lambda value: f"{value:,}"),
         Ladder("layers", _fewer_layers),
         Ladder("prune", _narrower, None, _pruned),
+        Ladder("rank", _thinner),
     )
 }
 # What competes stands together: after each step that was kept, all of a group are tried again. By goal, in this order.
 GROUPS: dict[Goal, tuple[tuple[str, ...], ...]] = {
-    "latency": (("quantize",), ("layers", "prune"), ("vocabulary",)),
-    "size": (("quantize",), ("vocabulary",), ("layers", "prune")),
+    "latency": (("quantize",), ("layers", "prune"), ("rank",), ("vocabulary",)),
+    "size": (("quantize",), ("vocabulary",), ("layers", "prune"), ("rank",)),
 }
 # A vocabulary that fits the texts at hand saves no time, and other texts lose by it: for speed alone it is not touched.
 USUAL: dict[Goal, tuple[str, ...]] = {
-    "latency": ("quantize", "layers", "prune"),
-    "size": ("quantize", "vocabulary", "layers", "prune"),
+    "latency": ("quantize", "layers", "prune", "rank"),
+    "size": ("quantize", "vocabulary", "layers", "prune", "rank"),
 }
 
 

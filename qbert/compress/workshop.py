@@ -26,6 +26,7 @@ from qbert.timing import Rules, measure, ratio
 Fields = dict[str, Any]  # of `Compression`, those that are not None
 PAYS = 1.02  # times less time or fewer bytes; less is not worth a change of the model
 _ROUNDS = 9
+_UNTIMED = ("vocabulary", "layers")  # steps that do not ask how long the finished model takes
 _CACHED = 4  # float models on the way to finished ones
 
 
@@ -156,8 +157,7 @@ class Workshop:
             if value is None:
                 continue
             load = Load(self.batch, self.seq, recipe.word)
-            # Pruning alone asks how long the finished model takes.
-            key += f"{name}={value!r} {load if name == 'prune' else ''};"
+            key += f"{name}={value!r} {'' if name in _UNTIMED else load};"
             if key not in self._floats:
                 made = copy.deepcopy(made)
                 step(made.model, made.tokenizer, value, self._given(load, value))

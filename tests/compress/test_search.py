@@ -183,6 +183,9 @@ def test_ladders() -> None:
     assert following["prune"](asked(gap=2.0, refused=[{"speedup": 2.0}])) == {"speedup": round(math.sqrt(2), 3)}
     assert following["prune"](asked({"speedup": 1.3}, refused=[{"speedup": 1.35}])) is None
     assert following["prune"](asked(goal="size")) == {"macs": 0.8}
+    assert following["rank"](asked()) == "auto"
+    assert following["rank"](asked("auto")) is None
+    assert following["rank"](asked(refused=["auto"])) is None
     assert following["quantize"](asked()) == "w8a8"
     assert following["quantize"](asked(refused=["w8a8"])) == "w8a8+none"
     assert following["quantize"](asked("w8a8")) is None
