@@ -73,7 +73,7 @@ def compress(
         typer.Option(
             "--texts",
             help="of the kind the model is used on: a .txt, .tsv or .jsonl, tasks (a,b,c), or default (prose); "
-            "a search takes two thirds of the tasks' own training texts without it",
+            "needed without --max-drop; a search takes two thirds of the tasks' own training texts without it",
         ),
     ] = None,
     max_drop: Annotated[
@@ -163,7 +163,8 @@ def compress(
     _refuse([name for name, value in searching.items() if value], "they are for a search; allowed with --max-drop")
     if texts is None:
         raise QBertError(
-            "no --texts; allowed: what the model is used on, or --max-drop to search by the texts of --task"
+            "no --texts; allowed: a file of what the model is used on (or default, prose), or --max-drop to search by the texts "
+            "of --task"
         )
     prune = {"speedup": speedup, "macs": macs, "uniform": uniform} if speedup or macs else None
     fields = {

@@ -123,7 +123,9 @@ class Parts:
     @classmethod
     def _unlabelled(cls, texts: Sequence[str] | None) -> Parts:
         if texts is None:
-            raise QBertError("nothing to search by; allowed: labelled texts (a task or a file), or texts")
+            raise QBertError(
+                "nothing to search by; allowed: tasks (--task trec), labelled texts of yours (--data FILE), or texts (--texts)"
+            )
         held_out = list(texts)[3::4]
         if len(held_out) < _LEAST:
             raise QBertError(f"{len(texts)} texts; a search needs {4 * _LEAST} or more, one in four judges the steps")
