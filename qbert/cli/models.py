@@ -163,8 +163,8 @@ def compress(
     _refuse([name for name, value in searching.items() if value], "they are for a search; allowed with --max-drop")
     if texts is None:
         raise QBertError(
-            "no --texts; allowed: a file of what the model is used on (or default, prose), or --max-drop to search by the texts "
-            "of --task"
+            "no --texts; allowed: a file of what the model is used on (or default, prose), or --max-drop to search by the "
+            "texts of --task"
         )
     prune = {"speedup": speedup, "macs": macs, "uniform": uniform} if speedup or macs else None
     fields = {
